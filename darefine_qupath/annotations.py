@@ -1,0 +1,293 @@
+"""Annotation records, and how they become masks.
+
+A record is what every engine and importer gives and takes; no engine object leaks out. `LabelPainter` applies the
+label rules of a `ClassMap` to the annotations of one image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from uuid import UUID, uuid4
+
+import numpy as np
+import shapely
+from rasterio.features import rasterize as burn
+from rasterio.transform import Affine
+
+from darefine_qupath.classes import IGNORE, REGION, ClassMap, is_ignored
+from darefine_qupath.errors import AnnotationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.geometry import Box
+
+__all__ = ["Annotation", "Kind", "LabelPainter", "Plane", "RoiKind", "class_counts", "rasterize"]
+
+Kind = Literal["annotation", "detection", "cell", "tile", "tma core"]
+RoiKind = Literal["Rectangle", "Ellipse", "Line", "Polyline", "Polygon", "Points", "Geometry"]
+
+
+class Plane(NamedTuple):
+    """Image plane of an object: channel (-1 = all), z-slice and time point."""
+
+    c: int = -1
+    z: int = 0
+    t: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotation:
+    """One object of an image.
+
+    Attributes
+    ----------
+    geometry : shapely geometry or None
+        In level-0 pixels, as QuPath's own ``getGeometry`` gives it; None for an object without a ROI.
+    path_class : str or None
+        Full class name (``"Tumor: Positive"``); None = unclassified.
+    id : UUID
+        Identity in the project.
+    kind : str
+        ``"annotation"``, ``"detection"``, ``"cell"``, ``"tile"`` or ``"tma core"``.
+    name : str or None
+        As shown in QuPath.
+    locked : bool
+        Locked in QuPath.
+    parent : UUID or None
+        The object it lies below; None = the root.
+    measurements : mapping of str to float
+        In order.
+    metadata : mapping of str to str
+        Without the identity.
+    roi : str or None
+        QuPath's ROI type; None on a new record lets the geometry decide.
+    plane : Plane
+        Where it lies in a stack.
+    colour : int or None
+        Colour of this one object (ARGB), over that of its class.
+    class_probability : float
+        NaN = not set.
+    nucleus : shapely geometry or None
+        Of a cell.
+    is_missing : bool
+        Of a TMA core.
+    """
+
+    geometry: BaseGeometry | None
+    path_class: str | None = None
+    id: UUID = field(default_factory=uuid4)
+    kind: Kind = "annotation"
+    name: str | None = None
+    locked: bool = False
+    parent: UUID | None = None
+    measurements: Mapping[str, float] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    roi: RoiKind | None = None
+    plane: Plane = Plane()
+    colour: int | None = None
+    class_probability: float = math.nan
+    nucleus: BaseGeometry | None = None
+    is_missing: bool = False
+
+    @property
+    def area(self) -> float:
+        """Area in square level-0 pixels, exact for an ellipse (its geometry is a 100-cornered polygon)."""
+        if self.geometry is None:
+            return 0.0
+        if self.roi == "Ellipse":
+            left, top, right, bottom = self.geometry.bounds
+            return float(math.pi * (right - left) * (bottom - top) / 4)
+        return float(self.geometry.area)
+
+
+def class_counts(annotations: Iterable[Annotation]) -> dict[str, int]:
+    """Annotations per class, unclassified ones left out; sorted by name."""
+    counts: dict[str, int] = {}
+    for annotation in annotations:
+        if annotation.path_class is not None:
+            counts[annotation.path_class] = counts.get(annotation.path_class, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
+    """Polygonal part of a geometry, made valid; None where nothing has an area."""
+    if geometry is None or geometry.is_empty:
+        return None
+    valid = geometry if geometry.is_valid else shapely.make_valid(geometry)
+    polygons = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
+    if not polygons or sum(part.area for part in polygons) == 0:
+        return None
+    return shapely.union_all(polygons) if len(polygons) > 1 else polygons[0]
+
+
+class LabelPainter:
+    """Paints the labels of one image into any box of it.
+
+    The rules: the deeper object in the hierarchy wins; between siblings the smaller one; holes are holes; lines and
+    points label nothing unless a stroke width is given; ``Ignore*`` wins over everything; where ``Region*``
+    annotations exist only their inside counts. A pixel belongs to the shape that holds its centre.
+
+    Parameters
+    ----------
+    annotations : iterable of Annotation
+        All annotations of the image; other kinds of object and unclassified annotations label nothing.
+    class_map : ClassMap
+        Names to labels.
+    stroke_px : float, optional
+        Width in level-0 pixels at which lines and points are drawn; 0 leaves them out.
+
+    Raises
+    ------
+    ClassMapError
+        If an annotation has a class that the map does not know.
+    """
+
+    def __init__(self, annotations: Iterable[Annotation], class_map: ClassMap, *, stroke_px: float = 0.0) -> None:
+        records = [record for record in annotations if record.kind == "annotation"]
+        class_map.check(class_counts(records))
+        self.class_map = class_map
+        depth = _depths(records)
+        regions, ignored = [], []
+        labelled: list[tuple[int, float, int, BaseGeometry]] = []
+        for record in records:
+            shape = _areal(record.geometry) if stroke_px <= 0 else _stroked(record.geometry, stroke_px)
+            if shape is None or record.path_class is None:
+                continue
+            if record.path_class == REGION:
+                regions.append(shape)
+            elif is_ignored(record.path_class):
+                ignored.append(shape)
+            else:
+                labelled.append((depth[record.id], -shape.area, class_map.label(record.path_class), shape))
+        labelled.sort(key=lambda item: item[:2])
+        self._regions = _Layer(regions, [0] * len(regions))
+        self._ignored = _Layer(ignored, [0] * len(ignored))
+        self._labelled = _Layer([item[3] for item in labelled], [item[2] for item in labelled])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no annotation gives any pixel a label."""
+        return not self._labelled.shapes and (
+            not self._regions.shapes or self.class_map.region_unlabelled_label == IGNORE
+        )
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float] | None:
+        """Bounds of all that is labelled, in level-0 pixels."""
+        shapes = [*self._labelled.shapes, *self._regions.shapes]
+        if not shapes:
+            return None
+        left, top, right, bottom = (float(value) for value in shapely.total_bounds(shapes))
+        return left, top, right, bottom
+
+    def paint(self, box: Box, size: tuple[int, int], *, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """Labels of `box`, drawn at `size`.
+
+        Parameters
+        ----------
+        box : Box
+            In level-0 pixels; may overhang the image.
+        size : tuple of int
+            Width and height of the mask.
+        image_size : tuple of int, optional
+            Width and height of the image; what lies outside becomes `IGNORE`.
+
+        Returns
+        -------
+        ndarray of uint8, shape (height, width)
+            Labels; `IGNORE` where nothing is known.
+        """
+        transform = Affine(box.width / size[0], 0, box.x, 0, box.height / size[1], box.y)
+        shape = (size[1], size[0])
+        mask = np.full(shape, self.class_map.unlabelled_label, np.uint8)
+        if self._regions.shapes:
+            inside = self._regions.burn(box, np.full(shape, IGNORE, np.uint8), transform) != IGNORE
+            mask = np.where(inside, np.uint8(self.class_map.region_unlabelled_label), np.uint8(IGNORE))
+            mask = np.where(inside, self._labelled.burn(box, mask, transform), np.uint8(IGNORE))
+        else:
+            mask = self._labelled.burn(box, mask, transform)
+        if self._ignored.shapes:
+            mask[self._ignored.burn(box, np.full(shape, IGNORE, np.uint8), transform) != IGNORE] = IGNORE
+        if image_size is not None:
+            _blank_outside(mask, transform, image_size)
+        return mask
+
+
+@dataclass(frozen=True)
+class _Layer:
+    shapes: Sequence[BaseGeometry]
+    labels: Sequence[int]
+    tree: shapely.STRtree = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tree", shapely.STRtree(list(self.shapes)))
+        shapely.prepare(list(self.shapes))
+
+    def burn(self, box: Box, canvas: NDArray[np.uint8], transform: Affine) -> NDArray[np.uint8]:
+        window = shapely.box(*box.bounds)
+        hits = sorted(int(index) for index in self.tree.query(window))
+        whole = [index for index in hits if shapely.contains(self.shapes[index], window)]
+        if whole:
+            # Whatever lies below the topmost shape that covers the whole box cannot be seen.
+            canvas[:] = self.labels[whole[-1]]
+            hits = [index for index in hits if index > whole[-1]]
+        if hits:
+            burn(((self.shapes[index], self.labels[index]) for index in hits), out=canvas, transform=transform)
+        return canvas
+
+
+def _depths(records: Sequence[Annotation]) -> dict[UUID, int]:
+    parents = {record.id: record.parent for record in records}
+    depths: dict[UUID, int] = {}
+    for record in records:
+        depth, above, seen = 0, record.parent, {record.id}
+        while above is not None and above in parents and above not in seen:
+            seen.add(above)
+            depth, above = depth + 1, parents[above]
+        depths[record.id] = depth
+    return depths
+
+
+def _stroked(geometry: BaseGeometry | None, stroke_px: float) -> BaseGeometry | None:
+    if geometry is None or geometry.is_empty:
+        return None
+    return _areal(geometry if geometry.area > 0 else geometry.buffer(stroke_px / 2))
+
+
+def _blank_outside(mask: NDArray[np.uint8], transform: Affine, image_size: tuple[int, int]) -> None:
+    columns = transform.c + (np.arange(mask.shape[1]) + 0.5) * transform.a
+    rows = transform.f + (np.arange(mask.shape[0]) + 0.5) * transform.e
+    mask[:, (columns < 0) | (columns >= image_size[0])] = IGNORE
+    mask[(rows < 0) | (rows >= image_size[1]), :] = IGNORE
+
+
+def rasterize(
+    annotations: Iterable[Annotation], class_map: ClassMap, *, box: Box, downsample: float
+) -> NDArray[np.uint8]:
+    """Mask of a box at a downsample; see `LabelPainter` for the rules.
+
+    Parameters
+    ----------
+    annotations : iterable of Annotation
+        All annotations of the image.
+    class_map : ClassMap
+        Names to labels.
+    box : Box
+        In level-0 pixels.
+    downsample : float
+        Level-0 pixels per mask pixel.
+
+    Returns
+    -------
+    ndarray of uint8, shape (height, width)
+        Labels.
+    """
+    if not downsample > 0:
+        raise AnnotationError(f"A downsample must be positive, got {downsample}")
+    size = (max(1, round(box.width / downsample)), max(1, round(box.height / downsample)))
+    return LabelPainter(annotations, class_map).paint(box, size)

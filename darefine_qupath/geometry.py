@@ -1,0 +1,177 @@
+"""Boxes in level-0 pixels and the only arithmetic with downsamples.
+
+Every stored coordinate of darefine is a level-0 pixel of the image as QuPath sees it, half-open, ``(x, y)`` and
+``(width, height)``; arrays are ``(row, column)``. Level sizes come from the level's own dimensions, never from
+dividing by a downsample: downsamples such as 4.00012 exist, and truncation moves reads by a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from darefine_qupath.errors import GeometryError
+
+__all__ = ["Box", "FloatBox", "Size", "best_level", "fit_within", "level_box", "scaled_size"]
+
+
+class Size(NamedTuple):
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+
+class FloatBox(NamedTuple):
+    """A rectangle in the pixels of one pyramid level; fractional on purpose."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """Half-open rectangle in level-0 pixels; may overhang the slide.
+
+    Attributes
+    ----------
+    x, y : int
+        Left and top edge; negative is legal (a context overhangs the slide).
+    width, height : int
+        Size, at least 1.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise GeometryError(f"A box needs a positive size, got {self.width} x {self.height}")
+
+    @classmethod
+    def of(cls, size: tuple[int, int]) -> Box:
+        """Box of a whole image of `size` (width, height)."""
+        return cls(0, 0, *size)
+
+    @classmethod
+    def covering(cls, bounds: tuple[float, float, float, float]) -> Box:
+        """Smallest box around ``(min x, min y, max x, max y)``, rounded outwards."""
+        left, top = math.floor(bounds[0]), math.floor(bounds[1])
+        return cls(left, top, max(1, math.ceil(bounds[2]) - left), max(1, math.ceil(bounds[3]) - top))
+
+    @property
+    def right(self) -> int:
+        """First column to the right of the box."""
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> int:
+        """First row below the box."""
+        return self.y + self.height
+
+    @property
+    def size(self) -> Size:
+        """Width and height."""
+        return Size(self.width, self.height)
+
+    @property
+    def area(self) -> int:
+        """Number of level-0 pixels."""
+        return self.width * self.height
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """``(min x, min y, max x, max y)``, as shapely gives it."""
+        return (self.x, self.y, self.right, self.bottom)
+
+    def shift(self, dx: int, dy: int) -> Box:
+        """Return the box moved by `dx`, `dy`."""
+        return Box(self.x + dx, self.y + dy, self.width, self.height)
+
+    def grow(self, margin: int) -> Box:
+        """Return the box with `margin` pixels more on every side."""
+        return Box(self.x - margin, self.y - margin, self.width + 2 * margin, self.height + 2 * margin)
+
+    def centred(self, width: int, height: int) -> Box:
+        """Box of the given size with the same centre (rounded up-left where the sizes differ by an odd number)."""
+        return Box(self.x + (self.width - width) // 2, self.y + (self.height - height) // 2, width, height)
+
+    def around(self, factor: float) -> Box:
+        """Box with the same centre, at least `factor` times as large; grows outwards to whole pixels."""
+        grow_x = math.ceil(self.width * (factor - 1) / 2)
+        grow_y = math.ceil(self.height * (factor - 1) / 2)
+        return Box(self.x - grow_x, self.y - grow_y, self.width + 2 * grow_x, self.height + 2 * grow_y)
+
+    def intersection(self, other: Box) -> Box | None:
+        """Return the common part, or None where there is none."""
+        left, top = max(self.x, other.x), max(self.y, other.y)
+        right, bottom = min(self.right, other.right), min(self.bottom, other.bottom)
+        if right <= left or bottom <= top:
+            return None
+        return Box(left, top, right - left, bottom - top)
+
+    def contains(self, other: Box) -> bool:
+        """Whether `other` lies wholly inside."""
+        return self.x <= other.x and self.y <= other.y and other.right <= self.right and other.bottom <= self.bottom
+
+
+def level_box(box: Box, base: tuple[int, int], level: tuple[int, int]) -> FloatBox:
+    """Place a level-0 box on a pyramid level.
+
+    Parameters
+    ----------
+    box : Box
+        In level-0 pixels.
+    base, level : tuple of int
+        Width and height of level 0 and of the level.
+
+    Returns
+    -------
+    FloatBox
+        The same place in level pixels, not rounded: who reads rounds once, outwards.
+    """
+    scale_x, scale_y = level[0] / base[0], level[1] / base[1]
+    return FloatBox(box.x * scale_x, box.y * scale_y, box.width * scale_x, box.height * scale_y)
+
+
+def best_level(downsample: float, base: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> int:
+    """Coarsest level that is at least as fine as `downsample`.
+
+    A level may be coarser than asked by 1 % (a downsample of 4.00012 serves a request for 4).
+
+    Parameters
+    ----------
+    downsample : float
+        Level-0 pixels per pixel that is wanted.
+    base : tuple of int
+        Width and height of level 0.
+    levels : tuple of (int, int)
+        Width and height of every level, finest first.
+
+    Returns
+    -------
+    int
+        Index into `levels`.
+    """
+    best = 0
+    for index, (width, height) in enumerate(levels):
+        if max(base[0] / width, base[1] / height) <= downsample * 1.01:
+            best = index
+    return best
+
+
+def scaled_size(size: tuple[int, int], downsample: float) -> Size:
+    """Size of an image at a downsample: rounded to the nearest pixel, at least 1."""
+    if not downsample > 0:
+        raise GeometryError(f"A downsample must be positive, got {downsample}")
+    return Size(max(1, round(size[0] / downsample)), max(1, round(size[1] / downsample)))
+
+
+def fit_within(size: tuple[int, int], limit: tuple[int, int]) -> Size:
+    """Largest size of the same proportions within `limit`; never larger than `size`."""
+    return scaled_size(size, max(1.0, size[0] / limit[0], size[1] / limit[1]))

@@ -1,0 +1,250 @@
+"""What every engine offers, and the records it gives and takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import PathClass
+from darefine_qupath.errors import ImageNotFoundError
+
+__all__ = ["Applied", "Changes", "Engine", "ImageEntry", "Project"]
+
+Engine = Literal["embedded", "paquo"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEntry:
+    """One image of a project.
+
+    Attributes
+    ----------
+    id : str
+        Entry id, the name of its data folder; what ``<entry id>.geojson`` is named by.
+    name : str
+        As shown in QuPath.
+    uri : str or None
+        URI of the image, resolved for a project that moved; None when the server has none.
+    path : Path or None
+        Local file of `uri`; None when it is not a file.
+    exists : bool
+        Whether that file is there.
+    width, height : int or None
+        Level-0 pixels as QuPath sees them; None while neither project nor file says.
+    mpp : float or None
+        Micrometres per pixel by QuPath's pixel calibration (mean of both axes); None when not calibrated.
+    image_type : str
+        QuPath's ImageType, ``"BRIGHTFIELD_H_E"`` ...; ``"UNSET"`` while no image data is saved.
+    metadata : mapping of str to str
+        Project metadata of the image.
+    description : str or None
+        Free text of the entry.
+    server_args : tuple of str
+        Arguments of the image server, ``"--no-crop"`` among them.
+    unsupported : str or None
+        Why the pixels cannot be read by us (a rotated or cropped server, say); None when they can.
+    """
+
+    id: str
+    name: str
+    uri: str | None
+    path: Path | None
+    exists: bool
+    width: int | None = None
+    height: int | None = None
+    mpp: float | None = None
+    image_type: str = "UNSET"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    description: str | None = None
+    server_args: tuple[str, ...] = ()
+    unsupported: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """Edits to the objects of one image, applied all or not at all.
+
+    Attributes
+    ----------
+    add : sequence of Annotation
+        New objects, placed below the root or below their `parent`.
+    replace : sequence of Annotation
+        Objects whose UUID is there already; kept at their place in the hierarchy, with their children.
+    remove : sequence of UUID
+        Objects to take out; their children move up to the removed object's parent, as QuPath does by default.
+    """
+
+    add: Sequence[Annotation] = ()
+    replace: Sequence[Annotation] = ()
+    remove: Sequence[UUID] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing would change."""
+        return not (self.add or self.replace or self.remove)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """What `Project.apply` did, counted from the file read back.
+
+    Attributes
+    ----------
+    added, replaced, removed : int
+        Objects.
+    num_objects : int
+        Objects of the image afterwards, the root not counted.
+    backup : Path or None
+        Copy of the former file; None when there was none.
+    warnings : tuple of str
+        What the user should know (the project may be open in QuPath, say).
+    """
+
+    added: int
+    replaced: int
+    removed: int
+    num_objects: int
+    backup: Path | None
+    warnings: tuple[str, ...] = ()
+
+
+class Project(ABC):
+    """A QuPath project. Use `open_project` and `create_project`, and close it (or use ``with``).
+
+    Attributes
+    ----------
+    path : Path
+        The ``project.qpproj`` file, absolute.
+    engine : str
+        ``"embedded"`` or ``"paquo"``.
+    """
+
+    path: Path
+    engine: Engine
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the project file."""
+        return self.path.parent
+
+    @property
+    def name(self) -> str:
+        """Name of the project's folder."""
+        return self.path.parent.name
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """QuPath version that wrote the project file."""
+
+    @property
+    @abstractmethod
+    def images(self) -> tuple[ImageEntry, ...]:
+        """Every image, in the project's order."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[PathClass, ...]:
+        """The class list, in the project's order."""
+
+    @abstractmethod
+    def set_classes(self, classes: Sequence[PathClass]) -> None:
+        """Write the class list."""
+
+    @abstractmethod
+    def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
+        """Every object of an image but the root, parents before children.
+
+        Raises
+        ------
+        ProjectFormatError
+            If the image's data is damaged.
+        """
+
+    def annotations(self, image: ImageEntry) -> tuple[Annotation, ...]:
+        """Annotations of an image, parents before children; empty when nothing is saved yet."""
+        return tuple(record for record in self.objects(image) if record.kind == "annotation")
+
+    @abstractmethod
+    def apply(self, image: ImageEntry, changes: Changes) -> Applied:
+        """Add, replace and remove objects: all of it, read back and verified, or nothing.
+
+        Raises
+        ------
+        ProjectChangedError
+            If the file changed since it was read.
+        ProjectLockedError
+            If another darefine process is writing.
+        ProjectWriteError
+            If the write failed; the former state stands.
+        """
+
+    @abstractmethod
+    def add_image(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        mpp: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        image_type: str = "BRIGHTFIELD_H_E",
+    ) -> ImageEntry:
+        """Add an image file with thumbnail and server metadata.
+
+        Parameters
+        ----------
+        path : Path
+            Image file.
+        name : str, optional
+            As shown in QuPath; the file name by default.
+        mpp : float, optional
+            Micrometres per pixel, over what the file says.
+        metadata : mapping of str to str, optional
+            Project metadata of the image.
+        image_type : str, optional
+            QuPath's ImageType.
+
+        Returns
+        -------
+        ImageEntry
+            The new entry.
+        """
+
+    @abstractmethod
+    def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
+        """Take an image out of the project; its data folder stays unless `delete_data`."""
+
+    @abstractmethod
+    def set_metadata(self, image: ImageEntry, metadata: Mapping[str, str]) -> ImageEntry:
+        """Replace the project metadata of an image."""
+
+    def image(self, key: str) -> ImageEntry:
+        """Find an image by entry id or by name.
+
+        Raises
+        ------
+        ImageNotFoundError
+            If there is none, or several of that name.
+        """
+        found = [entry for entry in self.images if entry.id == key] or [e for e in self.images if e.name == key]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            ids = ", ".join(entry.id for entry in found)
+            raise ImageNotFoundError(f"{len(found)} images are named {key!r}; give the entry id, one of {ids}")
+        names = ", ".join(repr(entry.name) for entry in self.images) or "none"
+        raise ImageNotFoundError(f"No image {key!r} in {self.path}; there are {names}")
+
+    def close(self) -> None:  # noqa: B027 - an engine that holds nothing need not override it
+        """Let go of whatever the engine holds."""
+
+    def __enter__(self) -> Project:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
