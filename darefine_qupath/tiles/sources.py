@@ -1,0 +1,234 @@
+"""Images with their annotations, and tiles read straight from them."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import MissingMppError, TileError
+from darefine_qupath.slides import Slide, open_slide
+from darefine_qupath.tiles.index import TileImage, TileRecord, case_of
+from darefine_qupath.tiles.plan import TilePair
+from darefine_qupath.tiles.reading import read_context, read_slice
+from darefine_qupath.tiles.spec import PixelSpec, TileSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.geometry import Box
+
+__all__ = ["SlideReader", "TilePixels", "TileReader", "TileSource", "count_labels", "open_source", "paint_mask"]
+
+_OPEN_SLIDES = 8
+_KEPT_CONTEXTS = 32
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSource:
+    """An image and what is known of it; pickles, so that worker processes open the slide themselves.
+
+    Attributes
+    ----------
+    id : str
+        Entry id in the project; unique.
+    name : str
+        As shown in QuPath.
+    path : Path
+        Slide file.
+    mpp : float or None
+        Micrometres per pixel, over what the file says.
+    crop_bounds : bool
+        Whether to crop to OpenSlide's bounds, as QuPath does unless told ``--no-crop``.
+    annotations : tuple of Annotation
+        All annotations of the image.
+    metadata : mapping of str to str
+        Project metadata; see `case_of`.
+    """
+
+    id: str
+    name: str
+    path: Path
+    mpp: float | None = None
+    crop_bounds: bool = True
+    annotations: tuple[Annotation, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def image(self, slide: Slide) -> TileImage:
+        """Describe the image for an index, with its size and mpp as the open slide has them."""
+        mpp = slide.mpp if self.mpp is None else self.mpp
+        return TileImage(
+            id=self.id, name=self.name, size=slide.size, mpp=mpp, case=case_of(self.metadata), metadata=self.metadata
+        )
+
+
+def open_source(source: TileSource) -> Slide:
+    """Open the slide of a source."""
+    return open_slide(source.path, crop_bounds=source.crop_bounds)
+
+
+def spec_on(spec: TileSpec, image: TileImage) -> PixelSpec:
+    """Tiles of an image in level-0 pixels; the error for a missing mpp names the image."""
+    try:
+        return spec.at(image.mpp)
+    except MissingMppError as error:
+        raise MissingMppError(f"{image.name}: {error}") from None
+
+
+class TilePixels(NamedTuple):
+    """Pixels and labels of a tile.
+
+    Attributes
+    ----------
+    slice : ndarray of uint8, shape (size_px, size_px, 3)
+        RGB; white outside the slide.
+    context : ndarray of uint8, shape (context_size_px, context_size_px, 3)
+        RGB; white outside the slide.
+    mask : ndarray of uint8, shape (size_px, size_px)
+        Labels of the slice; `IGNORE` where nothing is known.
+    """
+
+    slice: NDArray[np.uint8]
+    context: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+
+
+class TileReader(Protocol):
+    """Where the pixels of tiles come from; pickles for worker processes."""
+
+    def read(self, record: TileRecord) -> TilePixels:
+        """Read one tile."""
+        ...
+
+
+def paint_mask(
+    painter: LabelPainter, pair: TilePair, spec: PixelSpec, image_size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Labels of a slice, shape (size_px, size_px)."""
+    return painter.paint(pair.slice, (spec.size_px, spec.size_px), image_size=image_size)
+
+
+def count_labels(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
+    """Pixels per class and, last, of `IGNORE`; shape (num_classes + 1,)."""
+    counts = np.bincount(mask.ravel(), minlength=256)
+    return np.append(counts[:num_classes], counts[-1])
+
+
+class SlideReader:
+    """Tiles straight from the slides, masks painted on the way.
+
+    Handles are opened where they are used, once per process, never pickled and never carried through a fork; a few
+    contexts are kept, since the tiles of a parent context share one.
+
+    Parameters
+    ----------
+    sources : sequence of TileSource
+        The images of the index.
+    classes : ClassMap
+        Labels of the masks.
+    opener : callable, optional
+        Opens the slide of a source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[TileSource],
+        classes: ClassMap,
+        *,
+        opener: Callable[[TileSource], Slide] = open_source,
+    ) -> None:
+        self._sources = {source.id: source for source in sources}
+        self._classes = classes
+        self._opener = opener
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._slides: _Recent[str, tuple[Slide, LabelPainter]] = _Recent(_OPEN_SLIDES)
+        self._contexts: _Recent[tuple[str, Box], NDArray[np.uint8]] = _Recent(_KEPT_CONTEXTS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sources": list(self._sources.values()), "classes": self._classes, "opener": self._opener}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["sources"], state["classes"], opener=state["opener"])  # type: ignore[misc]
+
+    def open(self, image_id: str) -> tuple[Slide, LabelPainter]:
+        """Slide and painter of an image, opened on first use in this process.
+
+        Raises
+        ------
+        TileError
+            If there is no source of this id.
+        """
+        if self._process != os.getpid():
+            self._forget()
+        if image_id not in self._sources:
+            raise TileError(f"No image {image_id!r} among the sources {sorted(self._sources)}")
+        return self._slides.get(image_id, self._open)
+
+    def _open(self, image_id: str) -> tuple[Slide, LabelPainter]:
+        source = self._sources[image_id]
+        return self._opener(source), LabelPainter(source.annotations, self._classes)
+
+    def context(self, image_id: str, box: Box, spec: PixelSpec) -> NDArray[np.uint8]:
+        """Read a context, or give it again without reading."""
+        slide, _ = self.open(image_id)
+        return self._contexts.get((image_id, box), lambda key: read_context(slide, key[1], spec))
+
+    def read(self, record: TileRecord) -> TilePixels:
+        """Read one tile."""
+        slide, painter = self.open(record.image.id)
+        return TilePixels(
+            read_slice(slide, record.pair.slice, record.spec),
+            self.context(record.image.id, record.pair.context, record.spec),
+            paint_mask(painter, record.pair, record.spec, slide.size),
+        )
+
+    def close(self) -> None:
+        """Close every slide."""
+        self._slides.clear()
+        self._contexts.clear()
+
+    def __enter__(self) -> SlideReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+K = TypeVar("K")
+
+
+class _Recent(Generic[K, V]):
+    """The values used last, at most `limit` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K, make: Callable[[K], V]) -> V:
+        if key not in self._values:
+            while len(self._values) >= self._limit:
+                _close(self._values.popitem(last=False)[1])
+            self._values[key] = make(key)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def clear(self) -> None:
+        while self._values:
+            _close(self._values.popitem()[1])
+
+
+def _close(value: object) -> None:
+    if isinstance(value, tuple):
+        value[0].close()

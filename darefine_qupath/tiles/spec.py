@@ -1,0 +1,199 @@
+"""What a tile is: a fine slice and the coarse context around it, in micrometres or in level-0 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from darefine_qupath.errors import MissingMppError, TileError
+
+__all__ = ["PixelSpec", "Placement", "TileSpec"]
+
+Placement = Literal["parent", "centred"]
+
+_PLACEMENTS = ("parent", "centred")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelSpec:
+    """A `TileSpec` on one slide: sides of slice and context in its level-0 pixels.
+
+    Attributes
+    ----------
+    slice_px, context_px, stride_px : int
+        Side of the slice, side of the context and step from slice to slice, in level-0 pixels.
+    size_px, context_size_px : int
+        Sides of slice and context as fed to the network.
+    placement : str
+        ``"parent"`` or ``"centred"``.
+    """
+
+    slice_px: int
+    context_px: int
+    stride_px: int
+    size_px: int
+    context_size_px: int
+    placement: Placement = "parent"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "placement" and value < 1:
+                raise TileError(f"{field.name} must be at least 1 pixel, got {value}")
+        _check_order(self.slice_px, self.context_px, self.stride_px, "px")
+
+    @property
+    def slice_downsample(self) -> float:
+        """Level-0 pixels per pixel of the slice."""
+        return self.slice_px / self.size_px
+
+    @property
+    def context_downsample(self) -> float:
+        """Level-0 pixels per pixel of the context."""
+        return self.context_px / self.context_size_px
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileSpec:
+    """Geometry of the tiles, stored in the dataset and in the checkpoint.
+
+    Give one triple: micrometres (a slide's mpp turns them into pixels) or level-0 pixels (any slide, mpp unknown).
+
+    Attributes
+    ----------
+    size_px : int
+        Side of the slice as fed to the network.
+    context_size_px : int or None
+        Side of the context as fed to the network; None means `size_px`.
+    slice_um, context_um, stride_um : float or None
+        Side of the slice, side of the context and step from slice to slice, in micrometres.
+    slice_px, context_px, stride_px : int or None
+        The same in level-0 pixels.
+    placement : str
+        ``"parent"``: contexts tile the slide on a grid and slices are cut inside them, so that many slices share a
+        context. ``"centred"``: every slice has a context of its own around the same centre.
+
+    Raises
+    ------
+    TileError
+        If none or both triples are given, or the sizes do not fit each other.
+    """
+
+    size_px: int = 500
+    context_size_px: int | None = None
+    slice_um: float | None = None
+    context_um: float | None = None
+    stride_um: float | None = None
+    slice_px: int | None = None
+    context_px: int | None = None
+    stride_px: int | None = None
+    placement: Placement = "parent"
+
+    def __post_init__(self) -> None:
+        if self.placement not in _PLACEMENTS:
+            raise TileError(f"placement is {self.placement!r}; it must be one of {list(_PLACEMENTS)}")
+        for name, size in (("size_px", self.size_px), ("context_size_px", self.context_size_px)):
+            if size is not None and size < 1:
+                raise TileError(f"{name} must be at least 1 pixel, got {size}")
+        micrometres, pixels = self._triple("um"), self._triple("px")
+        given = [triple for triple in (micrometres, pixels) if any(value is not None for value in triple)]
+        if len(given) != 1 or None in given[0]:
+            raise TileError(
+                f"Give slice, context and stride, all three in micrometres or all three in level-0 pixels; got "
+                f"slice/context/stride_um = {micrometres}, _px = {pixels}"
+            )
+        _check_order(*given[0], "um" if self.is_physical else "px")
+
+    def _triple(self, unit: str) -> tuple[Any, Any, Any]:
+        return (getattr(self, f"slice_{unit}"), getattr(self, f"context_{unit}"), getattr(self, f"stride_{unit}"))
+
+    @classmethod
+    def paper(cls) -> TileSpec:
+        """Slices of 1000 px every 500 px inside contexts of 5000 px, both resized to 500 px [1]_.
+
+        References
+        ----------
+        .. [1] DA-RefineNet, arXiv:1907.06358: 81 slices share a context.
+        """
+        return cls(size_px=500, slice_px=1000, context_px=5000, stride_px=500)
+
+    @property
+    def is_physical(self) -> bool:
+        """Whether the sides are micrometres, so that every slide needs an mpp."""
+        return self.slice_um is not None
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether slices share contexts."""
+        return self.placement == "parent"
+
+    def at(self, mpp: float | None) -> PixelSpec:
+        """Tiles of a slide in its level-0 pixels.
+
+        The stride is rounded to whole pixels first; a side that is a whole multiple of the stride in micrometres
+        is the same multiple in pixels, so that the grid closes without gaps or accidental overlap.
+
+        Parameters
+        ----------
+        mpp : float or None
+            Micrometres per level-0 pixel of the slide; not needed when the spec is in pixels.
+
+        Returns
+        -------
+        PixelSpec
+            All sides at least 1 px.
+
+        Raises
+        ------
+        MissingMppError
+            If the spec is in micrometres and `mpp` is None or not positive.
+        """
+        if self.slice_um is None or self.context_um is None or self.stride_um is None:
+            # __post_init__ has seen to it that the other triple is there.
+            return self._pixels(self.slice_px or 0, self.context_px or 0, self.stride_px or 0)
+        if mpp is None or not mpp > 0:
+            raise MissingMppError(
+                f"The tiles are {self.slice_um:g} um wide and the pixel size of the slide is {mpp}; give it with "
+                f"--mpp or set the pixel size of the image in QuPath"
+            )
+        stride = max(1, round(self.stride_um / mpp))
+        side = _multiple(self.slice_um, self.stride_um, stride)
+        return self._pixels(side, _multiple(self.context_um, self.slice_um, side), stride)
+
+    def _pixels(self, side: int, context: int, stride: int) -> PixelSpec:
+        return PixelSpec(
+            slice_px=side,
+            context_px=max(side, context),
+            stride_px=stride,
+            size_px=self.size_px,
+            context_size_px=self.context_size_px or self.size_px,
+            placement=self.placement,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` gives the same spec back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TileSpec:
+        """Spec of what `to_json` gave."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise TileError(f"Not a tile spec: {error}") from None
+
+
+def _check_order(side: float, context: float, stride: float, unit: str) -> None:
+    if not 0 < stride <= side <= context:
+        raise TileError(
+            f"A stride of {stride:g} {unit}, a slice of {side:g} {unit} and a context of {context:g} {unit} do not "
+            f"fit: it must be 0 < stride <= slice <= context"
+        )
+
+
+def _multiple(length_um: float, unit_um: float, unit_px: int) -> int:
+    """Pixels of a length that is measured in units of `unit_um`, of which each is `unit_px` pixels."""
+    ratio = length_um / unit_um
+    whole = round(ratio)
+    return whole * unit_px if abs(ratio - whole) < 1e-6 else max(unit_px, round(ratio * unit_px))
