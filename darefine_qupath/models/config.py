@@ -1,0 +1,193 @@
+"""What a network is made of, and how pixels become its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from darefine_qupath.errors import ModelError
+
+__all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalisation"]
+
+NetworkName = Literal["da-refinenet", "refinenet", "unet"]
+Fusion = Literal["attention", "add", "concat", "aligned"]
+InputMode = Literal["dual", "single", "multisize"]
+
+ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0")
+"""Names of the encoders, in the order of their publication."""
+
+_TITLES: dict[str, str] = {"da-refinenet": "DA-RefineNet", "refinenet": "RefineNet", "unet": "U-Net"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that decides which parameters a network has.
+
+    Attributes
+    ----------
+    network : {"da-refinenet", "refinenet", "unet"}
+        DA-RefineNet, or one of the two single-input baselines it was compared with.
+    slice_encoder, context_encoder : str
+        One of `ENCODERS`. U-Net has its own encoder and uses neither; a network without a context uses the first.
+    fusion : {"attention", "add", "concat", "aligned"}
+        How slice and context meet in DA-RefineNet. The first three are the paper's; ``aligned`` also looks at the
+        part of the context where the slice lies.
+    input : {"dual", "single", "multisize"}
+        ``dual`` is the paper's network. ``single`` has no context; ``multisize`` sees the slice itself, at half the
+        resolution, in the place of the context. Only DA-RefineNet has the choice.
+    num_classes : int
+        Classes; the channels of the logits.
+    width : int
+        Decoder channels at 1/16, 1/8 and 1/4 of the input; twice as many at 1/32. 256 in the paper.
+    dropout : float
+        Probability, on the two deepest features of each encoder and before the classifier.
+    """
+
+    network: NetworkName = "da-refinenet"
+    slice_encoder: str = "resnet50"
+    context_encoder: str = "resnet50"
+    fusion: Fusion = "attention"
+    input: InputMode = "dual"
+    num_classes: int = 4
+    width: int = 256
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_choice("network", self.network, get_args(NetworkName))
+        _check_choice("fusion", self.fusion, get_args(Fusion))
+        _check_choice("input", self.input, get_args(InputMode))
+        _check_choice("slice_encoder", self.slice_encoder, ENCODERS)
+        _check_choice("context_encoder", self.context_encoder, ENCODERS)
+        if not _is_int(self.num_classes) or not 1 <= self.num_classes <= 255:
+            raise ModelError(f"num_classes = {self.num_classes!r} must be a whole number from 1 to 255")
+        if not _is_int(self.width) or self.width < 4 or self.width % 4:
+            raise ModelError(f"width = {self.width!r} must be a positive multiple of 4 (256 in the paper)")
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout = {self.dropout!r} must be at least 0 and below 1")
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the network looks at the context it is given."""
+        return self.network == "da-refinenet" and self.input == "dual"
+
+    @property
+    def uses_box(self) -> bool:
+        """Whether the network must be told where in the context the slice lies."""
+        return self.uses_context and self.fusion == "aligned"
+
+    @property
+    def title(self) -> str:
+        """One line for people, for example ``DA-RefineNet (attention), resnet50 + resnet50, width 256``."""
+        name = _TITLES[self.network]
+        if self.network == "unet":
+            return f"{name}, width {self.width}"
+        if self.network == "refinenet":
+            return f"{name}, {self.slice_encoder}, width {self.width}"
+        kind = {
+            "dual": self.fusion,
+            "single": f"{self.fusion}, single input",
+            "multisize": f"{self.fusion}, multi-size",
+        }
+        encoders = self.slice_encoder if self.input == "single" else f"{self.slice_encoder} + {self.context_encoder}"
+        return f"{name} ({kind[self.input]}), {encoders}, width {self.width}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` gives the same configuration back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Rebuild the configuration that `to_json` wrote.
+
+        Raises
+        ------
+        ModelError
+            If a key is not known or a value cannot be used.
+        """
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ModelError(f"Unknown network setting {unknown}; known are {known}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalisation:
+    """Mean and standard deviation that are taken from the pixels, per channel, where 1 is white.
+
+    Attributes
+    ----------
+    mean, std : tuple of float
+        For red, green and blue; ImageNet's by default.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3:
+                raise ModelError(f"Normalisation {name} = {list(values)} needs three numbers, for red, green and blue")
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise ModelError(f"Normalisation std = {list(self.std)} must be positive")
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Normalisation:
+        """Normalisation with which the weights of the slice encoder were trained on ImageNet."""
+        if config.network != "unet" and config.slice_encoder == "efficientnet-lite0":
+            return cls(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+        return cls()
+
+    def apply(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Turn pixels into the input of a network.
+
+        Parameters
+        ----------
+        image : Tensor of uint8, shape (B, 3, H, W) or (B, H, W, 3)
+            RGB. A batch of shape (B, 3, H, 3) is read as channels first.
+        dtype : torch.dtype
+            Of the result.
+
+        Returns
+        -------
+        Tensor, shape (B, 3, H, W)
+            Channels-last in memory when the input was.
+
+        Raises
+        ------
+        ModelError
+            If the shape is neither.
+        """
+        if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
+            raise ModelError(f"Expected RGB pixels of shape (B, 3, H, W) or (B, H, W, 3), got {tuple(image.shape)}")
+        image_B3HW = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
+        mean_311 = torch.tensor(self.mean, dtype=torch.float32, device=image.device).mul_(255)[:, None, None]
+        scale_311 = torch.tensor(self.std, dtype=torch.float32, device=image.device).mul_(255)[:, None, None]
+        return ((image_B3HW.to(torch.float32) - mean_311) / scale_311).to(dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` gives the same back."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Normalisation:
+        """Rebuild what `to_json` wrote."""
+        try:
+            return cls(mean=tuple(data["mean"]), std=tuple(data["std"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"Not a normalisation: {data!r} ({error})") from None
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ModelError(f"{name} = {value!r} is not one of {list(choices)}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
