@@ -2,7 +2,9 @@
 
 Every stored coordinate of darefine is a level-0 pixel of the image as QuPath sees it, half-open, ``(x, y)`` and
 ``(width, height)``; arrays are ``(row, column)``. Level sizes come from the level's own dimensions, never from
-dividing by a downsample: downsamples such as 4.00012 exist, and truncation moves reads by a pixel.
+dividing by a downsample: downsamples such as 4.00012 exist, and truncation moves reads by a pixel. They exist because
+scanners and converters drop the rows and columns that do not fill a whole pixel: such a level is exactly 4 times
+smaller, only cut off, and is treated so (see `level_scale`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,18 @@ from typing import NamedTuple
 
 from darefine_qupath.errors import GeometryError
 
-__all__ = ["Box", "FloatBox", "Size", "best_level", "fit_within", "level_box", "scaled_size"]
+__all__ = [
+    "Box",
+    "FloatBox",
+    "LevelWindow",
+    "Size",
+    "best_level",
+    "fit_within",
+    "level_box",
+    "level_scale",
+    "level_window",
+    "scaled_size",
+]
 
 
 class Size(NamedTuple):
@@ -120,6 +133,26 @@ class Box:
         return self.x <= other.x and self.y <= other.y and other.right <= self.right and other.bottom <= self.bottom
 
 
+def level_scale(base: tuple[int, int], level: tuple[int, int]) -> tuple[float, float]:
+    """Level pixels per level-0 pixel, in x and y.
+
+    Parameters
+    ----------
+    base, level : tuple of int
+        Width and height of level 0 and of the level.
+
+    Returns
+    -------
+    tuple of float
+        Exactly ``1 / n`` where both sides of the level are the n-th part of level 0 to within a pixel, as a level is
+        whose maker cut off the remainder; else the ratio of the sizes.
+    """
+    factor = round((base[0] / level[0] + base[1] / level[1]) / 2)
+    if factor >= 1 and all(abs(whole / factor - part) < 1 for whole, part in zip(base, level, strict=True)):
+        return 1 / factor, 1 / factor
+    return level[0] / base[0], level[1] / base[1]
+
+
 def level_box(box: Box, base: tuple[int, int], level: tuple[int, int]) -> FloatBox:
     """Place a level-0 box on a pyramid level.
 
@@ -135,8 +168,67 @@ def level_box(box: Box, base: tuple[int, int], level: tuple[int, int]) -> FloatB
     FloatBox
         The same place in level pixels, not rounded: who reads rounds once, outwards.
     """
-    scale_x, scale_y = level[0] / base[0], level[1] / base[1]
+    scale_x, scale_y = level_scale(base, level)
     return FloatBox(box.x * scale_x, box.y * scale_y, box.width * scale_x, box.height * scale_y)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelWindow:
+    """Whole pixels of a level around a place in it.
+
+    Attributes
+    ----------
+    box : Box
+        Whole pixels of the level, rounded outwards; may overhang it.
+    inner : FloatBox
+        The place inside `box`, counted from its upper left corner.
+    """
+
+    box: Box
+    inner: FloatBox
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the place is exactly the window, so that nothing has to be interpolated."""
+        return self.inner == (0, 0, self.box.width, self.box.height)
+
+
+_SLACK = 1e-6
+"""Level pixels by which floating-point arithmetic may miss a whole pixel."""
+
+
+def level_window(place: FloatBox, margin: tuple[float, float] = (0.0, 0.0), within: Box | None = None) -> LevelWindow:
+    """Round a place on a level outwards to whole pixels: the one rounding between a box and a read.
+
+    Parameters
+    ----------
+    place : FloatBox
+        In pixels of the level, as `level_box` gives it.
+    margin : tuple of float, optional
+        Level pixels to take along in x and y, for the support of a filter.
+    within : Box, optional
+        Whole pixels that the margin may not leave.
+
+    Returns
+    -------
+    LevelWindow
+        Whole pixels, and where the place lies in them.
+    """
+    left, right = _snapped(place.x), _snapped(place.x + place.width)
+    top, bottom = _snapped(place.y), _snapped(place.y + place.height)
+    columns = _whole_pixels(left, right, margin[0], None if within is None else (within.x, within.right))
+    rows = _whole_pixels(top, bottom, margin[1], None if within is None else (within.y, within.bottom))
+    window = Box(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
+    return LevelWindow(window, FloatBox(left - window.x, top - window.y, right - left, bottom - top))
+
+
+def _whole_pixels(start: float, end: float, margin: float, within: tuple[int, int] | None) -> tuple[int, int]:
+    low, high = math.floor(start - margin), max(math.ceil(end + margin), math.floor(start) + 1)
+    return (low, high) if within is None else (max(low, within[0]), min(high, within[1]))
+
+
+def _snapped(value: float) -> float:
+    return float(round(value)) if abs(value - round(value)) < _SLACK else value
 
 
 def best_level(downsample: float, base: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> int:

@@ -1,0 +1,20 @@
+"""Slides as QuPath sees them: one way to read a box of level-0 pixels at any size, whatever the file.
+
+OpenSlide is the reference, because QuPath reads through it too. `open_slide` picks the reader; every reader gives
+whole pixels of a level (`sources`), and one class places, pads and resamples them (`reading`). `tissue_mask` tells
+tissue from glass on a thumbnail.
+"""
+
+from darefine_qupath.slides.reading import READERS, PyramidSlide, Reader, Slide, open_slide, resolve_mpp
+from darefine_qupath.slides.tissue import TissueMask, tissue_mask
+
+__all__ = [
+    "READERS",
+    "PyramidSlide",
+    "Reader",
+    "Slide",
+    "TissueMask",
+    "open_slide",
+    "resolve_mpp",
+    "tissue_mask",
+]
