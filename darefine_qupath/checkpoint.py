@@ -1,0 +1,466 @@
+"""The model file: one ``.safetensors`` that says what it is.
+
+Beside the weights, the header holds everything that prediction needs (network, tiles, classes, normalisation) and where
+the model comes from. Nothing in it is ever executed; a file of another kind, of another version or with damage is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from darefine_qupath import __version__
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import CheckpointError, ClassMapError, ModelError, TileError
+from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
+from darefine_qupath.models.onnx import export_network
+from darefine_qupath.tiles import TileSpec
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Checkpoint",
+    "CheckpointHeader",
+    "describe",
+    "environment",
+    "export_onnx",
+    "load_checkpoint",
+    "model_id",
+    "read_header",
+    "save_checkpoint",
+]
+
+FORMAT = "darefine-model"
+"""Kind of file, as its header names it."""
+
+VERSION = 1
+"""Version of the header; a reader refuses any other."""
+
+_KEY = "darefine"
+_ID_LENGTH = 12
+_MAX_LISTED = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointHeader:
+    """What a model file says about itself.
+
+    Attributes
+    ----------
+    model : ModelConfig
+        The network.
+    tiles : TileSpec
+        The tiles it was trained on, and has to be given.
+    classes : ClassMap
+        What its logits mean.
+    normalisation : Normalisation
+        How pixels become its input.
+    provenance : mapping of str to Any
+        Where it comes from, as JSON values: ``data`` (digest), ``split``, ``metrics``, ``recipe``, ``environment``, ...
+    weights_sha256 : str
+        Digest of the weights.
+    num_parameters : int
+        Values in the weights, buffers of batch normalisation included.
+    """
+
+    model: ModelConfig
+    tiles: TileSpec
+    classes: ClassMap
+    normalisation: Normalisation
+    provenance: Mapping[str, Any]
+    weights_sha256: str
+    num_parameters: int
+
+    @property
+    def model_id(self) -> str:
+        """Twelve hexadecimal digits that stand for everything that decides what the model predicts."""
+        decisive = {
+            "weights": self.weights_sha256,
+            "model": self.model.to_json(),
+            "tiles": self.tiles.to_json(),
+            "classes": list(self.classes.names),
+            "normalisation": self.normalisation.to_json(),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain JSON values that stand in the file."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model.to_json(),
+            "tiles": self.tiles.to_json(),
+            "classes": self.classes.to_json(),
+            "normalisation": self.normalisation.to_json(),
+            "provenance": dict(self.provenance),
+            "weights_sha256": self.weights_sha256,
+            "num_parameters": self.num_parameters,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained model, whole.
+
+    Attributes
+    ----------
+    state : mapping of str to Tensor
+        The network's state_dict.
+    model, tiles, classes, normalisation, provenance
+        See `CheckpointHeader`.
+    """
+
+    state: Mapping[str, Tensor]
+    model: ModelConfig
+    tiles: TileSpec
+    classes: ClassMap
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.num_classes != self.classes.num_classes:
+            raise CheckpointError(
+                f"A network of {self.model.num_classes} classes cannot stand for the {self.classes.num_classes} "
+                f"classes {list(self.classes.names)}"
+            )
+        problems = _misfits(self.model, self.state)
+        if problems:
+            raise CheckpointError(f"The weights do not fit {self.model.title}: {problems}")
+
+    @cached_property
+    def header(self) -> CheckpointHeader:
+        """What the file says, or will say, about itself."""
+        return CheckpointHeader(
+            model=self.model,
+            tiles=self.tiles,
+            classes=self.classes,
+            normalisation=self.normalisation,
+            provenance=self.provenance,
+            weights_sha256=_digest(self.state),
+            num_parameters=sum(tensor.numel() for tensor in self.state.values()),
+        )
+
+    @property
+    def model_id(self) -> str:
+        """Short name of the model; see `CheckpointHeader.model_id`."""
+        return self.header.model_id
+
+    def build(self) -> SegmentationNetwork:
+        """Build the network with its weights, in evaluation mode, on the CPU."""
+        with torch.device("meta"):
+            network = build_model(self.model)
+        network = network.to_empty(device="cpu")
+        network.load_state_dict(dict(self.state))
+        return network.eval()
+
+
+def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
+    """Write a model file; a write that is interrupted leaves the former file as it was.
+
+    Parameters
+    ----------
+    path : Path or str
+        Ends in ``.safetensors``; its folder exists.
+    checkpoint : Checkpoint
+        The model.
+
+    Raises
+    ------
+    CheckpointError
+        If the name ends otherwise, the provenance is not JSON, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"A model file is a .safetensors, not {path.name!r}")
+    try:
+        metadata = {_KEY: json.dumps(checkpoint.header.to_json(), allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The provenance of {path} is not plain JSON: {error}") from None
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
+    with _replacing(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a model file and verify its weights against their digest.
+
+    Parameters
+    ----------
+    path : Path or str
+        The file.
+
+    Returns
+    -------
+    Checkpoint
+        On the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, of another kind or version, or damaged.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        header = _parse(path, file.metadata())
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if _digest(state) != header.weights_sha256:
+        raise CheckpointError(f"{path} is damaged: its weights are not those that were saved; restore it from a copy")
+    try:
+        return Checkpoint(
+            state=state,
+            model=header.model,
+            tiles=header.tiles,
+            classes=header.classes,
+            normalisation=header.normalisation,
+            provenance=header.provenance,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_header(path: Path | str) -> CheckpointHeader:
+    """Read what a model file says about itself, without its weights.
+
+    Parameters
+    ----------
+    path : Path or str
+        The file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, or of another kind or version.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        return _parse(path, file.metadata())
+
+
+def model_id(source: Checkpoint | CheckpointHeader | Path | str) -> str:
+    """Short name of a model: the same for the same predictions, whatever its file is called."""
+    return read_header(source).model_id if isinstance(source, Path | str) else source.model_id
+
+
+def describe(source: Checkpoint | CheckpointHeader | Path | str) -> str:
+    """Text about a model, for people, several lines long."""
+    if isinstance(source, Path | str):
+        source = read_header(source)
+    header = source.header if isinstance(source, Checkpoint) else source
+    lines = [
+        ("model", header.model_id),
+        ("network", header.model.title),
+        ("weights", f"{header.num_parameters / 1e6:.2f} million values, sha256 {header.weights_sha256[:16]}"),
+        ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(header.classes.names))),
+        ("tiles", _tiles_text(header.tiles)),
+        ("input", f"mean {_numbers(header.normalisation.mean)}, std {_numbers(header.normalisation.std)}"),
+        *((key, _value_text(value)) for key, value in header.provenance.items()),
+    ]
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)
+
+
+def environment() -> dict[str, str | None]:
+    """Versions of what trains, and the commit of darefine's source where it is a git checkout."""
+    return {
+        "darefine": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "git": _git_commit(),
+    }
+
+
+def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
+    """Write the network as ONNX, with the tile sizes of the model and any batch size.
+
+    Inputs are ``slice`` and, where the network has a context, ``context`` (normalised, float32, (B, 3, size, size)) and
+    for ``aligned`` fusion ``box`` (B, 4); the output is ``logits``. The header of the model file is in the metadata.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model.
+    path : Path or str
+        The file to write.
+
+    Raises
+    ------
+    ModelError
+        If the packages of the extra ``onnx`` are not installed.
+    CheckpointError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    tiles = checkpoint.tiles
+    with _replacing(path) as temporary:
+        export_network(
+            checkpoint.build(),
+            temporary,
+            slice_px=tiles.size_px,
+            context_px=tiles.context_size_px or tiles.size_px,
+            metadata={_KEY: json.dumps(checkpoint.header.to_json())},
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path` that takes its place once it is written and on the disk."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}; is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the renaming itself on the disk, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    expected = f"expected a {FORMAT} version {VERSION} (.safetensors)"
+    if not path.is_file():
+        raise CheckpointError(f"There is no model file {path}; {expected}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is {_kind(path)} ({error}); {expected}") from error
+
+
+def _kind(path: Path) -> str:
+    """Guess what a file is that safetensors cannot open."""
+    with path.open("rb") as handle:
+        start = handle.read(64)
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")):
+        return "a zip or pickle file, which is never opened as a model"
+    if not start:
+        return "empty"
+    return "a damaged or truncated .safetensors" if start[8:9] == b"{" else "no .safetensors at all"
+
+
+def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
+    expected = f"expected {FORMAT} version {VERSION}"
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        raise CheckpointError(
+            f"{path} holds weights of another program; {expected}. Weights for an encoder go with --encoder-weights"
+        )
+    try:
+        data = json.loads(text)
+        kind, version = data["format"], data["version"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} has a damaged header; {expected}") from None
+    if kind != FORMAT or version != VERSION:
+        hint = "; a newer darefine wrote it, upgrade" if isinstance(version, int) and version > VERSION else ""
+        raise CheckpointError(f"{path} is a {kind} version {version}; {expected}{hint}")
+    try:
+        return CheckpointHeader(
+            model=ModelConfig.from_json(data["model"]),
+            tiles=TileSpec.from_json(data["tiles"]),
+            classes=ClassMap.from_json(data["classes"]),
+            normalisation=Normalisation.from_json(data["normalisation"]),
+            provenance=data["provenance"],
+            weights_sha256=data["weights_sha256"],
+            num_parameters=data["num_parameters"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} has a damaged header: {error} is missing; {expected}") from None
+    except (ModelError, TileError, ClassMapError, TypeError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}; {expected}") from None
+
+
+def _misfits(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
+    """List the tensors that a network of this configuration lacks, does not know, or has in another shape."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in wanted]
+    wrong += [
+        f"{name} is {given[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name] != shape
+    ]
+    more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
+    return ", ".join(wrong[:_MAX_LISTED]) + more
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Digest of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree, with ``+`` after it where files were changed; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _tiles_text(tiles: TileSpec) -> str:
+    unit = "um" if tiles.is_physical else "px"
+    sides = [getattr(tiles, f"{name}_{unit}") for name in ("slice", "context", "stride")]
+    shown = "slice {:g}, context {:g}, stride {:g}".format(*sides)
+    fed = f"{tiles.size_px} and {tiles.context_size_px or tiles.size_px} px"
+    return f"{shown} {unit if unit == 'um' else 'level-0 px'}, fed as {fed}, {tiles.placement}"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _value_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
