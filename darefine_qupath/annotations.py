@@ -185,6 +185,30 @@ class LabelPainter:
         left, top, right, bottom = (float(value) for value in shapely.total_bounds(shapes))
         return left, top, right, bottom
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether ``Region*`` annotations say where to look."""
+        return bool(self._regions.shapes)
+
+    def touches(self, box: Box) -> bool:
+        """Whether an annotation that may label pixels meets the box; what is unlabelled does not count.
+
+        Parameters
+        ----------
+        box : Box
+            In level-0 pixels.
+
+        Returns
+        -------
+        bool
+            False only where `paint` gives nothing but `IGNORE` and the label of unlabelled pixels.
+        """
+        window = shapely.box(*box.bounds)
+        if self._regions.shapes and not self._regions.meets(window):
+            return False
+        inside_region = bool(self._regions.shapes) and self.class_map.region_unlabelled_label != IGNORE
+        return inside_region or self._labelled.meets(window)
+
     def paint(self, box: Box, size: tuple[int, int], *, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """Labels of `box`, drawn at `size`.
 
@@ -227,6 +251,9 @@ class _Layer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tree", shapely.STRtree(list(self.shapes)))
         shapely.prepare(list(self.shapes))
+
+    def meets(self, window: BaseGeometry) -> bool:
+        return len(self.tree.query(window, predicate="intersects")) > 0
 
     def burn(self, box: Box, canvas: NDArray[np.uint8], transform: Affine) -> NDArray[np.uint8]:
         window = shapely.box(*box.bounds)

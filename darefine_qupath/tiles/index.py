@@ -187,17 +187,17 @@ class TileIndex:
     @property
     def class_pixels(self) -> NDArray[np.int64]:
         """Mask pixels per class over all tiles, shape (K,); a pixel counts once for every slice that shows it."""
-        return self.counts[:, :-1].sum(axis=0)
+        return np.asarray(self.counts[:, :-1].sum(axis=0), np.int64)
 
     @property
     def class_tiles(self) -> NDArray[np.int64]:
         """Tiles per class that hold at least one pixel of it, shape (K,)."""
-        return (self.counts[:, :-1] > 0).sum(axis=0)
+        return np.asarray(np.count_nonzero(self.counts[:, :-1], axis=0), np.int64)
 
     @property
     def labelled_fraction(self) -> NDArray[np.float64]:
         """Share of each mask that has a label, shape (N,)."""
-        return 1 - self.counts[:, -1] / self.counts.sum(axis=1)
+        return np.asarray(1 - self.counts[:, -1] / self.counts.sum(axis=1))
 
     def ids(self) -> list[str]:
         """Tile ids, in order."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Box
 from darefine_qupath.tiles.spec import PixelSpec
 
@@ -44,6 +45,7 @@ def plan_tiles(
     within: Box | None = None,
     keep: Callable[[Box], bool] | None = None,
     grid_shift: tuple[int, int] = (0, 0),
+    context_step: int | None = None,
 ) -> tuple[TilePair, ...]:
     """Plan the tiles of a slide.
 
@@ -60,16 +62,27 @@ def plan_tiles(
     grid_shift : tuple of int
         Start the grid this many level-0 pixels to the left of and above the slide: a second pass over the slide
         with the context borders elsewhere.
+    context_step : int, optional
+        Level-0 pixels from one parent context to the next; by default they stand side by side. A smaller step lets
+        them overlap, so that the slices of one run on into the next; ``centred`` placement takes no notice.
 
     Returns
     -------
     tuple of TilePair
         Tiles that share a context stand together; contexts, and slices in them, row by row. Without `within` and
         `keep` every pixel of the slide lies in at least one slice.
+
+    Raises
+    ------
+    TileError
+        If `context_step` would leave gaps or not advance.
     """
     axis = _parent_axis if spec.placement == "parent" else _centred_axis
-    columns = axis(size[0], spec, grid_shift[0])
-    rows = axis(size[1], spec, grid_shift[1])
+    step = spec.context_px if context_step is None else context_step
+    if not 1 <= step <= spec.context_px:
+        raise TileError(f"context_step must lie between 1 and the context's {spec.context_px} px, got {context_step}")
+    columns = axis(size[0], spec, grid_shift[0], step)
+    rows = axis(size[1], spec, grid_shift[1], step)
     if within is not None:
         columns = _touching(columns, spec.slice_px, within.x, within.right)
         rows = _touching(rows, spec.slice_px, within.y, within.bottom)
@@ -100,18 +113,20 @@ def _pairs(column: _Cell, row: _Cell, spec: PixelSpec) -> Iterator[TilePair]:
             yield TilePair(Box(x, y, spec.slice_px, spec.slice_px), context)
 
 
-def _parent_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
+def _parent_axis(length: int, spec: PixelSpec, shift: int, context_step: int) -> list[_Cell]:
     room = spec.context_px - spec.slice_px
     steps = -(-room // spec.stride_px)
     offsets = [room * step // steps for step in range(steps + 1)] if steps else [0]
     cells = []
-    for origin in range(-(shift % spec.context_px), length, spec.context_px):
+    for origin in range(-(shift % context_step), length, context_step):
         slices = _needed([origin + offset for offset in offsets], spec.slice_px, length)
         cells.append(_Cell(_context_start(origin, slices, spec, length), slices))
+        if origin + spec.context_px >= length:
+            break
     return cells
 
 
-def _centred_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
+def _centred_axis(length: int, spec: PixelSpec, shift: int, _context_step: int) -> list[_Cell]:
     starts = range(-(shift % spec.stride_px), length, spec.stride_px)
     # Box.centred, for one axis.
     margin = (spec.slice_px - spec.context_px) // 2

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
     from darefine_qupath.geometry import Box
 
-__all__ = ["SlideReader", "TilePixels", "TileReader", "TileSource", "count_labels", "open_source", "paint_mask"]
+__all__ = [
+    "Opener",
+    "SlideReader",
+    "TilePixels",
+    "TileReader",
+    "TileSource",
+    "count_labels",
+    "open_source",
+    "paint_mask",
+    "spec_on",
+]
 
 _OPEN_SLIDES = 8
 _KEPT_CONTEXTS = 32
@@ -74,6 +84,10 @@ class TileSource:
 def open_source(source: TileSource) -> Slide:
     """Open the slide of a source."""
     return open_slide(source.path, crop_bounds=source.crop_bounds)
+
+
+Opener = Callable[[TileSource], Slide]
+"""Opens the slide of a source; a function of a module where worker processes are to use it."""
 
 
 def spec_on(spec: TileSpec, image: TileImage) -> PixelSpec:
@@ -144,7 +158,7 @@ class SlideReader:
         sources: Sequence[TileSource],
         classes: ClassMap,
         *,
-        opener: Callable[[TileSource], Slide] = open_source,
+        opener: Opener = open_source,
     ) -> None:
         self._sources = {source.id: source for source in sources}
         self._classes = classes
