@@ -30,7 +30,8 @@ _LONGEST_SIDE = 2000
 _SPECK_PX = 16
 _HOLE_PX = 400
 _BLACK = 30
-_DENSITY_RANGE = (0.025, 0.06)
+_DENSITY_RANGE = (0.02, 0.035)
+_STAIN = 0.015
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ class TissueMask:
         corners = [[self._sum(rows[i], columns[j]) for j in (0, 1)] for i in (0, 1)]
         covered = corners[1][1] - corners[0][1] - corners[1][0] + corners[0][0]
         area = boxes[:, 2] * boxes[:, 3] * (width / self.size[0]) * (height / self.size[1])
-        return np.asarray(np.clip(covered / area, 0.0, 1.0))
+        return np.clip(np.asarray(covered / area, np.float64), 0.0, 1.0)
 
     def _sum(self, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mask pixels above and to the left of fractional places."""
@@ -149,7 +150,9 @@ def tissue_mask(
 def _tissue(rgb: NDArray[np.uint8], speck: int) -> NDArray[np.bool_]:
     excluded = _flat(rgb) | _black(rgb) | _ink(rgb)
     density = _density(rgb, excluded)
-    mask = (density > _threshold(density[~excluded])) & ~excluded
+    grey = density.mean(axis=2)
+    stain = density.max(axis=2) - density.min(axis=2)
+    mask = ((grey > _threshold(grey[~excluded])) | (stain > _STAIN)) & ~excluded
     mask = _closed(mask)
     mask &= sieve(mask.astype(np.uint8), min(speck, mask.size)).astype(bool)
     mask |= sieve(mask.astype(np.uint8), min(_HOLE_PX, mask.size)).astype(bool)
@@ -157,14 +160,21 @@ def _tissue(rgb: NDArray[np.uint8], speck: int) -> NDArray[np.bool_]:
 
 
 def _density(rgb: NDArray[np.uint8], excluded: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Optical density against the glass, mean of the channels, smoothed over 3 x 3 pixels."""
+    """Optical density of each channel against the glass, smoothed over 3 x 3 pixels."""
     smooth = np.asarray(Image.fromarray(rgb).filter(ImageFilter.BoxBlur(1)), np.float32)
     low, high = smooth.min(axis=2), smooth.max(axis=2)
-    glass = smooth[(low > 200) & (high - low < 15) & ~excluded]
+    glass = smooth[(low > 200) & (high - low < 15) & (_contrast(rgb) <= 6) & ~excluded]
     # Too little glass to measure: a region cut out of tissue. Its colour is then near white.
-    white = np.median(glass, axis=0) if len(glass) > 0.005 * low.size else np.full(3, 242, np.float32)
-    density = np.maximum(0, np.log10((white + 1) / (smooth + 1)))
-    return np.asarray(density.mean(axis=2), np.float32)
+    white = np.median(glass, axis=0) if len(glass) > 0.005 * low.size else np.full(3, 235, np.float32)
+    return np.maximum(0, np.log10((white + 1) / (smooth + 1))).astype(np.float32)
+
+
+def _contrast(rgb: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Largest difference between neighbours within 3 x 3 pixels, over all channels."""
+    image = Image.fromarray(rgb)
+    low = np.asarray(image.filter(ImageFilter.MinFilter(3)), np.int16)
+    high = np.asarray(image.filter(ImageFilter.MaxFilter(3)), np.int16)
+    return np.asarray((high - low).max(axis=2), np.int16)
 
 
 def _threshold(density: NDArray[np.float32]) -> float:
@@ -184,12 +194,8 @@ def _threshold(density: NDArray[np.float32]) -> float:
 
 def _flat(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Grey pixels whose surroundings are equal to the last bit: no camera took them."""
-    image = Image.fromarray(rgb)
-    low = np.asarray(image.filter(ImageFilter.MinFilter(3)))
-    high = np.asarray(image.filter(ImageFilter.MaxFilter(3)))
-    same = ((high.astype(np.int16) - low) <= 1).all(axis=2)
     grey = (rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)) <= 3
-    return _opened(np.asarray(same & grey))
+    return _opened(np.asarray((_contrast(rgb) <= 1) & grey))
 
 
 def _black(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -217,6 +223,6 @@ def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _closed(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With gaps of up to 4 pixels closed."""
+    """With gaps of up to 8 pixels closed, about a fat cell."""
     image = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(image.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.MinFilter(5))) > 0
+    return np.asarray(image.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.MinFilter(9))) > 0
