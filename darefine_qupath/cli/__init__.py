@@ -1,0 +1,5 @@
+"""The ``darefine`` command."""
+
+from darefine_qupath.cli.group import main
+
+__all__ = ["main"]

@@ -1,0 +1,109 @@
+"""What commands print: tables, progress, and one JSON object where it is asked for.
+
+Standard output carries results, standard error everything else, so that ``--json`` can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["Report", "echo_json", "json_option", "note", "number", "percent", "progress_bar", "table"]
+
+_stderr = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 15.0
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+Report = Callable[[int, int, str], None]
+"""``report(done, total, text)``: how far something is."""
+
+
+def echo_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Print one JSON object; a NaN becomes null, for strict readers."""
+    click.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2))
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def note(text: str) -> None:
+    """Say something to the person, apart from the result."""
+    click.echo(text, err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table; the first column is text, the others are right-aligned."""
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    # A pipe has no width; a table must not be cut there.
+    console = Console(highlight=False)
+    width = console.width if console.is_terminal else 200
+    Console(highlight=False, width=width, markup=False).print(grid)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Number for a table; a dash for None and NaN."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """Share for a table."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Report]:
+    """Show how far something is: a bar on a terminal, a line now and then elsewhere."""
+    if not _stderr.is_terminal:
+        yield _plain_reporter(title)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        task = bar.add_task(title, total=1, text="")
+
+        def report(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=max(1, total), text=text)
+
+        yield report
+
+
+def _plain_reporter(title: str) -> Report:
+    last = time.monotonic() - _QUIET_SECONDS / 2
+
+    def report(done: int, total: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _QUIET_SECONDS:
+            last = now
+            click.echo(f"{title}: {done}/{total} {text}".rstrip(), err=True)
+
+    return report

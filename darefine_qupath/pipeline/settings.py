@@ -1,0 +1,196 @@
+"""``darefine.toml``: the settings of a project, read once and checked by their owners.
+
+::
+
+    [classes]
+    names = ["Normal", "Benign", "In situ", "Invasive"]   # label order; default: the project's class list
+    unlabelled = "ignore"                                 # or the class of what no annotation covers
+    region_unlabelled = "ignore"                          # the same inside Region* annotations
+    [classes.map]
+    "DCIS" = "In situ"                                    # project class = training class
+    [classes.colours]
+    Invasive = "#c81e28"
+
+    [tiles]      # fields of TileSpec: size_px, slice_um, context_um, stride_um or slice_px ..., placement
+    [model]      # fields of ModelConfig: slice_encoder, context_encoder, fusion, width ...
+    [train]      # fields of TrainConfig: preset, epochs, batch_size ...
+    [images]     # mpp = 0.25 for slides that do not say theirs
+
+A key that nothing reads is an error: a typing mistake must not pass for a setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from darefine_qupath.classes import ClassMap, Colour, PathClass, is_ignored
+from darefine_qupath.errors import ConfigError
+from darefine_qupath.models import ModelConfig
+from darefine_qupath.tiles import TileSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["FILE_NAME", "Settings", "read_settings"]
+
+FILE_NAME = "darefine.toml"
+
+_CLASS_KEYS = ("names", "unlabelled", "region_unlabelled", "map", "colours")
+_SECTIONS = ("classes", "tiles", "model", "train", "images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The tables of ``darefine.toml``; empty ones where there is no file.
+
+    Attributes
+    ----------
+    path : Path or None
+        The file; None when there is none.
+    classes, tiles, model, train, images : mapping
+        Its tables.
+    """
+
+    path: Path | None = None
+    classes: Mapping[str, Any] = field(default_factory=dict)
+    tiles: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of slides that do not say theirs."""
+        _refuse_unknown(self.images, ("mpp",), "images", self.path)
+        value = self.images.get("mpp")
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ConfigError(f"{self.path}: [images] mpp = {value!r} must be a positive number")
+        return value
+
+    def class_map(self, project_classes: Iterable[PathClass], used: Mapping[str, int]) -> ClassMap:
+        """Class map of the ``[classes]`` table, completed from the project.
+
+        Parameters
+        ----------
+        project_classes : iterable of PathClass
+            The project's class list: colours, and the label order where the table names none.
+        used : mapping of str to int
+            Annotations per class. Without a table the training classes are those of the list that are used.
+
+        Returns
+        -------
+        ClassMap
+
+        Raises
+        ------
+        ConfigError
+            If the table has an unknown key, or no class is left.
+        ClassMapError
+            If the table contradicts itself.
+        """
+        table = self.classes
+        _refuse_unknown(table, _CLASS_KEYS, "classes", self.path)
+        listed = {path_class.name: path_class.colour for path_class in project_classes}
+        sources = dict(table.get("map", {}))
+        names = table.get("names")
+        if names is None:
+            targets = {sources.get(name, name) for name in used if not is_ignored(name)}
+            targets |= {
+                table[key] for key in ("unlabelled", "region_unlabelled") if table.get(key, "ignore") != "ignore"
+            }
+            names = [name for name in listed if name in targets]
+            names += sorted(targets - set(names))
+        if not names:
+            raise ConfigError(
+                "The project has no annotation of any class to learn; draw some in QuPath and give each a class "
+                "(classes whose name ends in '*' do not count)"
+            )
+        given = {name: Colour.from_hex(text) for name, text in table.get("colours", {}).items()}
+        plain = ClassMap(names=tuple(names))
+        colours = tuple(
+            given.get(name) or listed.get(name) or colour for name, colour in zip(names, plain.colours, strict=True)
+        )
+        return ClassMap(
+            names=tuple(names),
+            colours=colours,
+            sources=sources,
+            unlabelled=table.get("unlabelled", "ignore"),
+            region_unlabelled=table.get("region_unlabelled", "ignore"),
+        )
+
+    def tile_spec(self, default: TileSpec, **changes: Any) -> TileSpec:  # noqa: ANN401 - any field
+        """Tile spec of the ``[tiles]`` table; `changes` that are not None go over it.
+
+        Sizes given in micrometres replace sizes in pixels and the other way round, as one triple.
+        """
+        known = [item.name for item in fields(TileSpec)]
+        _refuse_unknown(self.tiles, known, "tiles", self.path)
+        merged = default.to_json()
+        for layer in (dict(self.tiles), {key: value for key, value in changes.items() if value is not None}):
+            units = {key.rsplit("_", 1)[1] for key in layer if key.split("_")[0] in ("slice", "context", "stride")}
+            if "context_size_px" in layer and not {"context_px", "slice_px", "stride_px"} & set(layer):
+                units.discard("px")
+            for unit, other in (("um", "px"), ("px", "um")):
+                if unit in units:
+                    merged.update({f"{name}_{other}": None for name in ("slice", "context", "stride")})
+            merged.update(layer)
+        return TileSpec.from_json(merged)
+
+    def model_config(self, default: ModelConfig, **changes: Any) -> ModelConfig:  # noqa: ANN401 - any field
+        """Network of the ``[model]`` table; `changes` that are not None go over it."""
+        known = [item.name for item in fields(ModelConfig) if item.name != "num_classes"]
+        _refuse_unknown(self.model, known, "model", self.path)
+        given = {key: value for key, value in changes.items() if value is not None}
+        return ModelConfig.from_json({**default.to_json(), **self.model, **given})
+
+
+def read_settings(folder: Path, path: Path | None = None) -> Settings:
+    """Read the settings of a project.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the project; its ``darefine.toml`` is read when it is there.
+    path : Path, optional
+        Another file, which must be there.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing although named, not TOML, or has an unknown table.
+    """
+    file = path or folder / FILE_NAME
+    if not file.is_file():
+        if path is not None:
+            raise ConfigError(f"No settings file {path}")
+        return Settings()
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    _refuse_unknown(tables, _SECTIONS, None, file)
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name} must be a table, [{name}]")
+    return Settings(path=file, **tables)
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], section: str | None, file: Path | None) -> None:
+    known = tuple(known)
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            where = "table" if section is None else f"[{section}] key"
+            raise ConfigError(f"{file}: unknown {where} {key!r}{hint}")

@@ -1,0 +1,173 @@
+"""Pictures for people who would rather look than read: slide, truth, prediction and difference side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.errors import GeometryError
+
+__all__ = ["Panel", "difference", "draw_panels", "paint_labels"]
+
+_GAP = 16
+_TITLE = 30
+_LEGEND = 44
+_INK = (30, 30, 30)
+_OPACITY = 0.5
+_RIGHT, _WRONG = Colour(60, 170, 90), Colour(210, 40, 60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture of a row.
+
+    Attributes
+    ----------
+    title : str
+        Stands above it.
+    labels : ndarray of uint8, shape (height, width), or None
+        Labels to lay over the slide; None shows the slide alone.
+    """
+
+    title: str
+    labels: NDArray[np.uint8] | None = None
+
+
+def paint_labels(
+    thumbnail: NDArray[np.uint8], labels: NDArray[np.uint8], colours: Sequence[Colour], *, hidden: int | None = None
+) -> NDArray[np.uint8]:
+    """Lay labels over a slide: a tint, and a full-colour line at every border.
+
+    Parameters
+    ----------
+    thumbnail : ndarray of uint8, shape (height, width, 3)
+        RGB.
+    labels : ndarray of uint8, shape (height, width)
+        `IGNORE` leaves the slide as it is.
+    colours : sequence of Colour
+        One per label.
+    hidden : int, optional
+        A label that gets no tint (Normal, say).
+
+    Returns
+    -------
+    ndarray of uint8, shape (height, width, 3)
+        RGB.
+
+    Raises
+    ------
+    GeometryError
+        If the sizes differ.
+    """
+    if labels.shape != thumbnail.shape[:2]:
+        raise GeometryError(f"Labels of {labels.shape} do not lie on a picture of {thumbnail.shape[:2]}")
+    palette = np.zeros((256, 3), np.float32)
+    palette[: len(colours)] = colours
+    opacity = np.zeros(256, np.float32)
+    opacity[: len(colours)] = _OPACITY
+    if hidden is not None:
+        opacity[hidden] = 0.12
+    alpha = np.where(_borders(labels), np.where(opacity > 0, 1, 0)[labels], opacity[labels])[..., None]
+    return (thumbnail * (1 - alpha) + palette[labels] * alpha).astype(np.uint8)
+
+
+def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    edge = np.zeros(labels.shape, bool)
+    differs_x = labels[:, 1:] != labels[:, :-1]
+    differs_y = labels[1:] != labels[:-1]
+    edge[:, 1:] |= differs_x
+    edge[:, :-1] |= differs_x
+    edge[1:] |= differs_y
+    edge[:-1] |= differs_y
+    return edge
+
+
+def difference(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """0 where both agree, 1 where they do not, `IGNORE` where either says nothing."""
+    known = (truth != IGNORE) & (prediction != IGNORE)
+    return np.where(known, (truth != prediction).astype(np.uint8), np.uint8(IGNORE))
+
+
+def draw_panels(
+    path: Path,
+    thumbnail: NDArray[np.uint8],
+    panels: Sequence[Panel],
+    class_map: ClassMap,
+    *,
+    title: str = "",
+    hidden: int | None = None,
+    compare: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
+) -> None:
+    """Write a row of pictures with a legend as PNG.
+
+    Parameters
+    ----------
+    path : Path
+        Target.
+    thumbnail : ndarray of uint8, shape (height, width, 3)
+        The slide.
+    panels : sequence of Panel
+        From left to right.
+    class_map : ClassMap
+        Names and colours.
+    title : str, optional
+        Stands above everything.
+    hidden : int, optional
+        A label that gets hardly any tint.
+    compare : tuple of two ndarray, optional
+        Truth and prediction; adds a panel that shows where they differ.
+    """
+    height, width = thumbnail.shape[:2]
+    drawn = [
+        (
+            panel.title,
+            thumbnail
+            if panel.labels is None
+            else paint_labels(thumbnail, panel.labels, class_map.colours, hidden=hidden),
+        )
+        for panel in panels
+    ]
+    if compare is not None:
+        misfit = difference(*compare)
+        drawn.append(("Difference", paint_labels(_greyed(thumbnail), misfit, (_RIGHT, _WRONG), hidden=0)))
+    top = _GAP + (_TITLE if title else 0)
+    canvas = Image.new(
+        "RGB", (len(drawn) * (width + _GAP) + _GAP, top + _TITLE + height + _LEGEND + _GAP), (255, 255, 255)
+    )
+    pen = ImageDraw.Draw(canvas)
+    large, small = ImageFont.load_default(20), ImageFont.load_default(16)
+    pen.text((_GAP, _GAP // 2), title, fill=_INK, font=large)
+    for index, (name, picture) in enumerate(drawn):
+        x = _GAP + index * (width + _GAP)
+        pen.text((x, top), name, fill=_INK, font=small)
+        canvas.paste(Image.fromarray(picture), (x, top + _TITLE))
+    entries = list(zip(class_map.names, class_map.colours, strict=True))
+    if compare is not None:
+        entries.append(("Wrong", _WRONG))
+    _legend(pen, entries, (_GAP, top + _TITLE + height + _GAP), small)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, optimize=True)
+
+
+def _greyed(thumbnail: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    grey = thumbnail.mean(axis=2, keepdims=True)
+    return np.repeat((grey * 0.6 + 100).astype(np.uint8), 3, axis=2)
+
+
+def _legend(
+    pen: ImageDraw.ImageDraw,
+    entries: Sequence[tuple[str, Colour]],
+    corner: tuple[int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    x, y = corner
+    for name, colour in entries:
+        pen.rectangle((x, y, x + 18, y + 18), fill=tuple(colour), outline=_INK)
+        pen.text((x + 26, y), name, fill=_INK, font=font)
+        x += 26 + round(pen.textlength(name, font=font)) + 28
