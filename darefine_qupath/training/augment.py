@@ -1,0 +1,240 @@
+"""Random changes of a tile: drawn on the CPU per sample, applied to a whole batch where the network runs.
+
+What happens to a sample follows from the seed, the epoch and its place in the epoch's order alone: not from the number
+of workers, processes or restarts. A geometric change is one of the tissue, so slice, context and mask take it together,
+and the box of the slice within the context moves with them. A colour change is one of the slide, so slice and context
+take the same.
+
+Shapes: B tiles, H and W pixels of the slice, h and w pixels of the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.training.recipe import TrainConfig
+
+__all__ = ["Batch", "Draw", "apply_augmentation", "draw_augmentation"]
+
+WHITE = 255
+
+# Optical densities of haematoxylin, eosin and a residual, rows of length 1 (Ruifrok and Johnston 2001).
+_STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tiles as the network sees them, before normalisation.
+
+    Attributes
+    ----------
+    slices, contexts : Tensor of uint8, shape (B, 3, H, W) and (B, 3, h, w)
+        RGB.
+    masks : Tensor of uint8, shape (B, H, W)
+        Labels, `IGNORE` where none.
+    boxes : Tensor of float32, shape (B, 4)
+        Where the slice lies in its context: left, top, right, bottom as fractions of the context's side.
+    """
+
+    slices: Tensor
+    contexts: Tensor
+    masks: Tensor
+    boxes: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device; the copy does not wait where the memory is pinned."""
+        return Batch(
+            slices=self.slices.to(device, non_blocking=True),
+            contexts=self.contexts.to(device, non_blocking=True),
+            masks=self.masks.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+        )
+
+    def part(self, rows: slice) -> Batch:
+        """Return some of the tiles."""
+        return Batch(
+            slices=self.slices[rows],
+            contexts=self.contexts[rows],
+            masks=self.masks[rows],
+            boxes=self.boxes[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What was drawn for one sample.
+
+    Attributes
+    ----------
+    symmetry : int
+        0 to 7: bit 0 flips left-right, bit 1 up-down, bit 2 then swaps rows and columns.
+    scale : float
+        Magnification of slice and context.
+    place : tuple of float
+        Where the crop lies, x and y for the slice, then for the context; 0 to 1 within the room it has.
+    stains, colours : tuple of float
+        Relative changes: haematoxylin, eosin, residual; brightness, contrast, saturation.
+    blank_context : bool
+        Whether the context is shown white.
+    """
+
+    symmetry: int = 0
+    scale: float = 1.0
+    place: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
+    stains: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    colours: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    blank_context: bool = False
+
+
+def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Draw:
+    """Draw the changes of one sample.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        What may happen, and the seed.
+    epoch : int
+        Counted from 0.
+    position : int
+        Place of the sample in the order of the epoch, over all processes.
+
+    Returns
+    -------
+    Draw
+        The same for the same three; each kind of change keeps its values when another is switched on or off.
+    """
+    rng = np.random.default_rng([config.seed, epoch, position])
+    symmetry = int(rng.integers(8)) & {"none": 0, "flip": 3, "dihedral": 7}[config.symmetries]
+    low, high = np.log(config.scale)
+    scale = float(np.exp(low + (high - low) * rng.random()))
+    place = rng.random(4)
+    stains = config.stain_jitter * rng.uniform(-1, 1, 3)
+    colours = config.colour_jitter * rng.uniform(-1, 1, 3)
+    blank = bool(rng.random() < config.context_dropout)
+    return Draw(
+        symmetry=symmetry,
+        scale=scale,
+        place=(float(place[0]), float(place[1]), float(place[2]), float(place[3])),
+        stains=(float(stains[0]), float(stains[1]), float(stains[2])),
+        colours=(float(colours[0]), float(colours[1]), float(colours[2])),
+        blank_context=blank,
+    )
+
+
+def apply_augmentation(batch: Batch, draws: Sequence[Draw]) -> Batch:
+    """Change each tile of a batch as drawn for it.
+
+    Parameters
+    ----------
+    batch : Batch
+        On any device.
+    draws : sequence of Draw
+        One per tile.
+
+    Returns
+    -------
+    Batch
+        Of the same shapes, on the same device.
+    """
+    if any(draw.symmetry for draw in draws):
+        batch = _turn(batch, [draw.symmetry for draw in draws])
+    if any(draw.scale != 1 for draw in draws):
+        batch = _crop(batch, draws)
+    if any(any(draw.stains) or any(draw.colours) for draw in draws):
+        slice_B3HW, context_B3HW = _recolour(batch.slices, draws), _recolour(batch.contexts, draws)
+        batch = replace(batch, slices=slice_B3HW, contexts=context_B3HW)
+    blank = [row for row, draw in enumerate(draws) if draw.blank_context]
+    if blank:
+        context_B3HW = batch.contexts.clone()
+        context_B3HW[blank] = WHITE
+        batch = replace(batch, contexts=context_B3HW)
+    return batch
+
+
+def _turn(batch: Batch, symmetries: Sequence[int]) -> Batch:
+    return Batch(
+        slices=_turn_images(batch.slices, symmetries),
+        contexts=_turn_images(batch.contexts, symmetries),
+        masks=_turn_images(batch.masks, symmetries),
+        boxes=torch.stack(
+            [_turn_box(box_4, symmetry) for box_4, symmetry in zip(batch.boxes, symmetries, strict=True)]
+        ),
+    )
+
+
+def _turn_images(images_BHW: Tensor, symmetries: Sequence[int]) -> Tensor:
+    return torch.stack([_turn_image(image, symmetry) for image, symmetry in zip(images_BHW, symmetries, strict=True)])
+
+
+def _turn_image(image_HW: Tensor, symmetry: int) -> Tensor:
+    flips = [axis for bit, axis in ((1, -1), (2, -2)) if symmetry & bit]
+    image_HW = image_HW.flip(flips) if flips else image_HW
+    return image_HW.transpose(-1, -2) if symmetry & 4 else image_HW
+
+
+def _turn_box(box_4: Tensor, symmetry: int) -> Tensor:
+    left, top, right, bottom = box_4
+    if symmetry & 1:
+        left, right = 1 - right, 1 - left
+    if symmetry & 2:
+        top, bottom = 1 - bottom, 1 - top
+    return torch.stack([top, left, bottom, right] if symmetry & 4 else [left, top, right, bottom])
+
+
+def _crop(batch: Batch, draws: Sequence[Draw]) -> Batch:
+    """Show slice and context magnified, each cut at a random place such that the slice stays inside the context."""
+    device, box_B4 = batch.boxes.device, batch.boxes.double()
+    side_B1 = torch.tensor([[1 / draw.scale] for draw in draws], dtype=torch.float64, device=device)
+    place_B4 = torch.tensor([draw.place for draw in draws], dtype=torch.float64, device=device)
+    slice_at_B2 = place_B4[:, :2] * (1 - side_B1)
+    size_B2 = box_B4[:, 2:] - box_B4[:, :2]
+    near_B2 = box_B4[:, :2] + slice_at_B2 * size_B2
+    far_B2 = near_B2 + side_B1 * size_B2
+    lowest_B2 = torch.maximum(far_B2 - side_B1, (1 - side_B1).clamp(max=0))
+    highest_B2 = torch.minimum(near_B2, (1 - side_B1).clamp(min=0))
+    context_at_B2 = lowest_B2 + place_B4[:, 2:] * (highest_B2 - lowest_B2)
+    return Batch(
+        slices=_window(batch.slices, slice_at_B2, side_B1, outside=WHITE),
+        contexts=_window(batch.contexts, context_at_B2, side_B1, outside=WHITE),
+        masks=_window(batch.masks[:, None], slice_at_B2, side_B1, outside=IGNORE, mode="nearest")[:, 0],
+        boxes=torch.cat([near_B2 - context_at_B2, far_B2 - context_at_B2], dim=1).div(side_B1).float(),
+    )
+
+
+def _window(image_BCHW: Tensor, at_B2: Tensor, side_B1: Tensor, *, outside: int, mode: str = "bilinear") -> Tensor:
+    """Resample windows, given as fractions of the image, to the image's size."""
+    theta_B23 = torch.zeros(len(image_BCHW), 2, 3, device=image_BCHW.device)
+    theta_B23[:, 0, 0] = theta_B23[:, 1, 1] = side_B1[:, 0].float()
+    theta_B23[:, :, 2] = (2 * at_B2 + side_B1 - 1).float()
+    grid_BHW2 = F.affine_grid(theta_B23, list(image_BCHW.shape), align_corners=False)
+    # Outside reads as zero, so zero is made to mean `outside`.
+    sampled_BCHW = F.grid_sample(image_BCHW.float() - outside, grid_BHW2, mode=mode, align_corners=False)
+    return (sampled_BCHW + outside).round().clamp(0, 255).to(torch.uint8)
+
+
+def _recolour(image_B3HW: Tensor, draws: Sequence[Draw]) -> Tensor:
+    device = image_B3HW.device
+    colours_B3 = torch.tensor([draw.colours for draw in draws], device=device)
+    brightness_B111, contrast_B111, saturation_B111 = (1 + colours_B3).T[:, :, None, None, None]
+    image_B3HW = _restain(image_B3HW.float(), torch.tensor([draw.stains for draw in draws], device=device))
+    grey_B1HW = image_B3HW.mean(dim=1, keepdim=True)
+    image_B3HW = grey_B1HW + (image_B3HW - grey_B1HW) * saturation_B111
+    image_B3HW = (image_B3HW - 128) * contrast_B111 + 128
+    return (image_B3HW * brightness_B111).round().clamp(0, 255).to(torch.uint8)
+
+
+def _restain(image_B3HW: Tensor, change_B3: Tensor) -> Tensor:
+    """Multiply the amount of each stain by ``1 + change``: one 3 x 3 matrix on optical densities; glass stays glass."""
+    stains_33 = F.normalize(torch.tensor(_STAINS, dtype=torch.float64), dim=1)
+    amounts_B33 = torch.diag_embed(1 + change_B3.double().cpu())
+    matrix_B33 = (torch.linalg.inv(stains_33) @ amounts_B33 @ stains_33).float().to(image_B3HW.device)
+    density_B3P = -torch.log((image_B3HW.flatten(2) + 1) / 256)
+    restained_B3P = torch.exp(-torch.bmm(matrix_B33.transpose(1, 2), density_B3P))
+    return (256 * restained_B3P - 1).reshape(image_B3HW.shape)

@@ -1,0 +1,87 @@
+"""Learning rates over the run, parameter groups and the optimiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from darefine_qupath.training.recipe import TrainConfig
+
+__all__ = ["build_optimiser", "learning_rate_factor", "set_learning_rates"]
+
+
+def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
+    """Factor on both learning rates at a step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        `schedule`, `stage_factors` and `warmup` count.
+    step : int
+        Steps already taken, 0 to ``num_steps - 1``.
+    num_steps : int
+        Of the whole run.
+
+    Returns
+    -------
+    float
+        In ``stages``, the factor of the stage that the step lies in; in ``one-cycle``, 0 to 1.
+    """
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "stages":
+        stage = step * len(config.stage_factors) // num_steps
+        return config.stage_factors[min(stage, len(config.stage_factors) - 1)]
+    peak = config.warmup * num_steps
+    if step + 1 < peak:
+        return (step + 1) / peak
+    done = (step + 1 - peak) / max(1.0, num_steps - peak)
+    return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its highest rate times `factor`."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Optimiser with the encoders' parameters apart from the others'.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Parameters below a child named ``*encoder*`` learn at `encoder_lr`, the others at `decoder_lr`. Parameters that
+        need no gradient are left out.
+    config : TrainConfig
+        Rates, decay and kind.
+
+    Returns
+    -------
+    Optimizer
+        SGD decays everything, as the paper's did; AdamW decays only kernels (two dimensions and more).
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = config.optimiser == "sgd" or parameter.ndim > 1
+            groups.setdefault((is_encoder(name), decays), []).append(parameter)
+    listed: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "peak_lr": config.encoder_lr if encoder else config.decoder_lr,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (encoder, decays), parameters in sorted(groups.items())
+    ]
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(listed, lr=config.decoder_lr, momentum=config.momentum)
+    return torch.optim.AdamW(listed, lr=config.decoder_lr, betas=(config.momentum, 0.999))
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a parameter of this dotted name belongs to an encoder."""
+    return any("encoder" in part for part in name.split(".")[:-1])
