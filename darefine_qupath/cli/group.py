@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
@@ -62,8 +63,6 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         """Suggest the nearest command for an unknown one."""
         if args and args[0] not in COMMANDS:
-            import difflib
-
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(COMMANDS)}."
             ctx.fail(f"No such command {args[0]!r}. {hint}")
@@ -74,7 +73,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="darefine")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
 def darefine(verbose: int) -> None:
-    """Train DA-RefineNet on a QuPath project, predict its slides, put polygons back for review.
+    r"""Train DA-RefineNet on a QuPath project, predict its slides, put polygons back for review.
 
     \b
     darefine train PROJECT -o RUN

@@ -64,12 +64,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Number for a table; a dash for None and NaN."""
+    """Write a number for a table; a dash for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """Share for a table."""
+    """Write a share for a table."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
 
 

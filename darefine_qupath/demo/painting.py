@@ -53,7 +53,8 @@ def _mask(shapes: Iterable[BaseGeometry], shape: tuple[int, int]) -> NDArray[np.
     kept = [geometry for geometry in shapes if not geometry.is_empty]
     if not kept:
         return np.zeros(shape, bool)
-    return rasterize(kept, out_shape=shape, fill=0, default_value=1, dtype="uint8").astype(bool)
+    burnt: NDArray[np.uint8] = rasterize(kept, out_shape=shape, fill=0, default_value=1, dtype="uint8")
+    return burnt.astype(bool)
 
 
 def _soft(shapes: Iterable[BaseGeometry], shape: tuple[int, int], blur: int) -> FloatMap:
@@ -61,7 +62,7 @@ def _soft(shapes: Iterable[BaseGeometry], shape: tuple[int, int], blur: int) -> 
     small = Image.fromarray(_mask(shapes, shape).astype(np.uint8) * 255)
     small = small.resize((max(1, shape[1] // blur), max(1, shape[0] // blur)), Image.Resampling.BOX)
     soft = small.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    return np.asarray(soft, np.float32) / 255
+    return np.asarray(soft, np.float32) / np.float32(255)
 
 
 def _fibres(rng: np.random.Generator, *, length: float, width: float, angle: float) -> FloatMap:
@@ -73,7 +74,8 @@ def _fibres(rng: np.random.Generator, *, length: float, width: float, angle: flo
     envelope = np.exp(-((along * length) ** 2) - (across * width) ** 2) - np.exp(-((fx**2 + fy**2) * (6 * length) ** 2))
     noise = np.fft.fft2(rng.normal(size=(_TEXTURE, _TEXTURE)))
     texture = np.fft.ifft2(noise * np.maximum(envelope, 0)).real
-    return np.clip(texture / (3 * texture.std()), -1, 1).astype(np.float32)
+    fibres: FloatMap = np.clip(texture / (3 * texture.std()), -1, 1).astype(np.float32)
+    return fibres
 
 
 def _cover(texture: FloatMap, shape: tuple[int, int]) -> FloatMap:
@@ -181,7 +183,7 @@ def _packed_points(shape: BaseGeometry, spacing: float, rng: np.random.Generator
     x = x + (np.arange(len(rows)) % 2)[:, None] * spacing / 2
     points = np.stack([x.ravel(), y.ravel()], axis=1) + rng.normal(0, spacing * 0.14, (x.size, 2))
     points = points[rng.random(len(points)) < 0.93]
-    return points[shapely.contains_xy(shape, points)]
+    return _inside(shape, points)
 
 
 def _sparse_points(shape: BaseGeometry, density: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -190,7 +192,12 @@ def _sparse_points(shape: BaseGeometry, density: float, rng: np.random.Generator
     left, top, right, bottom = shape.bounds
     number = rng.poisson(density * (right - left) * (bottom - top))
     points = rng.uniform((left, top), (right, bottom), (number, 2))
-    return points[shapely.contains_xy(shape, points)]
+    return _inside(shape, points)
+
+
+def _inside(shape: BaseGeometry, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    hit: NDArray[np.bool_] = shapely.contains_xy(shape, points)
+    return points[hit]
 
 
 def _stamp_nuclei(
@@ -227,7 +234,8 @@ def _nucleus(rng: np.random.Generator, length: tuple[float, float], ratio: float
     chromatin = np.asarray(Image.fromarray(small).resize(x.shape, Image.Resampling.BICUBIC))
     rim = np.exp(-(((distance - 0.9) / 0.18) ** 2))
     stain = rng.normal(0.85, 0.10) + 0.10 * chromatin + 0.16 * rim
-    return (body * np.clip(stain, 0.3, 1.5)).astype(np.float32)
+    nucleus: FloatMap = (body * np.clip(stain, 0.3, 1.5)).astype(np.float32)
+    return nucleus
 
 
 def _to_rgb(haematoxylin: FloatMap, eosin: FloatMap, rng: np.random.Generator) -> NDArray[np.uint8]:
