@@ -1,0 +1,160 @@
+"""Contact sheets: what the network will see, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from darefine_qupath.errors import TileError
+from darefine_qupath.tiles.index import TileIndex, TileRecord
+from darefine_qupath.tiles.sources import TilePixels, TileReader
+from darefine_qupath.tiles.storage import IGNORE_COLOUR, palette
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["choose_examples", "contact_sheet"]
+
+_SIDE = 220
+_GAP = 6
+_LINE = 18
+_MARGIN = 24
+_INK = (30, 30, 30)
+_BOX_COLOUR = (0, 200, 255)
+
+
+def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """Tiles to look at: every class in turn, rarest first, each time one that shows much of it.
+
+    Parameters
+    ----------
+    tiles : TileIndex
+        All tiles.
+    number : int
+        How many.
+    seed : int, optional
+        Which.
+
+    Returns
+    -------
+    ndarray of int64
+        Positions in `tiles`, none twice.
+    """
+    rng = np.random.default_rng(seed)
+    pixels = tiles.counts[:, :-1]
+    labels = [int(label) for label in np.argsort(pixels.sum(axis=0), kind="stable") if pixels[:, label].any()]
+    chosen: list[int] = []
+    for turn in range(min(number, len(tiles))):
+        weight = pixels[:, labels[turn % len(labels)]].astype(np.float64)
+        weight[chosen] = 0
+        if not weight.any():
+            weight = np.ones(len(tiles))
+            weight[chosen] = 0
+        chosen.append(int(rng.choice(len(tiles), p=weight / weight.sum())))
+    return np.array(chosen, np.int64)
+
+
+def contact_sheet(
+    tiles: TileIndex, reader: TileReader, path: Path, *, number: int = 12, columns: int = 2, seed: int = 0
+) -> Path:
+    """Draw examples of slice, mask and context, with a table of the classes.
+
+    Parameters
+    ----------
+    tiles : TileIndex
+        All tiles; the table counts them all.
+    reader : TileReader
+        Where their pixels are.
+    path : Path
+        PNG to write.
+    number : int, optional
+        Examples.
+    columns : int, optional
+        Examples side by side.
+    seed : int, optional
+        Which examples.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    TileError
+        If there are no tiles.
+    """
+    if not len(tiles):
+        raise TileError("There are no tiles to show")
+    examples = [tiles[int(index)] for index in choose_examples(tiles, number, seed=seed)]
+    columns = min(columns, len(examples))
+    cell = (3 * _SIDE + 2 * _GAP + _MARGIN, _SIDE + _LINE + _MARGIN)
+    rows = -(-len(examples) // columns)
+    table = (tiles.classes.num_classes + 4) * _LINE
+    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + table + 2 * _MARGIN), "white")
+    colours = palette(tiles.classes)
+    for place, record in enumerate(examples):
+        corner = (_MARGIN + place % columns * cell[0], _MARGIN + place // columns * cell[1])
+        _draw_tile(sheet, corner, record, reader.read(record), colours)
+    _draw_table(sheet, (_MARGIN, _MARGIN + rows * cell[1]), tiles)
+    sheet.save(path, "PNG")
+    return path
+
+
+def _draw_tile(
+    sheet: Image.Image, corner: tuple[int, int], record: TileRecord, pixels: TilePixels, colours: bytes
+) -> None:
+    x, y = corner
+    draw = ImageDraw.Draw(sheet)
+    box = record.pair.slice
+    draw.text((x, y), f"{record.image.name}  x {box.x}  y {box.y}", fill=_INK, font=_font())
+    y += _LINE
+    mask = Image.fromarray(pixels.mask)
+    mask.putpalette(colours)
+    for picture in (Image.fromarray(pixels.slice), mask.convert("RGB"), Image.fromarray(pixels.context)):
+        shown = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+        sheet.paste(shown, (x, y))
+        draw.rectangle((x - 1, y - 1, x + _SIDE, y + _SIDE), outline=(160, 160, 160))
+        x += _SIDE + _GAP
+    x -= _SIDE + _GAP
+    scale = _SIDE / record.spec.context_px
+    left, top = x + (box.x - record.pair.context.x) * scale, y + (box.y - record.pair.context.y) * scale
+    side = record.spec.slice_px * scale
+    draw.rectangle((left, top, left + side, top + side), outline=_BOX_COLOUR, width=2)
+
+
+def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -> None:
+    x, y = corner
+    draw, font = ImageDraw.Draw(sheet), _font()
+    spec = tiles.spec
+    slice_side, context_side = (
+        (f"{spec.slice_um:g} um", f"{spec.context_um:g} um")
+        if spec.is_physical
+        else (f"{spec.slice_px} px", f"{spec.context_px} px")
+    )
+    title = f"{len(tiles)} tiles of {len(tiles.images)} images: slice of {slice_side}, mask, context of {context_side}"
+    draw.text((x, y), title, fill=_INK, font=font)
+    offsets = (26, 240, 340, 480, 600)
+    lines: list[tuple[str, ...]] = [("class", "tiles", "pixels", "share", "images")]
+    labelled = max(1, int(tiles.class_pixels.sum()))
+    for label, name in enumerate(tiles.classes.names):
+        pixels, number = int(tiles.class_pixels[label]), int(tiles.class_tiles[label])
+        images = len(np.unique(tiles.image[tiles.counts[:, label] > 0]))
+        lines.append((name, str(number), f"{pixels:,}", f"{pixels / labelled:.1%}", str(images)))
+    ignored = tiles.counts[:, -1]
+    images = len(np.unique(tiles.image[ignored > 0]))
+    lines.append(("(ignored)", str(int((ignored > 0).sum())), f"{int(ignored.sum()):,}", "", str(images)))
+    for row, line in enumerate(lines):
+        top = y + (row + 1.3) * _LINE
+        if row:
+            colour = (*tiles.classes.colours, IGNORE_COLOUR)[row - 1]
+            draw.rectangle((x, top, x + 14, top + 12), fill=tuple(colour), outline=_INK)
+        for offset, text in zip(offsets, line, strict=True):
+            draw.text((x + offset, top), text, fill=_INK, font=font)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(13)
