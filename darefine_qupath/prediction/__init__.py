@@ -1,0 +1,17 @@
+"""From a slide to a score map on disk: shared contexts, smooth blending, bounded memory, resumable."""
+
+from darefine_qupath.prediction.checks import StainStatistics, stain_statistics
+from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map
+from darefine_qupath.prediction.slide import predict_slide
+
+__all__ = [
+    "PredictOptions",
+    "Progress",
+    "ScoreMap",
+    "SlideWarning",
+    "StainStatistics",
+    "predict_slide",
+    "read_score_map",
+    "stain_statistics",
+]

@@ -1,0 +1,176 @@
+"""Does this slide look like what the model was trained on? Asked before work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from darefine_qupath.errors import SlideError
+from darefine_qupath.prediction.scoremap import SlideWarning
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.geometry import Box
+    from darefine_qupath.prediction.plan import SlidePlan
+    from darefine_qupath.slides import Slide
+    from darefine_qupath.tiles.spec import TileSpec
+
+__all__ = ["StainStatistics", "check_slide", "stain_distance", "stain_statistics"]
+
+_TISSUE_DENSITY = 0.1
+_STAIN_LIMIT = 1.0
+_MPP_LIMIT = 1.25
+_PROBES = 32
+_PROBE_PX = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StainStatistics:
+    """Optical density of tissue, per channel.
+
+    Attributes
+    ----------
+    mean, std : tuple of float
+        Of ``-log10((pixel + 1) / 256)`` in red, green and blue, over the pixels that are not glass.
+    num_pixels : int
+        How many those were.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_pixels: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; they stand in a checkpoint's provenance under ``"stain"``."""
+        return {"mean": list(self.mean), "std": list(self.std), "num_pixels": self.num_pixels}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StainStatistics:
+        """Statistics of what `to_json` gave."""
+        mean, std = (tuple(float(value) for value in data[key]) for key in ("mean", "std"))
+        return cls(mean=mean, std=std, num_pixels=int(data["num_pixels"]))  # type: ignore[arg-type]
+
+
+def stain_statistics(images: Iterable[NDArray[np.uint8]]) -> StainStatistics | None:
+    """Measure the optical density of the tissue in some images.
+
+    Parameters
+    ----------
+    images : iterable of ndarray of uint8, shape (H, W, 3)
+        RGB.
+
+    Returns
+    -------
+    StainStatistics or None
+        None when there is no tissue.
+    """
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for image in images:
+        density = -np.log10((image.reshape(-1, 3).astype(np.float64) + 1) / 256)
+        tissue = density[density.mean(axis=1) > _TISSUE_DENSITY]
+        count += len(tissue)
+        total += tissue.sum(axis=0)
+        squares += (tissue**2).sum(axis=0)
+    if not count:
+        return None
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return StainStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()), num_pixels=count)
+
+
+def stain_distance(found: StainStatistics, trained: StainStatistics) -> float:
+    """How far two stains are apart: the largest shift of a channel's mean, in standard deviations of training."""
+    channels = zip(found.mean, trained.mean, trained.std, strict=True)
+    return max(abs(here - there) / max(spread, 0.02) for here, there, spread in channels)
+
+
+def check_slide(
+    slide: Slide, plan: SlidePlan, *, tiles: TileSpec, mpp: float | None, provenance: Mapping[str, Any]
+) -> tuple[SlideWarning, ...]:
+    """Compare a slide with what a model was trained on.
+
+    Parameters
+    ----------
+    slide : Slide
+        The slide.
+    plan : SlidePlan
+        What would be predicted.
+    tiles : TileSpec
+        Of the model.
+    mpp : float or None
+        Micrometres per level-0 pixel.
+    provenance : mapping
+        Of the checkpoint; ``"mpp"`` (the training slides' mean or a list) and ``"stain"`` (see `StainStatistics`) are
+        looked at where they are there.
+
+    Returns
+    -------
+    tuple of SlideWarning
+        Empty when nothing is amiss.
+    """
+    if not plan.num_slices:
+        return (SlideWarning(kind="no tissue", message="0 slices to predict: no tissue was found", value=0.0),)
+    images, unreadable = _probe(slide, [box for row in plan.rows for parent in row.parents for box in parent.slices])
+    found = [_check_mpp(tiles, mpp, provenance.get("mpp")), _check_stain(images, provenance.get("stain"))]
+    if unreadable:
+        found.append(_unreadable(unreadable, len(images) + len(unreadable)))
+    return tuple(warning for warning in found if warning is not None)
+
+
+def _probe(slide: Slide, boxes: Sequence[Box]) -> tuple[list[NDArray[np.uint8]], list[Box]]:
+    """Read slices evenly spread over the plan, small."""
+    step = max(1, len(boxes) // _PROBES)
+    looked_at = [(box, _read_or_none(slide, box)) for box in boxes[step // 2 :: step][:_PROBES]]
+    images = [image for _, image in looked_at if image is not None]
+    return images, [box for box, image in looked_at if image is None]
+
+
+def _read_or_none(slide: Slide, box: Box) -> NDArray[np.uint8] | None:
+    try:
+        return slide.read(box, (_PROBE_PX, _PROBE_PX))
+    except SlideError:
+        return None
+
+
+def _unreadable(boxes: Sequence[Box], num_probes: int) -> SlideWarning:
+    return SlideWarning(
+        kind="unreadable",
+        message=f"{len(boxes)} of {num_probes} places looked at cannot be read; they stay unpredicted",
+        value=len(boxes) / num_probes,
+    )
+
+
+def _check_mpp(tiles: TileSpec, mpp: float | None, trained: Any) -> SlideWarning | None:  # noqa: ANN401 - JSON
+    if mpp is None:
+        return None
+    known = [float(value) for value in (trained if isinstance(trained, list | tuple) else [trained]) if value]
+    if known:
+        ratio = min((mpp / value for value in known), key=lambda ratio: abs(math.log(ratio)))
+        if max(ratio, 1 / ratio) <= _MPP_LIMIT:
+            return None
+        near = mpp / ratio
+        message = f"the slide has {mpp:.4g} um per pixel, {ratio:.2f} times the {near:.4g} of training"
+        return SlideWarning(kind="mpp", message=message, value=ratio)
+    if tiles.slice_um is None:
+        return None
+    ratio = mpp / (tiles.slice_um / tiles.size_px)
+    if ratio <= _MPP_LIMIT:
+        return None
+    message = f"the slide has {mpp:.4g} um per pixel, {ratio:.2f} times coarser than the network's input"
+    return SlideWarning(kind="mpp", message=message, value=ratio)
+
+
+def _check_stain(images: Iterable[NDArray[np.uint8]], trained: object) -> SlideWarning | None:
+    found = stain_statistics(images)
+    if found is None or not isinstance(trained, Mapping):
+        return None
+    distance = stain_distance(found, StainStatistics.from_json(trained))
+    if distance <= _STAIN_LIMIT:
+        return None
+    message = f"the stain is {distance:.2f} standard deviations from that of training (more than {_STAIN_LIMIT:g})"
+    return SlideWarning(kind="stain", message=message, value=distance)

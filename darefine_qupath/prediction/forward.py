@@ -1,0 +1,349 @@
+"""The network on its device: precision, memory format, batch size, symmetries, and scores on the map's grid."""
+
+# B batch, N contexts, K classes, H W input pixels, h w map pixels
+# ruff: noqa: N803, N806
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.models import ContextFeatures, Normalisation
+from darefine_qupath.prediction.blend import pooled_length, pooled_window, smooth_window
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.prediction.options import Precision
+
+__all__ = ["Engine", "EngineSettings", "SliceScores", "choose_batch_size", "choose_device", "choose_precision"]
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU_BATCH = 4
+_LARGEST_BATCH = 128
+_SYMMETRIES = 8
+
+
+def choose_device(device: str) -> torch.device:
+    """Device of a name; ``"auto"`` is CUDA, else MPS, else the CPU.
+
+    Raises
+    ------
+    PredictionError
+        If torch cannot use it.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PredictionError(f"Device {device!r} cannot be used ({reason}); try --device cpu") from None
+    return chosen
+
+
+def choose_precision(precision: Precision, device: torch.device) -> str:
+    """Precision that a device computes natively, where the user leaves it open.
+
+    Parameters
+    ----------
+    precision : {"auto", "fp32", "bf16", "fp16"}
+        The user's choice.
+    device : torch.device
+        Where the network runs.
+
+    Returns
+    -------
+    str
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX512-BF16 or AMX); emulation is slower than float32."""
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if any(check is not None for check in checks):
+        return any(check() for check in checks if check is not None)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How an engine computes; with the same settings and inputs it gives the same bits.
+
+    Attributes
+    ----------
+    device : str
+        What torch calls it.
+    precision : str
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    batch_size : int
+        Slices at once.
+    tta : bool
+        Average over the symmetries of the square.
+    compile : bool
+        Use ``torch.compile``.
+    map_stride : int
+        Input pixels per map pixel.
+    """
+
+    device: str
+    precision: str
+    batch_size: int
+    tta: bool = False
+    compile: bool = False
+    map_stride: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SliceScores:
+    """Scores of a batch on the map's grid.
+
+    Attributes
+    ----------
+    scores : ndarray of float32, shape (B, K, height, width)
+        Softmax times window, averaged over each map pixel.
+    phases : tuple of (int, int)
+        Per slice, input pixels (down, right) from the first map pixel's edge to the slice's.
+    size_px : int
+        Side of the slices.
+    stride : int
+        Input pixels per map pixel.
+    """
+
+    scores: NDArray[np.float32]
+    phases: tuple[tuple[int, int], ...]
+    size_px: int
+    stride: int
+
+    def of(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Scores (K, h, w) and weight (h, w) of one slice, without the padding of the batch."""
+        down, right = self.phases[index]
+        rows = pooled_window(self.size_px, down, self.stride)
+        columns = pooled_window(self.size_px, right, self.stride)
+        return self.scores[index, :, : len(rows), : len(columns)], rows[:, None] * columns[None]
+
+
+class Engine:
+    """A network that turns slices and encoded contexts into scores on the map's grid.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With ``encode_context`` and ``decode`` as `darefine_qupath.models.SegmentationNetwork` has them.
+    normalisation : Normalisation
+        Of the pixels.
+    settings : EngineSettings
+        How to compute.
+    """
+
+    def __init__(self, model: nn.Module, normalisation: Normalisation, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.batch_size = settings.batch_size
+        self.device = torch.device(settings.device)
+        self._normalisation = normalisation
+        self._dtype = _DTYPES[settings.precision]
+        network: Any = model.eval().to(self.device)
+        network = network.to(memory_format=torch.channels_last)
+        self._encode: Callable[..., Any] = network.encode_context
+        self._decode: Callable[..., Any] = network.decode
+        if settings.compile:
+            self._encode, self._decode = torch.compile(self._encode), torch.compile(self._decode)
+        self._symmetries = tuple(range(_SYMMETRIES)) if settings.tta else (0,)
+
+    def encode(self, contexts: Sequence[NDArray[np.uint8]]) -> list[tuple[ContextFeatures, ...]]:
+        """Encode contexts.
+
+        Parameters
+        ----------
+        contexts : sequence of ndarray of uint8, shape (H, W, 3)
+            RGB.
+
+        Returns
+        -------
+        list of tuple of ContextFeatures
+            Per context, its features under each symmetry that is used.
+        """
+        encoded: list[tuple[ContextFeatures, ...]] = []
+        for start in range(0, len(contexts), self.batch_size):
+            encoded.extend(self._within_memory(self._encode_batch, contexts[start : start + self.batch_size]))
+        return encoded
+
+    def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[tuple[ContextFeatures, ...]]:
+        with torch.inference_mode(), self._autocast():
+            image_N3HW = self._upload(contexts)
+            turned = [self._encode(_turn(image_N3HW, symmetry)) for symmetry in self._symmetries]
+        return [tuple(_row(features, index) for features in turned) for index in range(len(contexts))]
+
+    def score(
+        self,
+        slices: Sequence[NDArray[np.uint8]],
+        contexts: Sequence[tuple[ContextFeatures, ...]],
+        index: Sequence[int],
+        boxes: NDArray[np.float32],
+        phases: Sequence[tuple[int, int]],
+    ) -> SliceScores:
+        """Score slices.
+
+        Parameters
+        ----------
+        slices : sequence of ndarray of uint8, shape (S, S, 3)
+            RGB.
+        contexts : sequence of tuple of ContextFeatures
+            Some of what `encode` gave.
+        index : sequence of int
+            Per slice, which of `contexts` is its own.
+        boxes : ndarray of float32, shape (B, 4)
+            Per slice, its place in its context; see `darefine_qupath.models.box_within`.
+        phases : sequence of (int, int)
+            Per slice, input pixels (down, right) by which it starts inside its first map pixel.
+
+        Returns
+        -------
+        SliceScores
+            On the map's grid.
+        """
+        jobs = list(zip(slices, index, boxes, phases, strict=True))
+        stride, size = self.settings.map_stride, slices[0].shape[0]
+        rows = self._within_memory(lambda part: list(self._score_batch(part, contexts)), jobs)
+        return SliceScores(np.stack(rows), tuple(phases), size, stride)
+
+    def _score_batch(
+        self,
+        jobs: Sequence[tuple[NDArray[np.uint8], int, NDArray[np.float32], tuple[int, int]]],
+        contexts: Sequence[tuple[ContextFeatures, ...]],
+    ) -> NDArray[np.float32]:
+        slices, index, boxes, phases = zip(*jobs, strict=True)
+        index_B = torch.tensor(index, device=self.device)
+        box_B4 = torch.from_numpy(np.stack(boxes)).to(self.device)
+        with torch.inference_mode():
+            slice_B3HW = self._upload(slices)
+            total_BKHW: Tensor | None = None
+            for number, symmetry in enumerate(self._symmetries):
+                shared = _stack([features[number] for features in contexts])
+                with self._autocast():
+                    logits_BKHW = self._decode(
+                        _turn(slice_B3HW, symmetry), shared, index_B, _turn_boxes(box_B4, symmetry)
+                    )
+                scores_BKHW = _turn_back(logits_BKHW.float().softmax(1), symmetry)
+                total_BKHW = scores_BKHW if total_BKHW is None else total_BKHW + scores_BKHW
+            assert total_BKHW is not None
+            pooled_BKhw = _pool(total_BKHW / len(self._symmetries), phases, self.settings.map_stride)
+            result: NDArray[np.float32] = pooled_BKhw.cpu().numpy()
+        return result
+
+    def _upload(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        image_BHW3 = torch.from_numpy(np.stack(images))
+        return self._normalisation.apply(image_BHW3.to(self.device)).contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
+        if self._dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def _within_memory(self, run: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+        """Run on as many items at once as the device's memory takes; smaller from then on when it does not."""
+        results: list[Any] = []
+        while len(results) < len(items):
+            part = items[len(results) : len(results) + self.batch_size]
+            try:
+                results.extend(run(part))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise PredictionError(
+                        f"One slice does not fit in the memory of {self.device}; use --device cpu or a narrower model"
+                    ) from error
+                self.batch_size = max(1, len(part) // 2)
+                _log.warning("%s is out of memory: going on with %d slices at once", self.device, self.batch_size)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return results
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text
+    )
+
+
+def _row(features: ContextFeatures, index: int) -> ContextFeatures:
+    return ContextFeatures(
+        tuple(feature[index : index + 1] for feature in features.maps),
+        tuple(feature[index : index + 1] for feature in features.pooled),
+    )
+
+
+def _stack(rows: Sequence[ContextFeatures]) -> ContextFeatures:
+    if len(rows) == 1:
+        return rows[0]
+    maps = zip(*(row.maps for row in rows), strict=True)
+    pooled = zip(*(row.pooled for row in rows), strict=True)
+    return ContextFeatures(tuple(map(torch.cat, maps)), tuple(map(torch.cat, pooled)))
+
+
+def _turn(image_BCHW: Tensor, symmetry: int) -> Tensor:
+    """Apply one of the eight symmetries of the square: quarter turns, and a mirror for the last four."""
+    if symmetry >= 4:
+        image_BCHW = image_BCHW.flip(-1)
+    return torch.rot90(image_BCHW, symmetry % 4, (-2, -1)) if symmetry % 4 else image_BCHW
+
+
+def _turn_back(image_BCHW: Tensor, symmetry: int) -> Tensor:
+    if symmetry % 4:
+        image_BCHW = torch.rot90(image_BCHW, -(symmetry % 4), (-2, -1))
+    return image_BCHW.flip(-1) if symmetry >= 4 else image_BCHW
+
+
+def _turn_boxes(box_B4: Tensor, symmetry: int) -> Tensor:
+    left, top, right, bottom = box_B4.unbind(1)
+    if symmetry >= 4:
+        left, right = 1 - right, 1 - left
+    for _ in range(symmetry % 4):
+        # A quarter turn counter-clockwise: what was at x is at 1 - x from the top.
+        left, top, right, bottom = top, 1 - right, bottom, 1 - left
+    return torch.stack([left, top, right, bottom], 1)
+
+
+def _pool(scores_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:
+    """Weight scores by the window and average them over map pixels."""
+    batch, classes, height, width = scores_BKHW.shape
+    window = torch.from_numpy(smooth_window(height)[:, None] * smooth_window(width)[None]).to(scores_BKHW.device)
+    weighted_BKHW = scores_BKHW * window
+    # Room for any phase, so that every batch of a slide has the same shape.
+    down, right = (pooled_length(side, stride - 1, stride) for side in (height, width))
+    padded = weighted_BKHW.new_zeros((batch, classes, down * stride, right * stride))
+    for index, (row, column) in enumerate(phases):
+        padded[index, :, row : row + height, column : column + width] = weighted_BKHW[index]
+    return F.avg_pool2d(padded, stride) if stride > 1 else padded
+
+
+def choose_batch_size(device: torch.device) -> int:
+    """Slices at once on a device, to begin with; a GPU out of memory halves it."""
+    return _CPU_BATCH if device.type == "cpu" else _LARGEST_BATCH // 4

@@ -1,0 +1,160 @@
+"""What a prediction has finished, so that a killed one goes on where it stopped and gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.forward import EngineSettings
+from darefine_qupath.prediction.scoremap import SlideWarning, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Journal", "JournalState"]
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = "darefine-prediction-journal/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalState:
+    """What stands in the journal.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Of the prediction; another one starts over.
+    settings : EngineSettings
+        With which the finished rows were computed, and the others must be.
+    rows_done : int
+        Rows of parents.
+    slices_done : int
+        Slices in them.
+    class_pixels : tuple of int
+        Map pixels per class in the finished bands.
+    warnings : tuple of SlideWarning
+        Found so far.
+    """
+
+    fingerprint: str
+    settings: EngineSettings
+    rows_done: int = 0
+    slices_done: int = 0
+    class_pixels: tuple[int, ...] = ()
+    warnings: tuple[SlideWarning, ...] = ()
+    format: str = field(default=_FORMAT, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "warnings": [warning.to_json() for warning in self.warnings]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> JournalState:
+        """State of what `to_json` gave."""
+        values = dict(data)
+        values["settings"] = EngineSettings(**values["settings"])
+        values["class_pixels"] = tuple(values["class_pixels"])
+        values["warnings"] = tuple(SlideWarning.from_json(warning) for warning in values["warnings"])
+        return cls(**values)
+
+
+class Journal:
+    """The folder of an unfinished prediction.
+
+    A row counts once the journal says so, and the journal says so last: what a killed run left beyond that is written
+    again.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if need be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, fingerprint: str) -> JournalState | None:
+        """State of a run with this fingerprint; None when there is none, or it is another's or damaged."""
+        path = self.folder / "journal.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            state = JournalState.from_json(data)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            _log.warning("%s is damaged (%s): starting over", path, error)
+            return None
+        if state.fingerprint != fingerprint or state.format != _FORMAT:
+            _log.info("%s belongs to another model, image or options: starting over", path)
+            return None
+        return state
+
+    def start(self, state: JournalState) -> None:
+        """Begin with nothing done."""
+        self.clear()
+        try:
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "journal.json", state.to_json())
+        except OSError as error:
+            raise PredictionError(f"Cannot write to {self.folder}: {error}") from error
+
+    def commit(self, state: JournalState, band: Layers, carry: NDArray[np.float32]) -> None:
+        """Note one more row: its finished band, the sums of what is unfinished, and then that both are there."""
+        row = state.rows_done - 1
+        try:
+            _write_array(self._band(row), np.stack([band.label, band.confidence, band.margin, band.runner_up]))
+            _write_array(self._carry(row), carry)
+            write_json(self.folder / "journal.json", state.to_json())
+        except OSError as error:
+            raise PredictionError(f"Cannot write to {self.folder}: {error}; finished rows are kept") from error
+        self._carry(row - 1).unlink(missing_ok=True)
+
+    def carry(self, row: int) -> NDArray[np.float32]:
+        """Read the sums of the map rows that are unfinished after a row of parents."""
+        return _read_array(self._carry(row))
+
+    def bands(self, rows: int) -> Iterator[Layers]:
+        """Finished bands of the first rows of parents, from top to bottom."""
+        for row in range(rows):
+            yield Layers(*_read_array(self._band(row)))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _band(self, row: int) -> Path:
+        return self.folder / f"band-{row:05d}.npz"
+
+    def _carry(self, row: int) -> Path:
+        return self.folder / f"carry-{row:05d}.npz"
+
+
+def _write_array(path: Path, values: NDArray[Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, values=values)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            values: NDArray[Any] = stored["values"]
+    except (OSError, ValueError, KeyError) as error:
+        raise PredictionError(f"{path} is damaged ({error}); delete its folder and predict again") from error
+    return values

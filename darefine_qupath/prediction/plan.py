@@ -1,0 +1,209 @@
+"""What is predicted of a slide, and in which order.
+
+Slices come from the planning function of training. Its parent contexts stand side by side; here they overlap by what
+a slice overlaps its neighbour, so that the slices of one parent run on into the next and no border is left over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from darefine_qupath.geometry import Box, Size
+from darefine_qupath.tiles.plan import group_by_context, plan_tiles
+
+if TYPE_CHECKING:
+    from darefine_qupath.prediction.options import PredictOptions
+    from darefine_qupath.tiles.spec import PixelSpec
+
+__all__ = ["MapGrid", "Parent", "PlanRow", "SlidePlan", "context_step", "plan_slide", "with_overlap"]
+
+_LEAST_OVERLAP = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class MapGrid:
+    """Where level-0 pixels lie on the score map.
+
+    Positions are rounded to pixels of the network's input, of which `stride` by `stride` make a map pixel.
+
+    Attributes
+    ----------
+    input_downsample : float
+        Level-0 pixels per input pixel.
+    stride : int
+        Input pixels per map pixel.
+    size : Size
+        Map pixels.
+    """
+
+    input_downsample: float
+    stride: int
+    size: Size
+
+    @classmethod
+    def of(cls, slide_size: tuple[int, int], spec: PixelSpec, stride: int) -> MapGrid:
+        """Grid that covers a slide."""
+        downsample = spec.slice_downsample * stride
+        width, height = (max(1, math.ceil(length / downsample - 1e-6)) for length in slide_size)
+        return cls(spec.slice_downsample, stride, Size(width, height))
+
+    @property
+    def downsample(self) -> float:
+        """Level-0 pixels per map pixel."""
+        return self.input_downsample * self.stride
+
+    @property
+    def box(self) -> Box:
+        """Level-0 pixels under the map."""
+        return self.rows_box(0, self.size.height)
+
+    def rows_box(self, top: int, bottom: int) -> Box:
+        """Level-0 pixels under some map rows, rounded outwards."""
+        return Box.covering((0, top * self.downsample, self.size.width * self.downsample, bottom * self.downsample))
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Map pixel of a level-0 position, and the input pixels between that pixel's edge and the position."""
+        return divmod(round(position / self.input_downsample), self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A context and the slices that share it, in level-0 pixels."""
+
+    context: Box
+    slices: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """Parents side by side.
+
+    Attributes
+    ----------
+    parents : tuple of Parent
+        From left to right.
+    bottom : int
+        Map row above which everything is finished once this row and those before it are predicted.
+    reach : int
+        Map row below which no slice of this row reaches.
+    """
+
+    parents: tuple[Parent, ...]
+    bottom: int
+    reach: int
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of all parents."""
+        return sum(len(parent.slices) for parent in self.parents)
+
+
+@dataclass(frozen=True, slots=True)
+class SlidePlan:
+    """Everything to predict of a slide.
+
+    Attributes
+    ----------
+    spec : PixelSpec
+        With the stride that is used, which may differ from training's.
+    grid : MapGrid
+        Of the score map.
+    rows : tuple of PlanRow
+        From top to bottom.
+    """
+
+    spec: PixelSpec
+    grid: MapGrid
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of all rows."""
+        return sum(row.num_slices for row in self.rows)
+
+
+def with_overlap(spec: PixelSpec, overlap: float | None) -> PixelSpec:
+    """Change the stride so that slices overlap.
+
+    Parameters
+    ----------
+    spec : PixelSpec
+        As trained.
+    overlap : float or None
+        Part of a slice that the next one sees too; None keeps training's, but at least a quarter, since slices that
+        do not overlap cannot be blended.
+
+    Returns
+    -------
+    PixelSpec
+        The same but for its stride.
+    """
+    if overlap is None:
+        return replace(spec, stride_px=max(1, min(spec.stride_px, round(spec.slice_px * (1 - _LEAST_OVERLAP)))))
+    return replace(spec, stride_px=max(1, round(spec.slice_px * (1 - overlap))))
+
+
+def context_step(spec: PixelSpec, context_overlap: float = 0.0) -> int:
+    """Level-0 pixels from one parent to the next at which their slices make one even grid.
+
+    Parameters
+    ----------
+    spec : PixelSpec
+        With the stride that is used.
+    context_overlap : float
+        Part of the slices that the next parent has too.
+
+    Returns
+    -------
+    int
+        A whole number of slice steps (rounded where the slices themselves do not stand evenly).
+    """
+    room = spec.context_px - spec.slice_px
+    steps = -(-room // spec.stride_px)
+    stride = room / steps if steps else spec.stride_px
+    return max(1, round(stride * max(1, round((steps + 1) * (1 - context_overlap)))))
+
+
+def plan_slide(
+    size: tuple[int, int], spec: PixelSpec, options: PredictOptions, *, keep: Callable[[Box], bool] | None = None
+) -> SlidePlan:
+    """Plan the prediction of a slide.
+
+    Parameters
+    ----------
+    size : tuple of int
+        Width and height in level-0 pixels.
+    spec : PixelSpec
+        As trained, on this slide.
+    options : PredictOptions
+        Overlaps and map stride.
+    keep : callable, optional
+        Leave out slices for which ``keep(slice box)`` is false.
+
+    Returns
+    -------
+    SlidePlan
+        Rows of parents, from top to bottom.
+    """
+    spec = with_overlap(spec, options.overlap)
+    grid = MapGrid.of(size, spec, options.map_stride)
+    step = context_step(spec, options.context_overlap)
+    pairs = plan_tiles(size, spec, keep=keep, context_step=step)
+    parents = [Parent(context, tuple(pair.slice for pair in group)) for context, group in group_by_context(pairs)]
+    rows = [tuple(row) for _, row in groupby(parents, key=lambda parent: parent.context.y)]
+    return SlidePlan(spec, grid, _rows(rows, grid, spec))
+
+
+def _rows(rows: list[tuple[Parent, ...]], grid: MapGrid, spec: PixelSpec) -> tuple[PlanRow, ...]:
+    planned, bottom = [], grid.size.height
+    for parents in reversed(rows):
+        starts = [box.y for parent in parents for box in parent.slices]
+        last, phase = grid.place(max(starts))
+        reach = min(grid.size.height, last - (-(phase + spec.size_px) // grid.stride))
+        planned.append(PlanRow(parents, bottom, reach))
+        bottom = min(bottom, max(0, grid.place(min(starts))[0]))
+    return tuple(reversed(planned))

@@ -1,0 +1,222 @@
+"""Reading ahead: threads read and resample while the device computes, in order, within a bounded memory."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from darefine_qupath.errors import SlideError
+from darefine_qupath.geometry import Box
+from darefine_qupath.tiles.reading import read_context, read_slice
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.prediction.plan import Parent
+    from darefine_qupath.slides import Slide
+    from darefine_qupath.tiles.spec import PixelSpec
+
+__all__ = ["Batch", "BatchPixels", "SlideHandles", "batches", "read_ahead", "read_batch"]
+
+_CONTEXT_PIECES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Slices that the network sees at once.
+
+    Attributes
+    ----------
+    slices : tuple of Box
+        Level-0 pixels.
+    parents : tuple of int
+        Per slice, the number of its parent in the row.
+    opening : tuple of (int, Box)
+        Parents whose first slice is here, with their contexts.
+    """
+
+    slices: tuple[Box, ...]
+    parents: tuple[int, ...]
+    opening: tuple[tuple[int, Box], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPixels:
+    """What was read for a batch.
+
+    Attributes
+    ----------
+    batch : Batch
+        For whom.
+    slices : tuple of (ndarray of uint8, shape (S, S, 3), or None)
+        None where the slide cannot be read.
+    contexts : tuple of ndarray of uint8, shape (S, S, 3)
+        Of the opening parents.
+    damaged : tuple of Box
+        Pieces of contexts that cannot be read and are white instead; level-0 pixels.
+    """
+
+    batch: Batch
+    slices: tuple[NDArray[np.uint8] | None, ...]
+    contexts: tuple[NDArray[np.uint8], ...]
+    damaged: tuple[Box, ...]
+
+
+def batches(parents: Sequence[Parent], size: int) -> Iterator[Batch]:
+    """Cut the slices of a row into batches; one batch may hold slices of several parents.
+
+    Parameters
+    ----------
+    parents : sequence of Parent
+        Of one row.
+    size : int
+        Slices per batch.
+
+    Yields
+    ------
+    Batch
+        In order; each parent opens in the batch of its first slice.
+    """
+    jobs = [(number, box) for number, parent in enumerate(parents) for box in parent.slices]
+    opened: set[int] = set()
+    for start in range(0, len(jobs), size):
+        part = jobs[start : start + size]
+        numbers = tuple(number for number, _ in part)
+        new = tuple(dict.fromkeys(number for number in numbers if number not in opened))
+        opened.update(new)
+        yield Batch(tuple(box for _, box in part), numbers, tuple((number, parents[number].context) for number in new))
+
+
+class SlideHandles:
+    """A handle of the slide for every thread that reads it; most readers allow no sharing.
+
+    Parameters
+    ----------
+    slide : Slide
+        Copied for each thread; a copy opens the file again by itself.
+    """
+
+    def __init__(self, slide: Slide) -> None:
+        self._slide = slide
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._copies: list[Slide] = []
+
+    def get(self) -> Slide:
+        """Handle of this thread."""
+        handle: Slide | None = getattr(self._local, "slide", None)
+        if handle is None:
+            with self._lock:
+                handle = copy.copy(self._slide)
+                self._copies.append(handle)
+            self._local.slide = handle
+        return handle
+
+    def close(self) -> None:
+        """Close every copy."""
+        for handle in self._copies:
+            handle.close()
+        self._copies.clear()
+
+
+def read_ahead(
+    work: Iterator[Batch], read: Callable[[Batch], BatchPixels], pool: ThreadPoolExecutor, *, ahead: int
+) -> Iterator[BatchPixels]:
+    """Read batches in threads, hand them out in order, and never hold more than `ahead` of them.
+
+    Parameters
+    ----------
+    work : iterator of Batch
+        In the order wanted.
+    read : callable
+        Reads one batch; runs in the pool's threads.
+    pool : ThreadPoolExecutor
+        The threads.
+    ahead : int
+        Batches that are read or being read at a time.
+
+    Yields
+    ------
+    BatchPixels
+        In the order of `work`.
+    """
+    waiting: deque[Future[BatchPixels]] = deque()
+    try:
+        for batch in work:
+            waiting.append(pool.submit(read, batch))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPixels:
+    """Read the slices of a batch and the contexts of the parents it opens.
+
+    A slice that cannot be read becomes None. A context that cannot be read is put together from pieces, those that
+    are damaged white: its slices elsewhere are still worth predicting.
+
+    Parameters
+    ----------
+    handles : SlideHandles
+        The slide.
+    spec : PixelSpec
+        Of the plan.
+    batch : Batch
+        What to read.
+
+    Returns
+    -------
+    BatchPixels
+        Everything that could be read.
+    """
+    slide = handles.get()
+    slices = tuple(_slice_or_none(slide, box, spec) for box in batch.slices)
+    contexts = [_context(slide, box, spec) for _, box in batch.opening]
+    damaged = tuple(hole for _, holes in contexts for hole in holes)
+    return BatchPixels(batch, slices, tuple(pixels for pixels, _ in contexts), damaged)
+
+
+def _context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], list[Box]]:
+    try:
+        return read_context(slide, box, spec), []
+    except SlideError:
+        return _context_in_pieces(slide, box, spec)
+
+
+def _slice_or_none(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8] | None:
+    try:
+        return read_slice(slide, box, spec)
+    except SlideError:
+        return None
+
+
+def _context_in_pieces(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], list[Box]]:
+    side = spec.context_size_px
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    holes = []
+    cuts = [round(side * index / _CONTEXT_PIECES) for index in range(_CONTEXT_PIECES + 1)]
+    edges = [round(box.width * cut / side) for cut in cuts]
+    spans = [
+        (slice(cuts[index], cuts[index + 1]), edges[index], edges[index + 1] - edges[index])
+        for index in range(_CONTEXT_PIECES)
+        if cuts[index + 1] > cuts[index] and edges[index + 1] > edges[index]
+    ]
+    for rows, top, height in spans:
+        for columns, left, width in spans:
+            piece = Box(box.x + left, box.y + top, width, height)
+            try:
+                canvas[rows, columns] = slide.read(piece, (columns.stop - columns.start, rows.stop - rows.start))
+            except SlideError:
+                holes.append(piece)
+    return canvas, holes

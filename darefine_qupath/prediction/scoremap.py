@@ -1,0 +1,404 @@
+"""The score map of a slide on disk: four tiled, pyramidal TIFFs and a JSON file that says what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import rasterio
+from rasterio.enums import Resampling
+from rasterio.transform import Affine
+from rasterio.windows import Window
+
+from darefine_qupath.classes import IGNORE, ClassMap
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.geometry import Box, Size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.prediction.blend import Layers
+
+__all__ = ["FORMAT", "Layer", "ScoreMap", "SlideWarning", "read_score_map", "write_score_map"]
+
+FORMAT = "darefine-score-map/1"
+Layer = Literal["class", "confidence", "margin", "runner_up"]
+_LAYERS: tuple[Layer, ...] = ("class", "confidence", "margin", "runner_up")
+_SIDECAR = "scoremap.json"
+_TILE = 256
+_ROWS = 2 * _TILE
+_CACHE_MB = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideWarning:
+    """Something about a slide that its reader should know.
+
+    Attributes
+    ----------
+    kind : str
+        ``"mpp"``, ``"stain"``, ``"no tissue"``, ``"unreadable"`` or ``"context"``.
+    message : str
+        What is wrong, with the number.
+    value : float
+        That number.
+    boxes : tuple of Box
+        Where, in level-0 pixels; empty when it is about the whole slide.
+    """
+
+    kind: Literal["mpp", "stain", "no tissue", "unreadable", "context"]
+    message: str
+    value: float
+    boxes: tuple[Box, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        boxes = [[box.x, box.y, box.width, box.height] for box in self.boxes]
+        return {"kind": self.kind, "message": self.message, "value": self.value, "boxes": boxes}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SlideWarning:
+        """Warning of what `to_json` gave."""
+        boxes = tuple(Box(*numbers) for numbers in data["boxes"])
+        return cls(kind=data["kind"], message=data["message"], value=float(data["value"]), boxes=boxes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMap:
+    """What a network said about a slide, on disk.
+
+    A map pixel ``(row, column)`` covers the level-0 pixels from ``(column, row) * downsample`` on. The layers are
+    uint8 TIFFs: class (255 = not predicted, with a colour map), confidence and margin (0 to 255 for 0 to 1; the
+    margin is the best score minus the second), and the runner-up class.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds the TIFFs and ``scoremap.json``.
+    size : Size
+        Map pixels.
+    box : Box
+        Level-0 pixels it covers; the last row and column may overhang the slide.
+    downsample : float
+        Level-0 pixels per map pixel.
+    mpp : float or None
+        Micrometres per level-0 pixel.
+    classes : ClassMap
+        What the labels mean.
+    model_id : str
+        Of the model file.
+    fingerprint : str
+        Of everything that decides the scores: image, model, spec, options.
+    class_pixels : tuple of int
+        Map pixels per class.
+    num_slices : int
+        Slices predicted.
+    warnings : tuple of SlideWarning
+        What was found before and while predicting.
+    settings : mapping
+        Options and what they became on that machine (device, precision, batch size), for the record.
+    """
+
+    folder: Path
+    size: Size
+    box: Box
+    downsample: float
+    mpp: float | None
+    classes: ClassMap
+    model_id: str
+    fingerprint: str
+    class_pixels: tuple[int, ...]
+    num_slices: int
+    warnings: tuple[SlideWarning, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_path(self) -> Path:
+        """TIFF of labels."""
+        return self.path("class")
+
+    @property
+    def confidence_path(self) -> Path:
+        """TIFF of the best class's score."""
+        return self.path("confidence")
+
+    @property
+    def margin_path(self) -> Path:
+        """TIFF of best minus second score."""
+        return self.path("margin")
+
+    @property
+    def runner_up_path(self) -> Path:
+        """TIFF of the second class."""
+        return self.path("runner_up")
+
+    def path(self, layer: Layer) -> Path:
+        """File of a layer."""
+        return self.folder / f"{layer}.tif"
+
+    @property
+    def unreadable(self) -> tuple[Box, ...]:
+        """Regions that could not be read and were not predicted, in level-0 pixels."""
+        return tuple(box for warning in self.warnings if warning.kind == "unreadable" for box in warning.boxes)
+
+    def read(self, layer: Layer, window: Box | None = None) -> NDArray[np.uint8]:
+        """Pixels of a layer.
+
+        Parameters
+        ----------
+        layer : {"class", "confidence", "margin", "runner_up"}
+            Which.
+        window : Box, optional
+            In map pixels, inside the map; the whole map by default.
+
+        Returns
+        -------
+        ndarray of uint8, shape (height, width)
+            Pixels.
+        """
+        window = window or Box.of(self.size)
+        if not Box.of(self.size).contains(window):
+            raise PredictionError(f"Window {window} is not inside the score map of {self.size} pixels")
+        with rasterio.open(self.path(layer)) as source:
+            view = Window(window.x, window.y, window.width, window.height)
+            pixels: NDArray[np.uint8] = source.read(1, window=view)
+        return pixels
+
+    def bands(
+        self, rows: int = _ROWS, layers: tuple[Layer, ...] = _LAYERS
+    ) -> Iterator[tuple[int, Mapping[Layer, NDArray[np.uint8]]]]:
+        """Walk over the map from top to bottom.
+
+        Parameters
+        ----------
+        rows : int
+            Map rows per step; the last step may have fewer.
+        layers : tuple of str
+            Which layers to read.
+
+        Yields
+        ------
+        row : int
+            First map row of the band.
+        pixels : mapping of str to ndarray of uint8, shape (rows, width)
+            By layer.
+        """
+        for row in range(0, self.size.height, rows):
+            window = Box(0, row, self.size.width, min(rows, self.size.height - row))
+            yield row, {layer: self.read(layer, window) for layer in layers}
+
+    def areas_mm2(self) -> dict[str, float] | None:
+        """Area per class name in square millimetres; None where the pixel size is not known."""
+        if self.mpp is None:
+            return None
+        pixel_mm2 = (self.downsample * self.mpp / 1000) ** 2
+        return {name: num * pixel_mm2 for name, num in zip(self.classes.names, self.class_pixels, strict=True)}
+
+    def shares(self) -> dict[str, float]:
+        """Part of the predicted area per class name, 0 to 1; all 0 where nothing was predicted."""
+        total = max(1, sum(self.class_pixels))
+        return {name: num / total for name, num in zip(self.classes.names, self.class_pixels, strict=True)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, as ``scoremap.json`` holds them."""
+        return {
+            "format": FORMAT,
+            "layers": {layer: self.path(layer).name for layer in _LAYERS},
+            "size": list(self.size),
+            "box": [self.box.x, self.box.y, self.box.width, self.box.height],
+            "downsample": self.downsample,
+            "mpp": self.mpp,
+            "not_predicted": IGNORE,
+            "classes": self.classes.to_json(),
+            "class_pixels": list(self.class_pixels),
+            "num_slices": self.num_slices,
+            "model": self.model_id,
+            "fingerprint": self.fingerprint,
+            "warnings": [warning.to_json() for warning in self.warnings],
+            "settings": dict(self.settings),
+        }
+
+
+def read_score_map(folder: Path) -> ScoreMap:
+    """Open a finished score map.
+
+    Parameters
+    ----------
+    folder : Path
+        Where `predict_slide` wrote it.
+
+    Returns
+    -------
+    ScoreMap
+        The record; pixels are read when asked for.
+
+    Raises
+    ------
+    PredictionError
+        If there is none, or it is unfinished or damaged.
+    """
+    path = folder / _SIDECAR
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PredictionError(f"No finished score map in {folder}; run darefine predict") from None
+    except ValueError as error:
+        raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise PredictionError(f"{path} has format {found!r}, expected {FORMAT!r}; predict again")
+    try:
+        score_map = _from_json(folder, data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
+    missing = [layer for layer in _LAYERS if not score_map.path(layer).is_file()]
+    if missing:
+        raise PredictionError(f"{folder} lacks the layers {missing}; delete {_SIDECAR} there and predict again")
+    return score_map
+
+
+def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
+    return ScoreMap(
+        folder=folder,
+        size=Size(*data["size"]),
+        box=Box(*data["box"]),
+        downsample=float(data["downsample"]),
+        mpp=data["mpp"],
+        classes=ClassMap.from_json(data["classes"]),
+        model_id=data["model"],
+        fingerprint=data["fingerprint"],
+        class_pixels=tuple(data["class_pixels"]),
+        num_slices=data["num_slices"],
+        warnings=tuple(SlideWarning.from_json(warning) for warning in data["warnings"]),
+        settings=data["settings"],
+    )
+
+
+def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
+    """Write the layers and then, last, ``scoremap.json``: without it the map does not count as finished.
+
+    Memory is that of a few hundred map rows, whatever the slide's size.
+
+    Parameters
+    ----------
+    score_map : ScoreMap
+        What to write about it.
+    bands : iterable of Layers
+        All rows of the map from top to bottom, in pieces of any height.
+
+    Raises
+    ------
+    PredictionError
+        If the bands do not make up the map, or the disk does not take it.
+    """
+    (score_map.folder / _SIDECAR).unlink(missing_ok=True)
+    partial = {layer: score_map.folder / f".{layer}.partial.tif" for layer in _LAYERS}
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB, GDAL_PAM_ENABLED=False, GDAL_TIFF_INTERNAL_MASK=True):
+            _write_layers(score_map, bands, partial)
+            for layer in _LAYERS:
+                _add_pyramid(partial[layer], layer, score_map.size)
+    except (rasterio.errors.RasterioError, OSError) as error:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
+    for layer, path in partial.items():
+        path.replace(score_map.path(layer))
+    write_json(score_map.folder / _SIDECAR, score_map.to_json())
+
+
+def _write_layers(score_map: ScoreMap, bands: Iterable[Layers], paths: Mapping[Layer, Path]) -> None:
+    writers = {layer: _create(paths[layer], layer, score_map) for layer in _LAYERS}
+    row = 0
+    try:
+        for block in _tile_rows(bands):
+            height, width = block[0].shape
+            window = Window(0, row, width, height)
+            for layer, pixels in zip(_LAYERS, block, strict=True):
+                writers[layer].write(pixels, 1, window=window)
+            row += height
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if row != score_map.size.height:
+        raise PredictionError(f"{row} rows were given for a score map of {score_map.size.height}")
+
+
+def _tile_rows(bands: Iterable[Layers]) -> Iterator[tuple[NDArray[np.uint8], ...]]:
+    """Regroup rows so that every TIFF tile is written once, whole."""
+    waiting: tuple[NDArray[np.uint8], ...] | None = None
+    for band in bands:
+        new = (band.label, band.confidence, band.margin, band.runner_up)
+        waiting = new if waiting is None else tuple(np.concatenate(pair) for pair in zip(waiting, new, strict=True))
+        while len(waiting[0]) >= _ROWS:
+            yield tuple(pixels[:_ROWS] for pixels in waiting)
+            waiting = tuple(pixels[_ROWS:] for pixels in waiting)
+    if waiting is not None and len(waiting[0]):
+        yield waiting
+
+
+def _create(path: Path, layer: Layer, score_map: ScoreMap) -> Any:  # noqa: ANN401 - rasterio has no types
+    scale = score_map.downsample
+    writer = rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        dtype="uint8",
+        count=1,
+        width=score_map.size.width,
+        height=score_map.size.height,
+        transform=Affine(scale, 0, score_map.box.x, 0, scale, score_map.box.y),
+        tiled=True,
+        blockxsize=_TILE,
+        blockysize=_TILE,
+        compress="deflate",
+        # Differences help scores; labels are runs already, and small either way.
+        predictor=2 if layer in ("confidence", "margin") else 1,
+        bigtiff="IF_SAFER",
+        photometric="palette" if layer in ("class", "runner_up") else "minisblack",
+    )
+    if layer in ("class", "runner_up"):
+        writer.write_colormap(1, _palette(score_map.classes))
+    if score_map.mpp is not None:
+        per_cm = 10_000 / (score_map.mpp * scale)
+        writer.update_tags(TIFFTAG_XRESOLUTION=per_cm, TIFFTAG_YRESOLUTION=per_cm, TIFFTAG_RESOLUTIONUNIT="3")
+    writer.update_tags(TIFFTAG_SOFTWARE="darefine", TIFFTAG_IMAGEDESCRIPTION=f"{layer} by model {score_map.model_id}")
+    return writer
+
+
+def _palette(classes: ClassMap) -> dict[int, tuple[int, int, int, int]]:
+    palette = dict.fromkeys(range(256), (0, 0, 0, 255))
+    palette.update({label: (*colour, 255) for label, colour in enumerate(classes.colours)})
+    palette[IGNORE] = (255, 255, 255, 0)
+    return palette
+
+
+def _add_pyramid(path: Path, layer: Layer, size: Size) -> None:
+    factors, factor = [], 2
+    while max(size) / factor > _TILE / 2:
+        factors.append(factor)
+        factor *= 2
+    if not factors:
+        return
+    # A mean of labels is another label; the mode is one that is there.
+    resampling = Resampling.mode if layer in ("class", "runner_up") else Resampling.average
+    with (
+        rasterio.Env(COMPRESS_OVERVIEW="DEFLATE", GDAL_TIFF_OVR_BLOCKSIZE=_TILE),
+        rasterio.open(path, "r+") as target,
+    ):
+        target.build_overviews(factors, resampling)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

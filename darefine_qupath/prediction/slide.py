@@ -1,0 +1,374 @@
+"""From a slide to its score map: plan, check, read ahead, compute, blend, note, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.geometry import Box
+from darefine_qupath.models import ContextFeatures, box_within
+from darefine_qupath.prediction.blend import Layers, RollingBand, Score
+from darefine_qupath.prediction.checks import check_slide
+from darefine_qupath.prediction.forward import (
+    Engine,
+    EngineSettings,
+    choose_batch_size,
+    choose_device,
+    choose_precision,
+)
+from darefine_qupath.prediction.journal import Journal, JournalState
+from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.plan import PlanRow, plan_slide
+from darefine_qupath.prediction.reading import BatchPixels, SlideHandles, batches, read_ahead, read_batch
+from darefine_qupath.prediction.region import Region
+from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map, write_score_map
+from darefine_qupath.slides import Slide, open_slide, tissue_mask
+
+__all__ = ["fingerprint", "predict_slide"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_WORKERS = 8
+
+
+def predict_slide(
+    slide: Slide | Path | str,
+    checkpoint: Checkpoint | Path | str,
+    *,
+    out: Path,
+    mpp: float | None = None,
+    options: PredictOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> ScoreMap:
+    """Predict a slide.
+
+    A finished map of the same image, model and options is given back at once; an unfinished one is gone on with, and
+    ends with the same bytes as if it had never stopped. Memory grows with the slide's width, not with its height.
+
+    Parameters
+    ----------
+    slide : Slide, Path or str
+        What to predict; a file is opened as `options` say.
+    checkpoint : Checkpoint, Path or str
+        The model.
+    out : Path
+        Folder for this image's maps; nobody else's.
+    mpp : float, optional
+        Micrometres per level-0 pixel; the file's by default.
+    options : PredictOptions, optional
+        How.
+    progress : callable, optional
+        Called with a `Progress` after every batch.
+
+    Returns
+    -------
+    ScoreMap
+        On disk in `out`; its `warnings` tell what is unusual, and what could not be read.
+
+    Raises
+    ------
+    PredictionError
+        If prediction cannot start or go on, or `options.strict` is set and there is a warning.
+    MissingMppError
+        If the model's tiles are in micrometres and the pixel size is not known.
+    SlideError
+        If the slide cannot be opened.
+    """
+    options = options or PredictOptions()
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    if isinstance(slide, Path | str):
+        with open_slide(slide, crop_bounds=options.crop_bounds, reader=options.reader) as opened:
+            return predict_slide(opened, checkpoint, out=out, mpp=mpp, options=options, progress=progress)
+    mpp = slide.mpp if mpp is None else mpp
+    mark = fingerprint(slide, checkpoint, mpp=mpp, options=options)
+    finished = _finished(out, mark) if options.resume else None
+    if finished is not None:
+        _log.info("%s is finished already", slide.path)
+        return finished
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictionError(f"Cannot make the folder {out}: {error}") from error
+    return _Run(slide, checkpoint, out, mpp, options, mark).predict(progress)
+
+
+def fingerprint(slide: Slide, checkpoint: Checkpoint, *, mpp: float | None, options: PredictOptions) -> str:
+    """Digest of everything that decides a slide's scores: image, model, tiles and options.
+
+    Parameters
+    ----------
+    slide : Slide
+        The image: where it lies, its size, its file's length and time.
+    checkpoint : Checkpoint
+        The model.
+    mpp : float or None
+        Micrometres per level-0 pixel.
+    options : PredictOptions
+        Of which those count that change scores.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
+    stat = slide.path.stat()
+    values = {
+        "image": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns, *slide.size],
+        "model": checkpoint.model_id,
+        "mpp": mpp,
+        "options": options.deciding(),
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _finished(out: Path, mark: str) -> ScoreMap | None:
+    try:
+        found = read_score_map(out)
+    except PredictionError:
+        return None
+    return found if found.fingerprint == mark else None
+
+
+@dataclass
+class _Tally:
+    """What a run has found and done so far."""
+
+    state: JournalState
+    unreadable: list[Box]
+    white: list[Box]
+
+
+class _Run:
+    """One prediction of one slide."""
+
+    def __init__(
+        self, slide: Slide, checkpoint: Checkpoint, out: Path, mpp: float | None, options: PredictOptions, mark: str
+    ) -> None:
+        self.slide, self.checkpoint, self.out, self.mpp, self.options, self.mark = (
+            slide, checkpoint, out, mpp, options, mark,
+        )  # fmt: skip
+        tissue = tissue_mask(slide, mpp=mpp) if options.tissue else None
+        self.region = Region(tissue=tissue, within=options.within)
+        spec = checkpoint.tiles.at(mpp)
+        keep = self.region.touches if tissue is not None or options.within is not None else None
+        self.plan = plan_slide(slide.size, spec, options, keep=keep)
+        self.journal = Journal(out / "partial")
+
+    def predict(self, progress: Callable[[Progress], None] | None) -> ScoreMap:
+        state = self.journal.load(self.mark) if self.options.resume else None
+        if state is None or not self._can_go_on(state):
+            state = self._start()
+        if state.rows_done < len(self.plan.rows):
+            state = self._predict_rows(state, progress)
+        score_map = self._record(state)
+        write_score_map(score_map, self._bands(state.rows_done))
+        self.journal.clear()
+        return score_map
+
+    def _start(self) -> JournalState:
+        found = check_slide(
+            self.slide, self.plan, tiles=self.checkpoint.tiles, mpp=self.mpp, provenance=self.checkpoint.provenance
+        )
+        for warning in found:
+            if self.options.strict:
+                raise PredictionError(f"{self.slide.path}: {warning.message}; leave out --strict to predict it anyway")
+            _log.warning("%s: %s", self.slide.path, warning.message)
+        state = JournalState(
+            fingerprint=self.mark,
+            settings=self._settings(),
+            class_pixels=(0,) * self.checkpoint.classes.num_classes,
+            warnings=found,
+        )
+        self.journal.start(state)
+        return state
+
+    def _settings(self) -> EngineSettings:
+        device = choose_device(self.options.device)
+        return EngineSettings(
+            device=str(device),
+            precision=choose_precision(self.options.precision, device),
+            batch_size=self.options.batch_size or choose_batch_size(device),
+            tta=self.options.tta,
+            compile=self.options.compile,
+            map_stride=self.options.map_stride,
+        )
+
+    def _can_go_on(self, state: JournalState) -> bool:
+        """Whether this machine, and the user, would compute as the run did that was interrupted."""
+        now = self._settings()
+        same = replace(now, batch_size=state.settings.batch_size) == state.settings
+        asked = (self.options.batch_size or state.settings.batch_size) >= state.settings.batch_size
+        if not (same and asked):
+            _log.info("%s was begun with %s, now it would be %s: starting over", self.out, state.settings, now)
+        return same and asked
+
+    def _predict_rows(self, state: JournalState, progress: Callable[[Progress], None] | None) -> JournalState:
+        engine = Engine(self.checkpoint.build(), self.checkpoint.normalisation, state.settings)
+        band = RollingBand(self.checkpoint.classes.num_classes, self.plan.grid.size.width)
+        if state.rows_done:
+            band.top = self.plan.rows[state.rows_done - 1].bottom
+            band.carry = self.journal.carry(state.rows_done - 1)
+        report = _Reporter(self.slide.path.name, state.slices_done, self.plan.num_slices, progress)
+        workers = self.options.workers or min(_MAX_WORKERS, os.cpu_count() or 1)
+        handles = SlideHandles(self.slide)
+        try:
+            with ThreadPoolExecutor(workers, thread_name_prefix="darefine-read") as pool:
+                read = partial(read_batch, handles, self.plan.spec)
+                for row in self.plan.rows[state.rows_done :]:
+                    work = batches(row.parents, engine.batch_size)
+                    pixels = read_ahead(work, read, pool, ahead=workers + 2)
+                    state = self._predict_row(row, state, engine, band, pixels, report)
+        finally:
+            handles.close()
+        return state
+
+    def _predict_row(
+        self,
+        row: PlanRow,
+        state: JournalState,
+        engine: Engine,
+        band: RollingBand,
+        work: Iterator[BatchPixels],
+        report: _Reporter,
+    ) -> JournalState:
+        band.reserve(row.reach)
+        unreadable: list[Box] = []
+        white: list[Box] = []
+        contexts: dict[int, tuple[ContextFeatures, ...]] = {}
+        for pixels in work:
+            self._predict_batch(pixels, row, engine, band, contexts)
+            unreadable.extend(box for box, read in zip(pixels.batch.slices, pixels.slices, strict=True) if read is None)
+            white.extend(pixels.damaged)
+            report.add(len(pixels.slices))
+        top = band.top
+        layers = band.finish(row.bottom)
+        outside = self.region.outside(self.plan.grid, top, row.bottom)
+        if outside is not None:
+            layers.hide(outside)
+        counts = np.bincount(layers.label.ravel(), minlength=256)[: len(state.class_pixels)]
+        state = replace(
+            state,
+            settings=replace(state.settings, batch_size=engine.batch_size),
+            rows_done=state.rows_done + 1,
+            slices_done=state.slices_done + row.num_slices,
+            class_pixels=tuple(int(a + b) for a, b in zip(state.class_pixels, counts, strict=True)),
+            warnings=(*state.warnings, *_damage(unreadable, white)),
+        )
+        self.journal.commit(state, layers, band.carry)
+        return state
+
+    def _predict_batch(
+        self,
+        pixels: BatchPixels,
+        row: PlanRow,
+        engine: Engine,
+        band: RollingBand,
+        contexts: dict[int, tuple[ContextFeatures, ...]],
+    ) -> None:
+        batch = pixels.batch
+        if batch.opening:
+            encoded = engine.encode(pixels.contexts)
+            contexts.update(zip((number for number, _ in batch.opening), encoded, strict=True))
+        for number in [number for number in contexts if number < min(batch.parents)]:
+            del contexts[number]
+        readable = [
+            (box, number, read)
+            for box, number, read in zip(batch.slices, batch.parents, pixels.slices, strict=True)
+            if read is not None
+        ]
+        if not readable:
+            return
+        boxes, numbers, images = zip(*readable, strict=True)
+        places = [(self.plan.grid.place(box.y), self.plan.grid.place(box.x)) for box in boxes]
+        used = list(dict.fromkeys(numbers))
+        within = [box_within(box, row.parents[number].context) for box, number in zip(boxes, numbers, strict=True)]
+        scored = engine.score(
+            images,
+            [contexts[number] for number in used],
+            [used.index(number) for number in numbers],
+            np.asarray(within, np.float32),
+            [(down[1], right[1]) for down, right in places],
+        )
+        for index, (down, right) in enumerate(places):
+            scores, weight = scored.of(index)
+            band.add(Score(down[0], right[0], scores, weight))
+
+    def _bands(self, rows: int) -> Iterator[Layers]:
+        yield from self.journal.bands(rows)
+        bottom = self.plan.rows[rows - 1].bottom if rows else 0
+        width, height = self.plan.grid.size
+        for top in range(bottom, height, 512):
+            yield Layers.blank(min(512, height - top), width)
+
+    def _record(self, state: JournalState) -> ScoreMap:
+        return ScoreMap(
+            folder=self.out,
+            size=self.plan.grid.size,
+            box=self.plan.grid.box,
+            downsample=self.plan.grid.downsample,
+            mpp=self.mpp,
+            classes=self.checkpoint.classes,
+            model_id=self.checkpoint.model_id,
+            fingerprint=self.mark,
+            class_pixels=state.class_pixels,
+            num_slices=self.plan.num_slices,
+            warnings=_merged(state.warnings),
+            settings={**asdict(state.settings), "options": self.options.deciding(), "tiles": asdict(self.plan.spec)},
+        )
+
+
+def _damage(unreadable: list[Box], white: list[Box]) -> Iterator[SlideWarning]:
+    if unreadable:
+        yield SlideWarning(
+            kind="unreadable",
+            message=f"{len(unreadable)} slices cannot be read and were not predicted",
+            value=float(len(unreadable)),
+            boxes=tuple(unreadable),
+        )
+    if white:
+        yield SlideWarning(
+            kind="context",
+            message=f"{len(white)} pieces of contexts cannot be read and were white to the network",
+            value=float(len(white)),
+            boxes=tuple(white),
+        )
+
+
+def _merged(warnings: tuple[SlideWarning, ...]) -> tuple[SlideWarning, ...]:
+    """One warning per kind of damage instead of one per row."""
+    boxes: dict[str, list[Box]] = {"unreadable": [], "context": []}
+    rest = []
+    for warning in warnings:
+        if warning.boxes:
+            boxes[warning.kind].extend(warning.boxes)
+        else:
+            rest.append(warning)
+    return (*rest, *_damage(boxes["unreadable"], boxes["context"]))
+
+
+class _Reporter:
+    """Counts slices and tells who asked."""
+
+    def __init__(self, slide: str, done: int, total: int, progress: Callable[[Progress], None] | None) -> None:
+        self._slide, self._before, self._total, self._progress = slide, done, total, progress
+        self._fresh = 0
+        self._began = time.monotonic()
+
+    def add(self, num: int) -> None:
+        self._fresh += num
+        if self._progress is not None:
+            seconds = time.monotonic() - self._began
+            self._progress(Progress(self._slide, self._before + self._fresh, self._total, seconds, self._fresh))
