@@ -1,0 +1,662 @@
+"""The embedded engine: QuPath's own files, read and written without Java or QuPath."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import UUID
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import PathClass, default_colour
+from darefine_qupath.errors import (
+    ClassMapError,
+    ConfigError,
+    ImageNotFoundError,
+    ProjectChangedError,
+    ProjectError,
+    ProjectFormatError,
+    ProjectNotFoundError,
+    ProjectUnsupportedError,
+    ProjectWriteError,
+    SlideError,
+)
+from darefine_qupath.geometry import Size
+from darefine_qupath.project import files, imagefile, qpdata, safety, uris
+from darefine_qupath.project.interface import Applied, Changes, ImageEntry, Project
+
+__all__ = ["PROJECT_FILE", "EmbeddedProject", "project_file"]
+
+_log = logging.getLogger(__name__)
+
+PROJECT_FILE = "project.qpproj"
+_DATA_FILE = "data.qpdata"
+_UNSET = "UNSET"
+_IMAGE_TYPES = ("BRIGHTFIELD_H_E", "BRIGHTFIELD_H_DAB", "BRIGHTFIELD_OTHER", "FLUORESCENCE", "OTHER", _UNSET)
+
+
+def project_file(path: Path) -> Path:
+    """Project file of a path that names it or its folder.
+
+    Raises
+    ------
+    ProjectNotFoundError
+        If there is none.
+    """
+    path = path.absolute()
+    if path.is_dir():
+        inside = path / PROJECT_FILE
+        others = sorted(path.glob("*.qpproj"))
+        path = others[0] if len(others) == 1 and not inside.is_file() else inside
+    if not path.exists():
+        raise ProjectNotFoundError(f"There is no QuPath project at {path}; give a .qpproj file or its folder")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One image's data as last read: what `apply` builds upon and compares with."""
+
+    stamp: safety.Stamp
+    data: qpdata.ImageData
+
+
+class EmbeddedProject(Project):
+    """A QuPath project, without QuPath.
+
+    Opening and reading never write. Every write holds the project's lock, is read back and compared before it takes
+    the place of the former file, and keeps that file as a backup.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.qpproj`` file.
+
+    Raises
+    ------
+    ProjectNotFoundError
+        If there is no such file.
+    ProjectFormatError
+        If it is not a QuPath project.
+    """
+
+    engine = "embedded"
+
+    def __init__(self, path: Path) -> None:
+        self.path = project_file(path)
+        self._stamps: dict[str, safety.Stamp | None] = {}
+        self._last: tuple[str, _Read] | None = None
+        self._classes_stamp: safety.Stamp | None = None
+        self._classes_read = False
+        self._load()
+
+    @classmethod
+    def create(cls, path: Path, classes: Sequence[PathClass] = ()) -> EmbeddedProject:
+        """Make a project without images.
+
+        Parameters
+        ----------
+        path : Path
+            Its folder, or the ``.qpproj`` file to be made in it.
+        classes : sequence of PathClass, optional
+            The class list.
+
+        Returns
+        -------
+        EmbeddedProject
+            The new project.
+
+        Raises
+        ------
+        ProjectWriteError
+            If there is a project already, or it cannot be written.
+        """
+        path = path.absolute()
+        path = path if path.suffix == ".qpproj" else path / PROJECT_FILE
+        if path.exists():
+            raise ProjectWriteError(f"There is a project already: {path}; open it or give another folder")
+        document = files.new_project(path, timestamp_ms=_now_ms())
+        with safety.Batch(path.parent) as batch:
+            if classes:
+                target = path.parent / "classifiers" / "classes.json"
+                batch.stage(target, files.classes_json(classes, None, target))
+            batch.stage(path.parent / "data" / "metadata.json", b"{}")
+            batch.stage(path, files.json_bytes(document))
+            batch.commit()
+        return cls(path)
+
+    def _load(self) -> None:
+        data, self._stamp = safety.read_stamped(self.path)
+        self._document = files.parse_project(data, self.path)
+        self._images: tuple[ImageEntry, ...] | None = None
+
+    # -- reading
+
+    @property
+    def version(self) -> str:
+        """QuPath version that wrote the project file."""
+        return files.version_of(self._document)
+
+    @property
+    def images(self) -> tuple[ImageEntry, ...]:
+        """Every image, in the project's order."""
+        if self._images is None:
+            self._images = tuple(self._entry(record) for record in files.entry_records(self._document, self.path))
+        return self._images
+
+    def _entry(self, record: files.EntryRecord) -> ImageEntry:
+        server = files.server_of(record.builder)
+        uri, path, exists = self._resolved(server.uri)
+        size, mpp = server.size, server.mpp
+        if exists and path is not None and not server.has_metadata and server.unsupported is None:
+            with contextlib.suppress(SlideError):
+                found = imagefile.probe(path, server.args)
+                size, mpp = found.size, sum(found.mpp) / 2 if found.mpp else None
+        return ImageEntry(
+            id=str(record.id),
+            name=record.name,
+            uri=uri,
+            path=path,
+            exists=exists,
+            width=size.width if size else None,
+            height=size.height if size else None,
+            mpp=mpp,
+            image_type=self._image_type(str(record.id)),
+            metadata=record.metadata,
+            description=record.description,
+            server_args=server.args,
+            unsupported=server.unsupported,
+        )
+
+    def _resolved(self, uri: str | None) -> tuple[str | None, Path | None, bool]:
+        """URI, file and whether it is there; for a moved project at its new place."""
+        path = None if uri is None else uris.local_path(uri)
+        if uri is None or path is None:
+            return uri, None, False
+        if _is_file(Path(path)):
+            return uri, Path(path), True
+        project_uri = self._document.get("uri")
+        if isinstance(project_uri, str):
+            moved = uris.relocated(uri, project_uri=project_uri, folder=self.folder)
+            if moved is not None and _is_file(moved):
+                return uris.file_uri(moved), moved, True
+        return uri, Path(path), False
+
+    def _image_type(self, entry_id: str) -> str:
+        path = self._data_file(entry_id)
+        if not path.is_file():
+            return _UNSET
+        summary = path.with_name("summary.json")
+        with contextlib.suppress(ProjectError):
+            if summary.is_file():
+                found = files.parse_json(safety.read_stamped(summary)[0], summary)
+                if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
+                    return str(found["imageType"])
+            return qpdata.read(safety.read_stamped(path)[0], path=path).image_type
+        return _UNSET
+
+    def _data_file(self, entry_id: str) -> Path:
+        return self.folder / "data" / entry_id / _DATA_FILE
+
+    @property
+    def classes(self) -> tuple[PathClass, ...]:
+        """The class list, in the project's order."""
+        data, self._classes_stamp = self._stored_classes()
+        self._classes_read = True
+        return () if data is None else files.parse_classes(data, self._classes_file)
+
+    @property
+    def _classes_file(self) -> Path:
+        return self.folder / "classifiers" / "classes.json"
+
+    def _stored_classes(self) -> tuple[bytes | None, safety.Stamp | None]:
+        return safety.read_stamped(self._classes_file) if self._classes_file.is_file() else (None, None)
+
+    def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
+        """Every object of an image but the root, parents before children.
+
+        Raises
+        ------
+        ImageNotFoundError
+            If the project has no such image.
+        ProjectFormatError
+            If the image's data is damaged.
+        """
+        self._check_known(image)
+        if not self._has_data(image.id):
+            self._stamps[image.id] = None
+            return ()
+        return self._read(image.id).data.objects
+
+    def _check_known(self, image: ImageEntry) -> None:
+        if all(str(record.id) != image.id for record in files.entry_records(self._document, self.path)):
+            raise ImageNotFoundError(f"No image with entry id {image.id!r} ({image.name!r}) in {self.path}")
+
+    def _has_data(self, entry_id: str) -> bool:
+        path = self._data_file(entry_id)
+        if path.is_file():
+            return True
+        left = path.with_name(f"{_DATA_FILE}.bkp")
+        if left.is_file():
+            raise ProjectFormatError(f"QuPath stopped while saving; rename {left.name} to {_DATA_FILE}", path=path)
+        return False
+
+    def _read(self, entry_id: str) -> _Read:
+        path = self._data_file(entry_id)
+        data, stamp = safety.read_stamped(path)
+        self._stamps[entry_id] = stamp
+        if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
+            return self._last[1]
+        read = _Read(stamp, qpdata.read(data, path=path))
+        self._last = (entry_id, read)
+        return read
+
+    # -- objects
+
+    def apply(self, image: ImageEntry, changes: Changes) -> Applied:
+        """Add, replace and remove objects: all of it, read back and verified, or nothing.
+
+        Raises
+        ------
+        ImageNotFoundError
+            If the project has no such image.
+        AnnotationError
+            If an object to replace or remove is not there, or one to add is.
+        ProjectChangedError
+            If the file changed since it was read.
+        ProjectLockedError
+            If another darefine process is writing.
+        ProjectWriteError
+            If the write failed; the former state stands.
+        """
+        with self._writing(image) as path:
+            if image.id in self._stamps:
+                safety.check_unchanged(path, self._stamps[image.id])
+            before = self._read(image.id) if self._has_data(image.id) else None
+            base = before.data if before else qpdata.read(self._blank(self._record(image), image.image_type), path=path)
+            if changes.is_empty:
+                return Applied(added=0, replaced=0, removed=0, num_objects=len(base.objects), backup=None)
+            warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
+            classes = self._classes_for(changes, base)
+            content = qpdata.edit(base, changes, {known.name: known.colour for known in classes})
+            expected = _expected_objects(base.objects, changes)
+            backup = self._store(image.id, content, expected, before, classes)
+        return Applied(
+            added=len(changes.add),
+            replaced=len(changes.replace),
+            removed=len(changes.remove),
+            num_objects=len(expected),
+            backup=backup,
+            warnings=warnings,
+        )
+
+    def backups(self, image: ImageEntry) -> tuple[safety.Backup, ...]:
+        """Former states of an image's objects, newest first."""
+        self._check_known(image)
+        return safety.backups_of(self.folder, image.id)
+
+    def restore(self, image: ImageEntry, backup: safety.Backup) -> Applied:
+        """Bring back a former state of an image's objects; the present one is kept as a backup.
+
+        Parameters
+        ----------
+        image : ImageEntry
+            The image.
+        backup : Backup
+            One of `backups`.
+
+        Returns
+        -------
+        Applied
+            With the backup of the state that was replaced.
+
+        Raises
+        ------
+        ProjectFormatError
+            If the backup is damaged.
+        ProjectChangedError, ProjectLockedError, ProjectWriteError
+            As for `apply`.
+        """
+        with self._writing(image) as path:
+            content = safety.read_stamped(backup.path)[0]
+            objects = qpdata.read(content, path=backup.path).objects
+            before = None
+            with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
+                before = self._read(image.id) if path.is_file() else None
+            warnings = safety.qupath_warnings(path, image.path)
+            former = self._store(image.id, content, {record.id: record for record in objects}, before, None)
+        kept = {record.id for record in before.data.objects} if before else set()
+        restored = {record.id for record in objects}
+        return Applied(
+            added=len(restored - kept),
+            replaced=0,
+            removed=len(kept - restored),
+            num_objects=len(objects),
+            backup=former,
+            warnings=warnings,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self, image: ImageEntry) -> Iterator[Path]:
+        self._check_known(image)
+        path = self._data_file(image.id)
+        with safety.write_lock(self.folder):
+            safety.remove_leftovers(self.folder, self._classes_file.parent, path.parent)
+            yield path
+
+    def _store(
+        self,
+        entry_id: str,
+        content: bytes,
+        expected: Mapping[UUID, Annotation],
+        before: _Read | None,
+        classes: Sequence[PathClass] | None,
+    ) -> Path | None:
+        """Replace an image's data, its summary and the class list together; return the backup."""
+        path = self._data_file(entry_id)
+        basis = self._stamps.get(entry_id) if path.is_file() else None
+        with safety.Batch(self.folder) as batch:
+            if classes is not None:
+                self._stage_classes(batch, classes)
+            backup = safety.backup_path(self.folder, entry_id) if path.is_file() else None
+            staged = batch.stage(path, content, backup=backup)
+            data = _read_back(staged, content)
+            safety.verify_objects(expected, data.objects, path=path)
+            summary = qpdata.summary(data, size=self._size_of(entry_id), timestamp_ms=_now_ms())
+            batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
+            if before is not None or backup is None:
+                safety.check_unchanged(path, basis)
+            batch.commit()
+        safety.prune_backups(self.folder, entry_id)
+        stamp = safety.read_stamped(path)[1]
+        self._stamps[entry_id] = stamp
+        self._last = (entry_id, _Read(stamp, data))
+        self._images = None
+        return backup
+
+    def _size_of(self, entry_id: str) -> Size | None:
+        image = self.image(entry_id)
+        return None if image.width is None or image.height is None else Size(image.width, image.height)
+
+    def _blank(self, record: files.EntryRecord, image_type: str) -> bytes:
+        """Make the data of an image without objects, as QuPath would save it first."""
+        return qpdata.create(
+            image_type=image_type,
+            server=record.builder,
+            entry_id=f"{self.path}::{record.id}",
+            version=self.version,
+        )
+
+    def _record(self, image: ImageEntry) -> files.EntryRecord:
+        records = files.entry_records(self._document, self.path)
+        return next(record for record in records if str(record.id) == image.id)
+
+    def _project_warnings(self) -> tuple[str, ...]:
+        if safety.read_stamped(self.path)[1].digest == self._stamp.digest:
+            return ()
+        return (f"{self.path.name} was saved by another program while this one ran: QuPath may have the project open",)
+
+    # -- classes
+
+    def set_classes(self, classes: Sequence[PathClass]) -> None:
+        """Write the class list.
+
+        Raises
+        ------
+        ClassMapError
+            If a class is named twice.
+        ProjectChangedError
+            If the list changed since it was read.
+        """
+        names = [path_class.name for path_class in classes]
+        if len(set(names)) != len(names) or not all(names):
+            raise ClassMapError(f"Class names must be there and differ, got {names}")
+        with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
+            safety.remove_leftovers(self.folder, self._classes_file.parent)
+            if self._classes_read:
+                safety.check_unchanged(self._classes_file, self._classes_stamp)
+            self._stage_classes(batch, classes)
+            batch.commit()
+        self._classes_read = False
+
+    def _stage_classes(self, batch: safety.Batch, classes: Sequence[PathClass]) -> None:
+        former, _ = self._stored_classes()
+        content = files.classes_json(classes, former, self._classes_file)
+        if content != former and (classes or former is not None):
+            batch.stage(self._classes_file, content)
+
+    def _classes_for(self, changes: Changes, data: qpdata.ImageData) -> tuple[PathClass, ...]:
+        """Return the class list with the classes that new objects bring, in the colours they already have."""
+        former, _ = self._stored_classes()
+        listed = () if former is None else files.parse_classes(former, self._classes_file)
+        names = dict.fromkeys(record.path_class for record in (*changes.add, *changes.replace))
+        more = [PathClass(name, data.colours.get(name, default_colour(name))) for name in names if name is not None]
+        return files.merged_classes(listed, more)
+
+    # -- images
+
+    def add_image(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        mpp: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        image_type: str = "BRIGHTFIELD_H_E",
+    ) -> ImageEntry:
+        """Add an image file with thumbnail and server metadata.
+
+        The image type is kept where QuPath keeps it, in a ``data.qpdata`` (without objects); for ``"UNSET"`` there is
+        none, and QuPath asks when the image is first opened.
+
+        Raises
+        ------
+        SlideError
+            If the image is not there or cannot be read.
+        ConfigError
+            If an argument makes no sense.
+        """
+        _check_image_arguments(mpp, metadata or {}, image_type)
+        path = Path(path).absolute()
+        found, small = imagefile.probe(path), imagefile.thumbnail(path)
+        with self._editing() as (document, batch):
+            version = files.version_of(document)
+            builder = _builder(path, name or path.name, found, mpp, version)
+            record = files.EntryRecord(
+                id=self._next_id(document),
+                name=name or path.name,
+                description=None,
+                metadata=dict(metadata or {}),
+                builder=builder,
+            )
+            document.setdefault("images", []).append(files.entry_json(record, version=version))
+            document["lastID"] = record.id
+            # The project file comes first: an entry without its data is what QuPath makes too, data without an entry
+            # would be taken for that of the next image.
+            self._stage_project(batch, document)
+            folder = self._data_file(str(record.id)).parent
+            batch.stage(folder / "thumbnail.jpg", small)
+            batch.stage(folder / "server.json", files.server_json(builder, version=version))
+            if image_type != _UNSET:
+                self._stage_blank(batch, record, found.size, image_type)
+            batch.commit()
+        self._load()
+        return self.image(str(record.id))
+
+    def _stage_blank(self, batch: safety.Batch, record: files.EntryRecord, size: Size, image_type: str) -> None:
+        path = self._data_file(str(record.id))
+        content = self._blank(record, image_type)
+        data = _read_back(batch.stage(path, content), content)
+        summary = qpdata.summary(data, size=size, timestamp_ms=_now_ms())
+        batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
+
+    def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
+        """Take an image out of the project.
+
+        Its data folder stays, as in QuPath; with `delete_data` it is moved to ``darefine/backups/<entry id>/``, so
+        that nothing is lost for good.
+        """
+        with self._editing() as (document, batch):
+            document["images"].remove(self._raw_entry(document, image))
+            document["lastID"] = max(_last_id(document), int(image.id))
+            self._stage_project(batch, document)
+            batch.commit()
+            data = self._data_file(image.id).parent
+            if delete_data and data.is_dir():
+                _move_folder(data, safety.backup_path(self.folder, image.id).with_suffix(""))
+        self._stamps.pop(image.id, None)
+        self._load()
+
+    def set_metadata(self, image: ImageEntry, metadata: Mapping[str, str]) -> ImageEntry:
+        """Replace the project metadata of an image.
+
+        Raises
+        ------
+        ProjectChangedError
+            If the image is no longer in the project.
+        ConfigError
+            If a key or a value is not text.
+        """
+        _check_image_arguments(None, metadata, _UNSET)
+        with self._editing() as (document, batch):
+            self._raw_entry(document, image)["metadata"] = dict(metadata)
+            self._stage_project(batch, document)
+            batch.commit()
+        self._load()
+        return self.image(image.id)
+
+    @contextlib.contextmanager
+    def _editing(self) -> Iterator[tuple[files.JsonObject, safety.Batch]]:
+        """Give the project file as it is now, not as it was when opened: what others wrote meanwhile stays."""
+        with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
+            safety.remove_leftovers(self.folder)
+            yield files.parse_project(safety.read_stamped(self.path)[0], self.path), batch
+
+    def _raw_entry(self, document: files.JsonObject, image: ImageEntry) -> files.JsonObject:
+        self._check_known(image)
+        for entry in document["images"]:
+            if str(entry.get("entryID")) == image.id:
+                found: files.JsonObject = entry
+                return found
+        raise ProjectChangedError(f"{image.name!r} (entry {image.id}) was taken out of {self.path} meanwhile")
+
+    def _stage_project(self, batch: safety.Batch, document: files.JsonObject) -> None:
+        former = self.path.read_bytes()
+        batch.stage(self.path.with_name(f"{self.path.name}.backup"), former)
+        batch.stage(self.path, files.json_bytes(self._at_home(document)))
+
+    def _at_home(self, document: files.JsonObject) -> files.JsonObject:
+        """Rewrite the URIs of a moved project as QuPath does, but only when every image was found.
+
+        Until then the former place in ``uri`` is what leads to the images that are still missing.
+        """
+        stored = document.get("uri")
+        if not isinstance(stored, str) or uris.local_path(stored) == self.path:
+            return document
+        entries = []
+        for entry, record in zip(document["images"], files.entry_records(document, self.path), strict=True):
+            stored = files.server_of(record.builder).uri
+            uri, path, exists = self._resolved(stored)
+            builder = record.builder if uri is None else files.with_uri(record.builder, uri)
+            if (path is not None and not exists) or (uri != stored and builder is record.builder):
+                return document
+            entries.append(entry | {"serverBuilder": builder})
+        return document | {"uri": uris.file_uri(self.path), "images": entries}
+
+    def _next_id(self, document: files.JsonObject) -> int:
+        number = _last_id(document) + 1
+        while (folder := self._data_file(str(number)).parent).exists():
+            safety.remove_leftovers(folder)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+                break
+            number += 1
+        return number
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _last_id(document: Mapping[str, object]) -> int:
+    last, images = document.get("lastID"), document.get("images")
+    ids = [int(entry["entryID"]) for entry in images] if isinstance(images, list) else []
+    return max([0, *ids, last if isinstance(last, int) else 0])
+
+
+def _move_folder(folder: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+    except OSError as error:
+        raise ProjectWriteError(
+            f"The image was taken out of the project, but its data could not be moved: {folder}: {error.strerror}"
+        ) from error
+
+
+def _check_image_arguments(mpp: float | None, metadata: Mapping[str, str], image_type: str) -> None:
+    if image_type not in _IMAGE_TYPES:
+        raise ConfigError(f"Image type {image_type!r} is not one of {list(_IMAGE_TYPES)}")
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise ConfigError(f"mpp must be a positive number of micrometres per pixel, got {mpp}")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"Image metadata is text, got {key!r}: {value!r}")
+
+
+def _builder(path: Path, name: str, found: imagefile.ImageFile, mpp: float | None, version: str) -> files.JsonObject:
+    metadata = None
+    if found.is_rgb:
+        metadata = files.image_metadata(
+            name=name,
+            levels=found.levels,
+            tile=found.tile,
+            mpp=found.mpp if mpp is None else (mpp, mpp),
+            magnification=found.magnification,
+            has_timepoints=found.provider == files.IMAGEJ and files.is_since(version, 0, 6),
+        )
+    elif mpp is not None:
+        raise ProjectUnsupportedError(
+            f"{path} is not an 8-bit RGB image: its pixel size cannot be set here; set it in QuPath"
+        )
+    return files.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
+
+
+def _read_back(staged: Path, content: bytes) -> qpdata.ImageData:
+    try:
+        found = safety.read_stamped(staged)[0]
+        if found != content:
+            raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
+        return qpdata.read(found, path=staged)
+    except ProjectFormatError as error:
+        raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error
+
+
+def _expected_objects(before: Sequence[Annotation], changes: Changes) -> dict[UUID, Annotation]:
+    """Objects that must be read back: those that stay exactly as they were, the new ones in their stored form."""
+    gone = set(changes.remove)
+    parents = {record.id: record.parent for record in before}
+
+    def above(parent: UUID | None) -> UUID | None:
+        while parent in gone:
+            parent = parents[parent]
+        return parent
+
+    expected = {record.id: record for record in before if record.id not in gone}
+    expected = {key: replace(record, parent=above(record.parent)) for key, record in expected.items()}
+    for record in changes.replace:
+        expected[record.id] = replace(qpdata.stored(record), parent=expected[record.id].parent)
+    for record in changes.add:
+        expected[record.id] = replace(qpdata.stored(record), parent=above(record.parent))
+    return expected

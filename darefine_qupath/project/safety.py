@@ -1,0 +1,587 @@
+"""Writing to a project without ever losing what is there: lock, staged replacement, dated backups, verification.
+
+A write stages everything first (temporary files beside their targets, synced to disk), then renames one after the
+other. A process killed at any moment leaves each file whole, old or new; what it staged is cleaned up by the next
+write. An error while renaming takes the renames back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.errors import (
+    ProjectChangedError,
+    ProjectFormatError,
+    ProjectLockedError,
+    ProjectNotFoundError,
+    ProjectWriteError,
+)
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = [
+    "BACKUPS_KEPT",
+    "Backup",
+    "Batch",
+    "Stamp",
+    "backup_path",
+    "backups_of",
+    "check_unchanged",
+    "prune_backups",
+    "qupath_warnings",
+    "read_stamped",
+    "remove_leftovers",
+    "same_object",
+    "verify_objects",
+    "write_lock",
+]
+
+_log = logging.getLogger(__name__)
+
+BACKUPS_KEPT = 5
+LOCK_PATIENCE_S = 2.0
+"""How long a write waits for another darefine process to finish its own."""
+
+OWN_FOLDER = "darefine"
+_STAGED = ".darefine-tmp"
+_LOCK_BYTE = 0x7FFFFFFE  # far beyond the owner's note: Windows lets nobody read a locked byte
+
+
+# -- reading
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a file was like when it was read."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+def read_stamped(path: Path) -> tuple[bytes, Stamp]:
+    """Content of a file, and what it was like.
+
+    Raises
+    ------
+    ProjectNotFoundError
+        If the file is not there.
+    ProjectFormatError
+        If it cannot be read, or does not hold still.
+    """
+    try:
+        for _ in range(5):
+            before = path.stat()
+            data = path.read_bytes()
+            after = path.stat()
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(
+                data
+            ) == after.st_size:
+                return data, Stamp(len(data), after.st_mtime_ns, hashlib.sha256(data).hexdigest())
+    except FileNotFoundError:
+        raise ProjectNotFoundError(f"{path} is not there") from None
+    except OSError as error:
+        raise ProjectFormatError(f"cannot be read: {error.strerror or error}", path=path) from error
+    raise ProjectFormatError("is being written by another program; try again", path=path)
+
+
+def check_unchanged(path: Path, stamp: Stamp | None) -> None:
+    """Make sure that a file still is what it was when it was read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stamp : Stamp or None
+        From `read_stamped`; None = there was no file.
+
+    Raises
+    ------
+    ProjectChangedError
+        If it is something else now.
+    """
+    present = path.is_file()
+    if not present and stamp is None:
+        return
+    if not present or stamp is None or read_stamped(path)[1].digest != stamp.digest:
+        raise ProjectChangedError(
+            f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
+        )
+
+
+# -- lock
+
+
+@contextlib.contextmanager
+def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[None]:
+    """Keep other darefine processes from writing to a project.
+
+    The operating system holds the lock and drops it when the process ends, however it ends.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the project.
+    patience_s : float, optional
+        How long to wait for another process, `LOCK_PATIENCE_S` by default.
+
+    Raises
+    ------
+    ProjectLockedError
+        If another process is still writing then.
+    ProjectWriteError
+        If the project cannot be written to.
+    """
+    path = folder / OWN_FOLDER / ".lock"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        _acquire(descriptor, path, LOCK_PATIENCE_S if patience_s is None else patience_s)
+        _note_owner(descriptor, f"{os.getpid()} on {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            _note_owner(descriptor, "")
+            _release(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, patience_s: float) -> None:
+    until = time.monotonic() + patience_s
+    while not _try_lock(descriptor):
+        if time.monotonic() >= until:
+            with contextlib.suppress(OSError):
+                owner = path.read_text(encoding="utf-8").strip()
+                owner = f" (process {owner})" if owner else ""
+            raise ProjectLockedError(
+                f"Another darefine process{owner} is writing to {path.parent.parent}; try again when it has ended"
+            )
+        time.sleep(0.02)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            _log.warning("This file system has no locks: see to it that only one darefine process writes at a time")
+            return True
+        raise
+    return True
+
+
+def _release(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _note_owner(descriptor: int, owner: str) -> None:
+    # Only for the message that another process shows; a full disk must not stop it.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, owner.encode())
+
+
+# -- staged writes
+
+
+def write_error(what: Path, error: OSError) -> ProjectWriteError:
+    """Error for a write that failed, saying what to do."""
+    hints = {
+        errno.ENOSPC: "; make room on the disk",
+        errno.EDQUOT: "; the quota is used up",
+        errno.EACCES: "; the files are read-only or open in another program",
+        errno.EPERM: "; the files are read-only or open in another program",
+        errno.EROFS: "; the disk is read-only",
+    }
+    hint = hints.get(error.errno or 0, "")
+    return ProjectWriteError(f"Cannot write to {what}: {error.strerror or error}{hint}. The project is as it was")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut; Windows does that by itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and make sure that it is on the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(slots=True)
+class _Staged:
+    target: Path
+    new: Path
+    former: Path | None
+
+
+class Batch:
+    """Files that are replaced together: stage them all, then commit; leaving the ``with`` block takes back the rest.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the project, for messages.
+
+    Examples
+    --------
+    ``with Batch(folder) as batch: batch.stage(path, data); batch.commit()``
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._staged: list[_Staged] = []
+        self._made: list[Path] = []
+        self._renaming = False
+        self._committed = False
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._committed:
+            self._take_back()
+
+    def stage(self, target: Path, data: bytes, *, backup: Path | None = None) -> Path:
+        """Write the new content of `target` beside it.
+
+        Parameters
+        ----------
+        target : Path
+            File to be replaced or made.
+        data : bytes
+            New content.
+        backup : Path, optional
+            Keep the former content here for good.
+
+        Returns
+        -------
+        Path
+            The staged file, to be read back.
+
+        Raises
+        ------
+        ProjectWriteError
+            If there is no room, say.
+        """
+        try:
+            self._make_folder(target.parent)
+            former = self._keep_former(target, backup)
+            new = self._new_name(target)
+            self._staged.append(_Staged(target, new, former))
+            write_synced(new, data)
+        except OSError as error:
+            raise write_error(target, error) from error
+        return new
+
+    def _keep_former(self, target: Path, backup: Path | None) -> Path | None:
+        if not target.is_file():
+            return None
+        former = self._new_name(target)
+        self._made.append(former)
+        content = target.read_bytes()
+        write_synced(former, content)
+        if backup is None:
+            return former
+        self._make_folder(backup.parent)
+        os.replace(former, backup)  # noqa: PTH105 - the one call whose atomicity is documented for every system
+        self._made.append(backup)
+        sync_folder(backup.parent)
+        return backup
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._made.append(path)
+            sync_folder(path.parent)
+
+    @staticmethod
+    def _new_name(target: Path) -> Path:
+        return target.with_name(f"{target.name}.{uuid4().hex[:12]}{_STAGED}")
+
+    def commit(self) -> None:
+        """Rename every staged file to its target, in the order of staging; all of them or none.
+
+        Raises
+        ------
+        ProjectWriteError
+            If a rename failed; those before it were taken back.
+        """
+        self._renaming = True
+        try:
+            for staged in self._staged:
+                os.replace(staged.new, staged.target)  # noqa: PTH105
+            for folder in {staged.target.parent for staged in self._staged}:
+                sync_folder(folder)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        self._committed = True
+        for path in self._made:
+            if path.name.endswith(_STAGED):
+                _remove(path)
+
+    def _take_back(self) -> None:
+        for staged in reversed(self._staged):
+            # Looked up on the disk: an interrupt may have come between a rename and a note of it.
+            if not self._renaming or staged.new.exists():
+                _remove(staged.new)
+            elif staged.former is None:
+                _remove(staged.target)
+            else:
+                _restore(staged.former, staged.target)
+        for path in reversed(self._made):
+            _remove(path)
+
+
+def _restore(former: Path, target: Path) -> None:
+    try:
+        os.replace(former, target)  # noqa: PTH105
+    except OSError as error:
+        kept = former.with_name(f"{target.name}.former")
+        with contextlib.suppress(OSError):
+            former.rename(kept)
+        _log.error("%s could not be put back (%s); its former content is in %s", target, error, kept)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what a write that was killed left behind; only while holding the lock."""
+    for folder in folders:
+        if folder.is_dir():
+            for path in folder.iterdir():
+                if path.name.endswith(_STAGED):
+                    _log.info("Removing %s, left by a write that did not finish", path)
+                    _remove(path)
+
+
+# -- backups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backup:
+    """A former state of one image's data.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    time : datetime
+        When it was replaced, in UTC.
+    size : int
+        Bytes.
+    """
+
+    path: Path
+    time: datetime
+    size: int
+
+
+_BACKUP_NAME = "data.qpdata"
+_BACKUP_TIME = "%Y%m%dT%H%M%S.%fZ"
+
+
+def _backup_folder(project: Path, entry_id: str) -> Path:
+    return project / OWN_FOLDER / "backups" / entry_id
+
+
+def backup_path(project: Path, entry_id: str) -> Path:
+    """Name for the next backup of an image's data, later than all there are."""
+    now = datetime.now(timezone.utc)
+    former = backups_of(project, entry_id)
+    if former and former[0].time >= now:
+        now = former[0].time + timedelta(microseconds=1)
+    return _backup_folder(project, entry_id) / f"{now.strftime(_BACKUP_TIME)}-{_BACKUP_NAME}"
+
+
+def backups_of(project: Path, entry_id: str) -> tuple[Backup, ...]:
+    """Backups of an image's data, newest first.
+
+    Parameters
+    ----------
+    project : Path
+        Folder of the project.
+    entry_id : str
+        Entry id.
+
+    Returns
+    -------
+    tuple of Backup
+        At most `BACKUPS_KEPT`.
+    """
+    folder = _backup_folder(project, entry_id)
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(ValueError):
+            written = datetime.strptime(path.name.removesuffix(f"-{_BACKUP_NAME}"), _BACKUP_TIME)
+            found.append(Backup(path=path, time=written.replace(tzinfo=timezone.utc), size=path.stat().st_size))
+    return tuple(sorted(found, key=lambda backup: backup.path.name, reverse=True))
+
+
+def prune_backups(project: Path, entry_id: str) -> None:
+    """Keep the last `BACKUPS_KEPT` backups of an image."""
+    for backup in backups_of(project, entry_id)[BACKUPS_KEPT:]:
+        _remove(backup.path)
+
+
+# -- verification
+
+
+def _same(ours: object, theirs: object) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        pairs = zip(ours.items(), theirs.items(), strict=True)
+        return len(ours) == len(theirs) and all(a == b and _same(x, y) for (a, x), (b, y) in pairs)
+    return bool(ours == theirs)
+
+
+_FIELDS = tuple(field.name for field in fields(Annotation))
+
+
+def same_object(ours: Annotation, theirs: Annotation, *, ignore: Sequence[str] = ()) -> str | None:
+    """Name of the first field in which two records differ; None when they are the same.
+
+    NaN equals NaN, and geometries must have the same coordinates in the same order.
+    """
+    for name in _FIELDS:
+        if name not in ignore and not _same(getattr(ours, name), getattr(theirs, name)):
+            return name
+    return None
+
+
+def verify_objects(expected: Mapping[UUID, Annotation], found: Sequence[Annotation], *, path: Path) -> None:
+    """Compare what was read back with what should be there, object by object.
+
+    Parameters
+    ----------
+    expected : mapping of UUID to Annotation
+        Every object, as it is stored.
+    found : sequence of Annotation
+        Objects read back.
+    path : Path
+        The file, for messages.
+
+    Raises
+    ------
+    ProjectWriteError
+        If anything differs.
+    """
+    records = {record.id: record for record in found}
+    if len(found) != len(expected) or records.keys() != expected.keys():
+        raise ProjectWriteError(
+            f"{path}: {len(expected)} objects were written and {len(found)} read back; nothing was changed"
+        )
+    for key, record in expected.items():
+        # QuPath derives the kind of a new object's ROI from its geometry.
+        field = same_object(record, records[key], ignore=("roi",) if record.roi is None else ())
+        if field is not None:
+            raise ProjectWriteError(f"{path}: object {key} came back with another {field}; nothing was changed")
+
+
+# -- QuPath at the same time
+
+
+def qupath_warnings(data_file: Path, image: Path | None) -> tuple[str, ...]:
+    """Tell what can be told about a QuPath that has the image open right now.
+
+    Parameters
+    ----------
+    data_file : Path
+        The image's ``data.qpdata``.
+    image : Path or None
+        The image file.
+
+    Returns
+    -------
+    tuple of str
+        One line each.
+    """
+    warnings = []
+    leftover = data_file.with_name(f"{data_file.name}.bkp")
+    if leftover.exists():
+        warnings.append(
+            f"{leftover} is there: QuPath is saving this image, or stopped while it did. If the objects you see are "
+            f"not what they should be, that file holds the state before its save"
+        )
+    running = _qupath_processes()
+    if running:
+        has_image = image is not None and any(_has_open(pid, image) for pid in running)
+        warnings.append(
+            f"QuPath is running (process {running[0]}) and has {image.name} open: use File > Reload data there before "
+            f"anything else, its Save would overwrite what was just written"
+            if has_image and image is not None
+            else f"QuPath is running (process {running[0]}): if this image is open there, use File > Reload data "
+            f"before anything else, its Save would overwrite what was just written"
+        )
+    return tuple(warnings)
+
+
+def _qupath_processes() -> list[int]:
+    """Process ids of QuPath on this machine, where the system tells (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):
+            if (folder / "comm").read_text().startswith("QuPath"):
+                found.append(int(folder.name))
+    return found
+
+
+def _has_open(pid: int, image: Path) -> bool:
+    with contextlib.suppress(OSError):
+        wanted = os.path.realpath(image)
+        return any(os.path.realpath(link) == wanted for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
