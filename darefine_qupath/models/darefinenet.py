@@ -182,7 +182,7 @@ class DARefineNet(SegmentationNetwork):
         """Label slices whose contexts are encoded already; see the base class."""
         if self.config.input == "multisize":  # one "context" per slice, whatever was given
             context, index_B, box_B4 = self._encode(F.avg_pool2d(slice_B3HW, 2, ceil_mode=True)), None, None
-        context = context.of_slices(len(slice_B3HW), index_B)
+        context = context.of_slices(slice_B3HW.shape[0], index_B)
         encoded_BCHW = self._drop_deepest(self.slice_encoder(slice_B3HW))  # Eq. 4
         slices_BCHW = [path(feature) for path, feature in zip(self.slice_paths, encoded_BCHW, strict=True)]
         output_BCHW = slices_BCHW[0]
@@ -230,13 +230,13 @@ def crop(context_BChw: Tensor, box_B4: Tensor | None, size: torch.Size) -> Tenso
     """
     height, width = size
     if box_B4 is None:
-        box_B4 = context_BChw.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(context_BChw), 4)
+        box_B4 = context_BChw.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(context_BChw.shape[0], 4)
     left_B1, top_B1, right_B1, bottom_B1 = torch.split(box_B4.to(context_BChw.dtype), 1, dim=1)
     across_W = (torch.arange(width, device=context_BChw.device, dtype=context_BChw.dtype) + 0.5) / width
     down_H = (torch.arange(height, device=context_BChw.device, dtype=context_BChw.dtype) + 0.5) / height
     x_BW = left_B1 + (right_B1 - left_B1) * across_W
     y_BH = top_B1 + (bottom_B1 - top_B1) * down_H
-    batch = len(context_BChw)
+    batch = context_BChw.shape[0]
     grid_BHW2 = torch.stack(
         [x_BW[:, None, :].expand(batch, height, width), y_BH[:, :, None].expand(batch, height, width)], -1
     )

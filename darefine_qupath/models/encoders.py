@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class LoadedWeights:
     num_tensors : int
         Tensors that were loaded into each.
     left_out : tuple of str
-        Tensors of the file that belong to its classification layer.
+        Tensors of the file that are not the encoder's: its classification layer, other parts of a larger network.
     """
 
     encoders: tuple[str, ...]
@@ -153,9 +154,9 @@ def _match(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Pair the file's tensors with the encoder's, or list why that cannot be done."""
     wanted = encoder.state_dict()
-    prefix = _prefix(next(iter(wanted)), state)
+    prefix = _prefix(path, wanted, state)
     given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    head = tuple(name for name in given if _is_head(name))
+    head = {name for name in given if _is_head(name) and name not in wanted}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in given and name not in counters]
     unknown = [name for name in given if name not in wanted and name not in head]
@@ -167,13 +168,22 @@ def _match(
     problems = [_listed("missing", missing), _listed("unknown", unknown), _listed("of another shape", shapes)]
     if any(problems):
         raise ModelError(f"{path} does not fit the {role} encoder: {'; '.join(filter(None, problems))}")
-    return {name: given.get(name, tensor) for name, tensor in wanted.items()}, head
+    left_out = tuple(name for name in state if not name.startswith(prefix) or name.removeprefix(prefix) in head)
+    return {name: given.get(name, tensor) for name, tensor in wanted.items()}, left_out
 
 
-def _prefix(first: str, state: Mapping[str, Tensor]) -> str:
-    """Return what stands before the encoder's names, such as ``module.``; the shortest if there are several."""
-    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith("." + first)]
-    return min(prefixes, key=len, default="")
+def _prefix(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Return what stands before the encoder's names, such as ``module.encoder.``."""
+    matches: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in wanted:
+                matches["".join(f"{part}." for part in parts[:start])] += 1
+    best = [prefix for prefix, count in matches.items() if count == max(matches.values())]
+    if len(best) > 1:
+        raise ModelError(f"{path} holds several encoders, under {sorted(best)}; save the one you want by itself")
+    return best[0] if best else ""
 
 
 def _is_head(name: str) -> bool:
