@@ -1,0 +1,181 @@
+"""QuPath projects: one interface, two engines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from darefine_qupath.classes import PathClass
+from darefine_qupath.errors import EngineError, ProjectError
+from darefine_qupath.project.embedded import EmbeddedProject
+from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
+from darefine_qupath.project.safety import Backup
+
+__all__ = [
+    "Applied",
+    "Backup",
+    "Changes",
+    "Engine",
+    "ImageEntry",
+    "Project",
+    "create_project",
+    "list_backups",
+    "open_project",
+    "restore",
+]
+
+_log = logging.getLogger(__name__)
+
+_PAQUO_MODULE = "darefine_qupath.project.paquo"
+_GET_QUPATH = "run `paquo get_qupath --install-path FOLDER` and set PAQUO_QUPATH_DIR to what it prints"
+
+
+def open_project(path: Path | str, engine: Literal["auto", "embedded", "paquo"] = "auto") -> Project:
+    """Open a QuPath project.
+
+    Parameters
+    ----------
+    path : Path or str
+        The ``project.qpproj`` or its folder.
+    engine : str, optional
+        ``"embedded"`` needs no QuPath, ``"paquo"`` uses the one that is installed, ``"auto"`` takes paquo where it
+        finds QuPath.
+
+    Returns
+    -------
+    Project
+        To be closed, or used in a ``with`` block.
+
+    Raises
+    ------
+    ProjectNotFoundError
+        If there is no such project.
+    ProjectFormatError
+        If it is not a project, or damaged.
+    EngineError
+        If paquo is asked for and does not work here.
+    """
+    module = _paquo_engine(engine)
+    return EmbeddedProject(Path(path)) if module is None else _as_project(module.PaquoProject(Path(path)))
+
+
+def create_project(
+    path: Path | str,
+    *,
+    classes: Sequence[PathClass] = (),
+    engine: Literal["auto", "embedded", "paquo"] = "auto",
+) -> Project:
+    """Make a QuPath project without images.
+
+    Parameters
+    ----------
+    path : Path or str
+        Its folder; made where it is not there.
+    classes : sequence of PathClass, optional
+        The class list.
+    engine : str, optional
+        As for `open_project`.
+
+    Returns
+    -------
+    Project
+        The new project.
+
+    Raises
+    ------
+    ProjectWriteError
+        If there is a project already, or it cannot be written.
+    EngineError
+        If paquo is asked for and does not work here.
+    """
+    module = _paquo_engine(engine)
+    if module is None:
+        return EmbeddedProject.create(Path(path), classes)
+    return _as_project(module.PaquoProject.create(Path(path), classes))
+
+
+def list_backups(path: Path | str, image: str) -> tuple[Backup, ...]:
+    """Former states of an image's objects.
+
+    Parameters
+    ----------
+    path : Path or str
+        The project.
+    image : str
+        Entry id or name.
+
+    Returns
+    -------
+    tuple of Backup
+        Newest first.
+    """
+    project = EmbeddedProject(Path(path))
+    return project.backups(project.image(image))
+
+
+def restore(path: Path | str, image: str, which: str | int = 1) -> Applied:
+    """Bring back a former state of an image's objects; the present one becomes a backup itself.
+
+    Parameters
+    ----------
+    path : Path or str
+        The project.
+    image : str
+        Entry id or name.
+    which : str or int, optional
+        1 is the newest backup, 2 the one before; or the beginning of a backup's file name (its time in UTC).
+
+    Returns
+    -------
+    Applied
+        What changed.
+
+    Raises
+    ------
+    ProjectError
+        If there is no such backup, or it is damaged.
+    ProjectLockedError, ProjectWriteError
+        As for `Project.apply`.
+    """
+    project = EmbeddedProject(Path(path))
+    entry = project.image(image)
+    backups = project.backups(entry)
+    if isinstance(which, int):
+        found = backups[which - 1 : which] if which > 0 else ()
+    else:
+        found = tuple(backup for backup in backups if backup.path.name.startswith(which))
+    if len(found) != 1:
+        names = ", ".join(backup.path.name for backup in backups) or "none"
+        raise ProjectError(f"{len(found) or 'No'} backups of {entry.name!r} match {which!r}; there are: {names}")
+    return project.restore(entry, found[0])
+
+
+def _paquo_engine(engine: str) -> Any:  # noqa: ANN401 - a module that need not be there
+    """Return the module of the paquo engine, or None for the embedded one; says which is taken."""
+    if engine not in ("auto", "embedded", "paquo"):
+        raise EngineError(f"There is no engine {engine!r}; choose auto, embedded or paquo")
+    if engine == "embedded":
+        return None
+    try:
+        module = importlib.import_module(_PAQUO_MODULE)
+        found = module.find_qupath()
+    except ImportError as error:
+        if engine == "paquo":
+            raise EngineError(f"paquo cannot be loaded ({error}); `pip install paquo`, then {_GET_QUPATH}") from None
+        _log.info("Engine: embedded (paquo cannot be loaded: %s)", error)
+        return None
+    if found is None:
+        if engine == "paquo":
+            raise EngineError(f"paquo finds no QuPath; {_GET_QUPATH}")
+        _log.info("Engine: embedded (paquo finds no QuPath)")
+        return None
+    _log.info("Engine: paquo, with QuPath at %s", found)
+    return module
+
+
+def _as_project(project: Project) -> Project:
+    return project

@@ -328,7 +328,7 @@ class EmbeddedProject(Project):
             with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
                 before = self._read(image.id) if path.is_file() else None
             warnings = safety.qupath_warnings(path, image.path)
-            former = self._store(image.id, content, {record.id: record for record in objects}, before, None)
+            former = self._store(image.id, content, objects, before, None)
         kept = {record.id for record in before.data.objects} if before else set()
         restored = {record.id for record in objects}
         return Applied(
@@ -352,7 +352,7 @@ class EmbeddedProject(Project):
         self,
         entry_id: str,
         content: bytes,
-        expected: Mapping[UUID, Annotation],
+        expected: Sequence[Annotation],
         before: _Read | None,
         classes: Sequence[PathClass] | None,
     ) -> Path | None:
@@ -434,7 +434,9 @@ class EmbeddedProject(Project):
         former, _ = self._stored_classes()
         listed = () if former is None else files.parse_classes(former, self._classes_file)
         names = dict.fromkeys(record.path_class for record in (*changes.add, *changes.replace))
-        more = [PathClass(name, data.colours.get(name, default_colour(name))) for name in names if name is not None]
+        more = [
+            PathClass(name, data.class_colours.get(name) or default_colour(name)) for name in names if name is not None
+        ]
         return files.merged_classes(listed, more)
 
     # -- images
@@ -643,20 +645,21 @@ def _read_back(staged: Path, content: bytes) -> qpdata.ImageData:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error
 
 
-def _expected_objects(before: Sequence[Annotation], changes: Changes) -> dict[UUID, Annotation]:
+def _expected_objects(before: Sequence[Annotation], changes: Changes) -> list[Annotation]:
     """Objects that must be read back: those that stay exactly as they were, the new ones in their stored form."""
     gone = set(changes.remove)
     parents = {record.id: record.parent for record in before}
+    new = {record.id: record for record in changes.replace}
 
     def above(parent: UUID | None) -> UUID | None:
         while parent in gone:
             parent = parents[parent]
         return parent
 
-    expected = {record.id: record for record in before if record.id not in gone}
-    expected = {key: replace(record, parent=above(record.parent)) for key, record in expected.items()}
-    for record in changes.replace:
-        expected[record.id] = replace(qpdata.stored(record), parent=expected[record.id].parent)
-    for record in changes.add:
-        expected[record.id] = replace(qpdata.stored(record), parent=above(record.parent))
-    return expected
+    kept = (record for record in before if record.id not in gone)
+    expected = [replace(_stored(new.get(record.id, record), record), parent=above(record.parent)) for record in kept]
+    return expected + [replace(_stored(record, None), parent=above(record.parent)) for record in changes.add]
+
+
+def _stored(record: Annotation, former: Annotation | None) -> Annotation:
+    return record if record is former else replace(record, geometry=qpdata.stored_geometry(record))

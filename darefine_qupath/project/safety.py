@@ -503,13 +503,13 @@ def same_object(ours: Annotation, theirs: Annotation, *, ignore: Sequence[str] =
     return None
 
 
-def verify_objects(expected: Mapping[UUID, Annotation], found: Sequence[Annotation], *, path: Path) -> None:
+def verify_objects(expected: Sequence[Annotation], found: Sequence[Annotation], *, path: Path) -> None:
     """Compare what was read back with what should be there, object by object.
 
     Parameters
     ----------
-    expected : mapping of UUID to Annotation
-        Every object, as it is stored.
+    expected : sequence of Annotation
+        Every object, as it is stored; in any order.
     found : sequence of Annotation
         Objects read back.
     path : Path
@@ -520,16 +520,26 @@ def verify_objects(expected: Mapping[UUID, Annotation], found: Sequence[Annotati
     ProjectWriteError
         If anything differs.
     """
-    records = {record.id: record for record in found}
-    if len(found) != len(expected) or records.keys() != expected.keys():
+    ours, theirs = _by_id(expected), _by_id(found)
+    if len(expected) != len(found) or {key: len(same) for key, same in ours.items()} != {
+        key: len(same) for key, same in theirs.items()
+    }:
         raise ProjectWriteError(
             f"{path}: {len(expected)} objects were written and {len(found)} read back; nothing was changed"
         )
-    for key, record in expected.items():
-        # QuPath derives the kind of a new object's ROI from its geometry.
-        field = same_object(record, records[key], ignore=("roi",) if record.roi is None else ())
-        if field is not None:
-            raise ProjectWriteError(f"{path}: object {key} came back with another {field}; nothing was changed")
+    for key, records in ours.items():
+        for record, read in zip(records, theirs[key], strict=True):
+            # QuPath derives the kind of a new object's ROI from its geometry.
+            field = same_object(record, read, ignore=("roi",) if record.roi is None else ())
+            if field is not None:
+                raise ProjectWriteError(f"{path}: object {key} came back with another {field}; nothing was changed")
+
+
+def _by_id(records: Sequence[Annotation]) -> dict[UUID, list[Annotation]]:
+    found: dict[UUID, list[Annotation]] = {}
+    for record in records:
+        found.setdefault(record.id, []).append(record)
+    return found
 
 
 # -- QuPath at the same time
