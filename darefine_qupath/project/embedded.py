@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
@@ -26,8 +27,11 @@ from darefine_qupath.errors import (
     SlideError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.project import files, imagefile, qpdata, safety, uris
+from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, ImageEntry, Project
+
+if TYPE_CHECKING:
+    from darefine_qupath.project.imagefile import ImageFile
 
 __all__ = ["PROJECT_FILE", "EmbeddedProject", "project_file"]
 
@@ -153,6 +157,8 @@ class EmbeddedProject(Project):
         uri, path, exists = self._resolved(server.uri)
         size, mpp = server.size, server.mpp
         if exists and path is not None and not server.has_metadata and server.unsupported is None:
+            from darefine_qupath.project import imagefile  # noqa: PLC0415 - few projects need it, see its load time
+
             with contextlib.suppress(SlideError):
                 found = imagefile.probe(path, server.args)
                 size, mpp = found.size, sum(found.mpp) / 2 if found.mpp else None
@@ -462,6 +468,8 @@ class EmbeddedProject(Project):
         ConfigError
             If an argument makes no sense.
         """
+        from darefine_qupath.project import imagefile  # noqa: PLC0415
+
         _check_image_arguments(mpp, metadata or {}, image_type)
         path = Path(path).absolute()
         found, small = imagefile.probe(path), imagefile.thumbnail(path)
@@ -617,7 +625,7 @@ def _check_image_arguments(mpp: float | None, metadata: Mapping[str, str], image
             raise ConfigError(f"Image metadata is text, got {key!r}: {value!r}")
 
 
-def _builder(path: Path, name: str, found: imagefile.ImageFile, mpp: float | None, version: str) -> files.JsonObject:
+def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version: str) -> files.JsonObject:
     metadata = None
     if found.is_rgb:
         metadata = files.image_metadata(

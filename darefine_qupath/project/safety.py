@@ -13,7 +13,6 @@ import hashlib
 import logging
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +156,7 @@ def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[Non
         raise write_error(folder, error) from error
     try:
         _acquire(descriptor, path, LOCK_PATIENCE_S if patience_s is None else patience_s)
-        _note_owner(descriptor, f"{os.getpid()} on {socket.gethostname()}")
+        _note_owner(descriptor, f"{os.getpid()} on {_host()}")
         try:
             yield
         finally:
@@ -165,6 +164,10 @@ def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[Non
             _release(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _host() -> str:
+    return os.environ.get("COMPUTERNAME", "this computer") if sys.platform == "win32" else os.uname().nodename
 
 
 def _acquire(descriptor: int, path: Path, patience_s: float) -> None:

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import errno
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.errors import (
+    ProjectChangedError,
+    ProjectFormatError,
+    ProjectLockedError,
+    ProjectNotFoundError,
+    ProjectWriteError,
+)
+from darefine_qupath.project import safety
+from darefine_qupath.project.safety import Batch
+
+ONE, TWO = UUID(int=1), UUID(int=2)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# -- reading
+
+
+def test_a_stamp_tells_one_content_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    data, stamp = safety.read_stamped(path)
+    assert data == b"one"
+    safety.check_unchanged(path, stamp)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+    with pytest.raises(ProjectChangedError, match="changed since it was read"):
+        safety.check_unchanged(path, stamp)
+
+
+def test_a_touched_file_has_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    stamp = safety.read_stamped(path)[1]
+    os.utime(path, (1, 1))
+    safety.check_unchanged(path, stamp)
+
+
+def test_a_file_that_came_or_went_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    safety.check_unchanged(path, None)
+    path.write_bytes(b"one")
+    stamp = safety.read_stamped(path)[1]
+    with pytest.raises(ProjectChangedError):
+        safety.check_unchanged(path, None)
+    path.unlink()
+    with pytest.raises(ProjectChangedError):
+        safety.check_unchanged(path, stamp)
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ProjectNotFoundError, match="is not there"):
+        safety.read_stamped(tmp_path / "a")
+    with pytest.raises(ProjectFormatError, match="cannot be read"):
+        safety.read_stamped(tmp_path)
+
+
+# -- lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from darefine_qupath.project.safety import write_lock
+with write_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_process_is_kept_out_until_the_holder_is_gone(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        match = rf"Another darefine process \(process {holder.pid} on .*\) is writing to {tmp_path}"
+        with pytest.raises(ProjectLockedError, match=match), safety.write_lock(tmp_path, patience_s=0):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with safety.write_lock(tmp_path, patience_s=0):
+        pass
+
+
+def test_the_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(safety, "_try_lock", lambda _: next(answers))
+    with safety.write_lock(tmp_path, patience_s=10):
+        assert next(answers, None) is None
+
+
+def test_a_project_that_cannot_be_written_to_says_so(tmp_path: Path) -> None:
+    (tmp_path / "darefine").write_text("a file where the folder should be")
+    with pytest.raises(ProjectWriteError, match="Cannot write to"), safety.write_lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with safety.write_lock(tmp_path):
+        pass
+    assert "has no locks" in caplog.text
+
+
+# -- batches
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a").write_bytes(b"old a")
+    (tmp_path / "b").write_bytes(b"old b")
+    return tmp_path
+
+
+def stage_all(batch: Batch, folder: Path) -> None:
+    batch.stage(folder / "a", b"new a", backup=folder / "backups" / "a-backup")
+    batch.stage(folder / "b", b"new b")
+    batch.stage(folder / "deep" / "er" / "c", b"new c")
+
+
+def test_a_batch_replaces_every_file(folder: Path) -> None:
+    with Batch(folder) as batch:
+        stage_all(batch, folder)
+        assert (folder / "a").read_bytes() == b"old a"
+        batch.commit()
+    assert listing(folder) == {"a": b"new a", "b": b"new b", "backups/a-backup": b"old a", "deep/er/c": b"new c"}
+
+
+def test_a_batch_that_is_not_committed_leaves_no_trace(folder: Path) -> None:
+    before = listing(folder)
+    with Batch(folder) as batch:
+        stage_all(batch, folder)
+    assert listing(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+
+
+def failing(function: Callable[..., object], nth: int, error: BaseException) -> Callable[..., object]:
+    calls = iter(range(1_000_000))
+
+    def call(*args: object, **named: object) -> object:
+        if next(calls) == nth:
+            raise error
+        return function(*args, **named)
+
+    return call
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["write", "replace", "fsync", "open"])
+@pytest.mark.parametrize("nth", range(8))
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["disk full", "interrupt"])
+def test_an_error_at_any_moment_leaves_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, nth: int, error: BaseException
+) -> None:
+    before = listing(folder)
+    monkeypatch.setattr(os, name, failing(getattr(os, name), nth, error))
+    done, said = False, ""
+    try:
+        with Batch(folder) as batch:
+            stage_all(batch, folder)
+            batch.commit()
+            done = True
+    except (ProjectWriteError, KeyboardInterrupt) as caught:
+        said = str(caught)
+    monkeypatch.undo()
+    if done:
+        assert (folder / "b").read_bytes() == b"new b"
+    else:
+        assert listing(folder) == before
+        assert ("make room on the disk" in said) == (error is FULL)
+
+
+def test_a_short_write_is_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:2]))
+    with Batch(folder) as batch:
+        batch.stage(folder / "a", b"a longer text")
+        batch.commit()
+    assert (folder / "a").read_bytes() == b"a longer text"
+
+
+def test_what_cannot_be_put_back_is_kept_and_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = os.replace, iter(range(100))
+
+    def replace_once(source: Path, target: Path) -> None:
+        if next(calls) > 0:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with Batch(folder) as batch:
+        batch.stage(folder / "a", b"new a")
+        batch.stage(folder / "b", b"new b")
+        with pytest.raises(ProjectWriteError, match="Input/output error"):
+            batch.commit()
+    assert "could not be put back" in caplog.text
+    assert b"old a" in listing(folder).values()
+
+
+def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:
+    before = listing(folder)
+    batch = Batch(folder)
+    batch.stage(folder / "a", b"new a")
+    batch.stage(folder / "b", b"new b")
+    assert listing(folder) != before
+    safety.remove_leftovers(folder, folder / "not there")
+    assert listing(folder) == before
+
+
+# -- backups
+
+
+def test_the_last_five_backups_are_kept(tmp_path: Path) -> None:
+    paths = []
+    for number in range(8):
+        path = safety.backup_path(tmp_path, "3")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number]))
+        paths.append(path)
+    (paths[0].parent / "notes.txt").write_text("not a backup")
+    safety.prune_backups(tmp_path, "3")
+    found = safety.backups_of(tmp_path, "3")
+    assert [backup.path for backup in found] == paths[:2:-1]
+    assert paths[0].parent == tmp_path / "darefine" / "backups" / "3"
+    assert all(backup.path.name.endswith("Z-data.qpdata") and backup.size == 1 for backup in found)
+    assert (paths[0].parent / "notes.txt").exists()
+
+
+def test_a_backup_is_later_than_those_from_a_clock_that_ran_ahead(tmp_path: Path) -> None:
+    ahead = tmp_path / "darefine" / "backups" / "1" / "29990101T000000.000000Z-data.qpdata"
+    ahead.parent.mkdir(parents=True)
+    ahead.write_bytes(b"")
+    assert safety.backup_path(tmp_path, "1").name == "29990101T000000.000001Z-data.qpdata"
+
+
+# -- verification
+
+
+def annotation(identity: UUID = ONE, **more: object) -> Annotation:
+    return Annotation(id=identity, geometry=shapely.box(0, 0, 10, 10), measurements={"a": math.nan}, **more)  # type: ignore[arg-type]
+
+
+def test_the_same_objects_pass() -> None:
+    ours = [annotation(), annotation(TWO)]
+    safety.verify_objects(ours, [annotation(TWO, roi="Rectangle"), annotation(roi="Rectangle")], path=Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"geometry": shapely.box(0, 0, 10, 10.01)}, "another geometry"),
+        ({"geometry": None}, "another geometry"),
+        ({"path_class": "Tumor"}, "another path_class"),
+        ({"locked": True}, "another locked"),
+        ({"name": "x"}, "another name"),
+        ({"parent": TWO}, "another parent"),
+        ({"measurements": {"a": 1.0}}, "another measurements"),
+        ({"measurements": {}}, "another measurements"),
+        ({"metadata": {"a": "b"}}, "another metadata"),
+        ({"class_probability": 0.5}, "another class_probability"),
+        ({"id": TWO}, "1 objects were written and 1 read back"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_object_that_changed_is_noticed(change: dict[str, object], match: str) -> None:
+    with pytest.raises(ProjectWriteError, match=match):
+        safety.verify_objects([annotation()], [replace(annotation(), **change)], path=Path("x"))  # type: ignore[arg-type]
+
+
+def test_missing_and_doubled_objects_are_noticed() -> None:
+    one, two = annotation(), annotation(TWO)
+    for found in ([one], [one, one], [one, two, two], []):
+        with pytest.raises(ProjectWriteError, match="objects were written"):
+            safety.verify_objects([one, two], found, path=Path("x"))
+
+
+def test_a_changed_roi_type_is_noticed_where_it_was_known() -> None:
+    with pytest.raises(ProjectWriteError, match="another roi"):
+        safety.verify_objects([annotation(roi="Rectangle")], [annotation(roi="Polygon")], path=Path("x"))
+
+
+# -- QuPath at the same time
+
+
+def test_a_save_under_way_is_told(tmp_path: Path) -> None:
+    data = tmp_path / "data.qpdata"
+    assert safety.qupath_warnings(data, None) == ()
+    (tmp_path / "data.qpdata.bkp").write_bytes(b"")
+    assert "QuPath is saving this image" in safety.qupath_warnings(data, None)[0]
+
+
+def test_a_running_qupath_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "slide.tif"
+    image.write_bytes(b"x")
+    monkeypatch.setattr(safety, "_qupath_processes", lambda: [os.getpid()])
+    assert "if this image is open there" in safety.qupath_warnings(tmp_path / "data.qpdata", image)[0]
+    if sys.platform == "linux":
+        with image.open("rb"):
+            assert "has slide.tif open" in safety.qupath_warnings(tmp_path / "data.qpdata", image)[0]
