@@ -25,6 +25,7 @@
     ├── ModelError                (ValueError)         a network configuration that cannot be built
     ├── CheckpointError           (ValueError)         a model file is of another kind or damaged
     ├── TrainingError             (RuntimeError)       training cannot start or go on
+    │   └── TrainingStoppedError                       a signal ended it; its state is saved
     ├── PredictionError           (RuntimeError)       prediction cannot start or go on
     ├── PolygonError              (ValueError)         a label map cannot become polygons
     └── ReviewError               (ValueError)         a run or a review that does not fit the project
@@ -67,6 +68,7 @@ __all__ = [
     "SlideNotFoundError",
     "TileError",
     "TrainingError",
+    "TrainingStoppedError",
 ]
 
 
@@ -178,6 +180,10 @@ class CheckpointError(DarefineError, ValueError):
 
 class TrainingError(DarefineError, RuntimeError):
     """Training cannot start or go on."""
+
+
+class TrainingStoppedError(TrainingError):
+    """Training was asked to stop; its state is saved and it can be resumed."""
 
 
 class PredictionError(DarefineError, RuntimeError):

@@ -57,6 +57,15 @@ class Batch:
             boxes=self.boxes.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; torch's loader calls this by its name."""
+        return Batch(
+            slices=self.slices.pin_memory(),
+            contexts=self.contexts.pin_memory(),
+            masks=self.masks.pin_memory(),
+            boxes=self.boxes.pin_memory(),
+        )
+
     def part(self, rows: slice) -> Batch:
         """Return some of the tiles."""
         return Batch(
@@ -227,7 +236,8 @@ def _recolour(image_B3HW: Tensor, draws: Sequence[Draw]) -> Tensor:
     grey_B1HW = image_B3HW.mean(dim=1, keepdim=True)
     image_B3HW = grey_B1HW + (image_B3HW - grey_B1HW) * saturation_B111
     image_B3HW = (image_B3HW - 128) * contrast_B111 + 128
-    return (image_B3HW * brightness_B111).round().clamp(0, 255).to(torch.uint8)
+    image_B3HW = image_B3HW * brightness_B111
+    return image_B3HW.round().clamp(0, 255).to(torch.uint8)
 
 
 def _restain(image_B3HW: Tensor, change_B3: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class TrainConfig:
     """Parts a batch is cut into to save memory. The loss is that of the whole batch, however many parts there are."""
     samples_per_epoch: int = 0
     """Tiles drawn per epoch; 0: as many as the training set holds."""
-    sampling: Literal["balanced", "uniform"] = "balanced"
-    """``balanced``: tiles with rare classes are drawn more often. ``uniform``: every tile once per epoch."""
+    balance: float = 1.0
+    """1: tiles are drawn such that all classes show the same number of pixels. 0: all tiles alike."""
 
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
@@ -60,6 +60,9 @@ class TrainConfig:
     """Decay per step of an average of the weights, which is then what is validated and kept; 0: no average."""
     freeze_batch_norm: Literal["auto", "yes", "no"] = "auto"
     """Whether the encoders' batch norm keeps its statistics and weights. ``auto``: when they are pretrained."""
+    encoder_weights: str = "auto"
+    """``auto``: those that an installed package ships, else random. ``imagenet``: the same, but they must be there.
+    ``none``: random. Anything else: a file with torchvision's or timm's names."""
 
     loss: Literal["nll", "ce-dice"] = "nll"
     """``nll``: cross-entropy per pixel. ``ce-dice``: the same plus `dice_weight` times (1 - soft Dice) per tile."""
@@ -72,7 +75,7 @@ class TrainConfig:
 
     symmetries: Literal["none", "flip", "dihedral"] = "flip"
     """``flip``: left-right and up-down. ``dihedral``: all eight symmetries of the square."""
-    scale: tuple[float, float] = (0.75, 1.3333)
+    scale: tuple[float, ...] = (0.75, 1.3333)
     """Smallest and largest random magnification; a crop at a random place follows. (1, 1): neither."""
     stain_jitter: float = 0.0
     """Largest relative change of each stain (haematoxylin, eosin, rest) in HED space."""
@@ -163,31 +166,6 @@ class TrainConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
-    {
-        "paper": TrainConfig(),
-        "modern": TrainConfig(
-            preset="modern",
-            epochs=30,
-            batch_size=8,
-            optimiser="adamw",
-            encoder_lr=3e-4,
-            decoder_lr=1e-3,
-            weight_decay=1e-2,
-            schedule="one-cycle",
-            clip_norm=1.0,
-            loss="ce-dice",
-            symmetries="dihedral",
-            scale=(0.9, 1.1),
-            stain_jitter=0.05,
-            colour_jitter=0.1,
-            context_dropout=0.1,
-        ),
-    }
-)
-"""The two recipes by name."""
-
-
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -229,6 +207,7 @@ _AT_LEAST: Mapping[str, float] = {
     "batch_size": 1,
     "accumulate": 1,
     "samples_per_epoch": 0,
+    "balance": 0,
     "encoder_lr": 0,
     "decoder_lr": _SMALL,
     "momentum": 0,
@@ -248,6 +227,7 @@ _AT_LEAST: Mapping[str, float] = {
     "checkpoint_steps": 0,
 }
 _BELOW: Mapping[str, float] = {
+    "balance": 1 + _SMALL,
     "momentum": 1,
     "warmup": 1,
     "ema_decay": 1,
@@ -275,3 +255,28 @@ def _check_ranges(config: TrainConfig) -> None:
             f"Training setting accumulate = {config.accumulate} cuts a batch of {config.batch_size} into empty parts; "
             f"use at most {config.batch_size}"
         )
+
+
+PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
+    {
+        "paper": TrainConfig(),
+        "modern": TrainConfig(
+            preset="modern",
+            epochs=30,
+            batch_size=8,
+            optimiser="adamw",
+            encoder_lr=3e-4,
+            decoder_lr=1e-3,
+            weight_decay=1e-2,
+            schedule="one-cycle",
+            clip_norm=1.0,
+            loss="ce-dice",
+            symmetries="dihedral",
+            scale=(0.9, 1.1),
+            stain_jitter=0.05,
+            colour_jitter=0.1,
+            context_dropout=0.1,
+        ),
+    }
+)
+"""The two recipes by name."""

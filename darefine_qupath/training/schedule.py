@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
+from darefine_qupath.models import SegmentationNetwork, encoder_parameters
 from darefine_qupath.training.recipe import TrainConfig
 
 __all__ = ["build_optimiser", "learning_rate_factor", "set_learning_rates"]
@@ -48,14 +48,13 @@ def set_learning_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimiser(model: SegmentationNetwork, config: TrainConfig) -> torch.optim.Optimizer:
     """Optimiser with the encoders' parameters apart from the others'.
 
     Parameters
     ----------
-    model : nn.Module
-        Parameters below a child named ``*encoder*`` learn at `encoder_lr`, the others at `decoder_lr`. Parameters that
-        need no gradient are left out.
+    model : SegmentationNetwork
+        Its encoders learn at `encoder_lr`, the rest at `decoder_lr`. Parameters that need no gradient are left out.
     config : TrainConfig
         Rates, decay and kind.
 
@@ -64,11 +63,12 @@ def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Optimizer
         SGD decays everything, as the paper's did; AdamW decays only kernels (two dimensions and more).
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    encoders = {id(parameter) for parameter in encoder_parameters(model)}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
         if parameter.requires_grad:
             decays = config.optimiser == "sgd" or parameter.ndim > 1
-            groups.setdefault((is_encoder(name), decays), []).append(parameter)
+            groups.setdefault((id(parameter) in encoders, decays), []).append(parameter)
     listed: list[dict[str, Any]] = [
         {
             "params": parameters,
@@ -80,8 +80,3 @@ def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.optimiser == "sgd":
         return torch.optim.SGD(listed, lr=config.decoder_lr, momentum=config.momentum)
     return torch.optim.AdamW(listed, lr=config.decoder_lr, betas=(config.momentum, 0.999))
-
-
-def is_encoder(name: str) -> bool:
-    """Whether a parameter of this dotted name belongs to an encoder."""
-    return any("encoder" in part for part in name.split(".")[:-1])

@@ -1,0 +1,30 @@
+"""Training: recipe, losses, augmentation, the loop with resume, several processes, and evaluation.
+
+>>> from darefine_qupath.training import TrainConfig
+>>> TrainConfig.from_mapping({"preset": "modern", "epochs": 10}).optimiser
+'adamw'
+"""
+
+from __future__ import annotations
+
+from darefine_qupath.training.batches import TileData
+from darefine_qupath.training.evaluation import ContextMode, evaluate
+from darefine_qupath.training.loop import TrainResult, train
+from darefine_qupath.training.progress import Progress, Reporter
+from darefine_qupath.training.recipe import PRESETS, TrainConfig
+from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
+
+__all__ = [
+    "PRESETS",
+    "ContextMode",
+    "Progress",
+    "Reporter",
+    "RunFolder",
+    "RunSettings",
+    "TileData",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "read_run",
+    "train",
+]

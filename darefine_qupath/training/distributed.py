@@ -1,0 +1,152 @@
+"""Several processes, one run: who this process is, and sums over all of them.
+
+Started by ``torchrun`` (or anything that sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
+``MASTER_PORT``), every process trains on its part of each batch; torch.distributed does the talking, with NCCL between
+CUDA devices and gloo between CPUs. Without these variables there is one process and every function here is trivial.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.models import SegmentationNetwork
+
+__all__ = ["World", "join_world", "resolve_device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A process among those of the run.
+
+    Attributes
+    ----------
+    rank : int
+        0 to `size` - 1; process 0 validates what it is given, writes files and reports.
+    size : int
+        Number of processes.
+    device : torch.device
+        Where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes; a collective call."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def share_norms(self, network: SegmentationNetwork) -> None:
+        """Make batch norm see the batches of all processes, in place; only between CUDA devices does torch do so."""
+        if self.size > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network such that gradients are averaged over the processes."""
+        if self.size == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """Device of a setting.
+
+    Parameters
+    ----------
+    name : str
+        ``auto`` takes CUDA, then MPS, then the CPU; ``cuda`` takes the device of this process.
+    local_rank : int
+        Number of this process on its machine.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    TrainingError
+        If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise TrainingError(f"No device is called {name!r}; use auto, cpu, cuda, cuda:0 or mps") from None
+    if name == "cuda":
+        device = torch.device("cuda", local_rank)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise TrainingError(
+            f"Device {device} is not here: torch sees {count} {device.type} device(s); use --device cpu"
+        )
+    return device
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, and leave them at the end.
+
+    Parameters
+    ----------
+    device : str
+        See `resolve_device`.
+
+    Yields
+    ------
+    World
+        Of one process where the environment names no others.
+
+    Raises
+    ------
+    TrainingError
+        If the environment is incomplete or the device is not there.
+    """
+    try:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise TrainingError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
+    world = World(rank=rank, size=size, device=resolve_device(device, local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    joined = size > 1 and not distributed.is_initialized()
+    if joined:
+        _join(world)
+    try:
+        yield world
+    finally:
+        if joined:
+            distributed.destroy_process_group()
+
+
+def _join(world: World) -> None:
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, rank=world.rank, world_size=world.size)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f"Process {world.rank} of {world.size} could not join the others ({error}); start with torchrun, or unset "
+            f"WORLD_SIZE to train alone"
+        ) from error

@@ -1,0 +1,114 @@
+"""How well a network labels tiles, with their own context or without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.models import Normalisation, SegmentationNetwork
+from darefine_qupath.training.augment import WHITE
+from darefine_qupath.training.batches import Placed, TileData, load_batches
+from darefine_qupath.training.distributed import World
+from darefine_qupath.training.stepping import autocast
+
+__all__ = ["ContextMode", "evaluate"]
+
+ContextMode = Literal["normal", "blank", "shuffled"]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: SegmentationNetwork,
+    data: TileData,
+    *,
+    normalisation: Normalisation | None = None,
+    device: torch.device | str = "cpu",
+    context: ContextMode = "normal",
+    batch_size: int = 8,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+    world: World | None = None,
+) -> ConfusionMatrix:
+    """Count how a network labels every tile of a dataset.
+
+    Parameters
+    ----------
+    model : SegmentationNetwork
+        Moved to `device` and put into evaluation mode; afterwards in the mode it was in.
+    data : TileData
+        Tiles with their masks.
+    normalisation : Normalisation, optional
+        As the network was trained with; without it, the one its encoders ask for.
+    device : torch.device or str
+        Where to compute.
+    context : {"normal", "blank", "shuffled"}
+        ``blank``: every context is white. ``shuffled``: every tile has the context of another tile, which follows from
+        the number of tiles alone; the place of the slice in it stays.
+    batch_size : int
+        Tiles at once.
+    workers : int
+        Processes that read tiles.
+    dtype : torch.dtype
+        Other than float32: convolutions compute in it.
+    world : World, optional
+        Each process takes a part, and all get the same matrix.
+
+    Returns
+    -------
+    ConfusionMatrix
+        Pixels by true and predicted class, over all tiles.
+
+    Raises
+    ------
+    TrainingError
+        If there are no tiles or no such context mode.
+    """
+    if context not in get_args(ContextMode):
+        raise TrainingError(f"There is no context mode {context!r}; use one of {list(get_args(ContextMode))}")
+    if not len(data):
+        raise TrainingError("There are no tiles to evaluate; check the split and the annotations of its images")
+    device, world = torch.device(device), world or World()
+    normalisation = normalisation or Normalisation.of(model.config)
+    num_classes = model.config.num_classes
+    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    was_training, model = model.training, model.to(device).eval()
+    for loaded in load_batches(data, _plan(len(data), context, batch_size, world), workers=workers):
+        batch = loaded.batch.to(device)
+        context_B3HW = _contexts(batch.contexts, context)
+        with autocast(device, dtype):
+            logits_BKHW = model(normalisation.apply(batch.slices), normalisation.apply(context_B3HW), batch.boxes)
+        counts += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
+    model.train(was_training)
+    return ConfusionMatrix(world.sum(counts).reshape(num_classes, num_classes).cpu().numpy())
+
+
+def _plan(num_tiles: int, context: str, batch_size: int, world: World) -> Iterator[Placed]:
+    """Batches of this process; in random order where contexts are exchanged, as neighbours may share theirs."""
+    order = np.arange(num_tiles)
+    if context == "shuffled":
+        order = np.random.default_rng(num_tiles).permutation(num_tiles)
+        batch_size = max(2, batch_size)
+    num_batches = max(1, round(num_tiles / batch_size)) if context == "shuffled" else -(-num_tiles // batch_size)
+    for step, rows in enumerate(np.array_split(order, num_batches)):
+        if step % world.size == world.rank:
+            tiles = tuple(int(row) for row in rows)
+            yield Placed(epoch=0, step=step, tiles=tiles, positions=tiles)
+
+
+def _contexts(context_B3HW: Tensor, mode: str) -> Tensor:
+    if mode == "blank":
+        return torch.full_like(context_B3HW, WHITE)
+    return context_B3HW.roll(1, dims=0) if mode == "shuffled" else context_B3HW
+
+
+def _cells(truth_BHW: Tensor, predicted_BHW: Tensor, num_classes: int) -> Tensor:
+    counted_BHW = truth_BHW != IGNORE
+    cells_P = truth_BHW[counted_BHW] * num_classes + predicted_BHW[counted_BHW]
+    return torch.bincount(cells_P, minlength=num_classes**2)

@@ -1,0 +1,137 @@
+"""The network at its first step: random, with encoders trained elsewhere, or an earlier model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from darefine_qupath.checkpoint import load_checkpoint
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import ModelError, TrainingError
+from darefine_qupath.models import (
+    ModelConfig,
+    SegmentationNetwork,
+    build_model,
+    load_encoder_weights,
+    load_imagenet_weights,
+)
+from darefine_qupath.training.recipe import TrainConfig
+
+__all__ = ["FrozenNorms", "initial_network"]
+
+_log = logging.getLogger(__name__)
+
+
+def initial_network(
+    model: ModelConfig, config: TrainConfig, classes: ClassMap, init_from: Path | None
+) -> tuple[SegmentationNetwork, tuple[str, ...]]:
+    """Network to start from.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        What it is made of.
+    config : TrainConfig
+        `seed` and `encoder_weights` count.
+    classes : ClassMap
+        What its logits shall mean.
+    init_from : Path or None
+        A model file whose weights are taken; its classifier too, class by class, where the names are the same.
+
+    Returns
+    -------
+    SegmentationNetwork
+        In training mode, on the CPU.
+    tuple of str
+        Roles of the encoders that come trained.
+
+    Raises
+    ------
+    TrainingError
+        If the earlier model is another network.
+    ModelError
+        If encoder weights were asked for and are not there or do not fit.
+    CheckpointError
+        If `init_from` is no model file.
+    """
+    network = build_model(model, seed=config.seed)
+    if init_from is not None:
+        _take_over(network, classes, init_from)
+        return network, tuple(network.encoders)
+    if config.encoder_weights == "none":
+        return network, ()
+    if config.encoder_weights == "auto":
+        return network, _imagenet_if_installed(network)
+    if config.encoder_weights == "imagenet":
+        roles = load_imagenet_weights(network)
+        if not roles:
+            raise ModelError(
+                f"No ImageNet weights come with the encoders of {model.title}; take efficientnet-lite0, or give a file "
+                f"with --encoder-weights"
+            )
+        return network, roles
+    return network, load_encoder_weights(network, Path(config.encoder_weights)).encoders
+
+
+def _imagenet_if_installed(network: SegmentationNetwork) -> tuple[str, ...]:
+    try:
+        return load_imagenet_weights(network)
+    except ModelError as error:
+        _log.warning("The encoders start from random weights: %s", error)
+        return ()
+
+
+def _take_over(network: SegmentationNetwork, classes: ClassMap, path: Path) -> None:
+    earlier = load_checkpoint(path)
+    state, given = network.state_dict(), earlier.state
+    head = {name for name in state if name in given and given[name].shape != state[name].shape}
+    if set(state) != set(given) or any(not name.startswith("classifier") for name in head):
+        raise TrainingError(
+            f"{path} is {earlier.model.title}; it cannot start {network.config.title}. Train with its settings "
+            f"(darefine show {path}) or without --from"
+        )
+    taken = {name: tensor for name, tensor in given.items() if not name.startswith("classifier")}
+    rows = [earlier.classes.names.index(name) if name in earlier.classes.names else None for name in classes.names]
+    for name in set(state) - set(taken):
+        taken[name] = _rows(state[name], given[name], rows)
+    new = [name for name, row in zip(classes.names, rows, strict=True) if row is None]
+    if new:
+        _log.warning("%s does not know the classes %s: they start from random weights", path, new)
+    network.load_state_dict(taken)
+
+
+def _rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
+    return torch.stack([random[at] if row is None else given[row] for at, row in enumerate(rows)])
+
+
+class FrozenNorms:
+    """Batch norm layers of encoders that keep their statistics and weights.
+
+    Parameters
+    ----------
+    network : SegmentationNetwork
+        Its layers' weights need no gradient from here on.
+    config : TrainConfig
+        `freeze_batch_norm` counts.
+    trained : tuple of str
+        Roles of the encoders that come trained.
+    """
+
+    def __init__(self, network: SegmentationNetwork, config: TrainConfig, trained: tuple[str, ...]) -> None:
+        roles = {"yes": tuple(network.encoders), "no": (), "auto": trained}[config.freeze_batch_norm]
+        self.layers = [
+            layer
+            for role in roles
+            for layer in network.encoders[role].modules()
+            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        ]
+        for layer in self.layers:
+            layer.requires_grad_(requires_grad=False)
+
+    def hold(self) -> None:
+        """Put the layers back into evaluation mode; to be called after the network's ``train()``."""
+        for layer in self.layers:
+            layer.eval()

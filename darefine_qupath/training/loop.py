@@ -1,0 +1,513 @@
+"""Training a network on tiles, from the first step or from where a run was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from darefine_qupath.checkpoint import Checkpoint, environment, save_checkpoint
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import TrainingError, TrainingStoppedError
+from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.models import ModelConfig, Normalisation
+from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.sampling import tile_weights
+from darefine_qupath.tiles.spec import TileSpec
+from darefine_qupath.training.augment import draw_augmentation
+from darefine_qupath.training.batches import Loaded, TileData, load_batches, num_workers, plan_run, steps_per_epoch
+from darefine_qupath.training.curves import draw_confusion, draw_curves
+from darefine_qupath.training.distributed import World, join_world
+from darefine_qupath.training.evaluation import evaluate
+from darefine_qupath.training.initial import FrozenNorms, initial_network
+from darefine_qupath.training.interrupt import StopRequest, stop_on_signals
+from darefine_qupath.training.losses import inverse_frequency
+from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
+from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.training.runfolder import RunFolder, RunSettings
+from darefine_qupath.training.schedule import learning_rate_factor
+from darefine_qupath.training.state import Counters, load_state, read_counters, save_state
+from darefine_qupath.training.stepping import StepOutcome, Stepper, memory_advice
+
+__all__ = ["TrainResult", "train"]
+
+_log = logging.getLogger(__name__)
+_MAX_LISTED = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes
+    ----------
+    folder : Path
+        The run folder.
+    best, last : Path
+        Model files: of the best validation, and of the last epoch.
+    metrics : mapping
+        Of the best validation, as `ConfusionMatrix.to_json` gives them, with ``epoch`` and ``loss``; of the last epoch
+        where there was no validation.
+    epochs : int
+        Epochs that were trained.
+    is_early : bool
+        Whether mIoU stood still for long enough to stop.
+    """
+
+    folder: Path
+    best: Path
+    last: Path
+    metrics: Mapping[str, Any]
+    epochs: int
+    is_early: bool
+
+
+def train(
+    train_data: TileData,
+    val_data: TileData | None,
+    *,
+    model: ModelConfig,
+    config: TrainConfig,
+    out: Path,
+    class_map: ClassMap,
+    tile_spec: TileSpec,
+    normalisation: Normalisation | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Reporter | None = None,
+    resume: bool = False,
+    init_from: Path | None = None,
+    hard: Mapping[str, float] | None = None,
+) -> TrainResult:
+    """Train a network and leave a run folder that explains itself.
+
+    Started by ``torchrun``, every process calls this with the same arguments and the first one writes.
+
+    Parameters
+    ----------
+    train_data : TileData
+        Tiles to learn from.
+    val_data : TileData or None
+        Tiles to choose the best epoch by; without any, the last epoch counts as the best.
+    model : ModelConfig
+        The network.
+    config : TrainConfig
+        The recipe.
+    out : Path
+        The run folder; made if it is not there.
+    class_map : ClassMap
+        What the labels mean; goes into the model file.
+    tile_spec : TileSpec
+        Geometry of the tiles; goes into the model file.
+    normalisation : Normalisation, optional
+        How pixels become input; without it, as the slice encoder's pretrained weights want it.
+    provenance : mapping, optional
+        Where the tiles come from, as JSON values; goes into the model file.
+    progress : callable, optional
+        Called after every step and every epoch.
+    resume : bool
+        Go on with the run in `out`; its end is the same, to the bit on a CPU, as if it had not been interrupted.
+    init_from : Path, optional
+        Model file whose weights the run starts from.
+    hard : mapping of str to float, optional
+        How much more often than otherwise a tile comes, by its id.
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    TrainingError
+        If training cannot start (no tiles, a class without a pixel, a folder with another run) or cannot go on (a loss
+        that is not a number, not enough memory).
+    TrainingStoppedError
+        If SIGINT or SIGTERM ended it; the state is saved.
+    """
+    settings = RunSettings(
+        model=model,
+        train=config,
+        tiles=tile_spec,
+        classes=class_map,
+        normalisation=normalisation or Normalisation.of(model),
+        provenance={**(provenance or {}), **({"started_from": str(init_from)} if init_from else {})},
+        data={"train": _digest(train_data), "validation": _digest(val_data)},
+    )
+    _check_data(train_data, settings)
+    folder = RunFolder(out)
+    with join_world(config.device) as world, stop_on_signals() as stop, _own_randomness(world):
+        _check_batch(config, world)
+        if resume:
+            folder.check(settings)
+        elif world.is_main:
+            folder.begin(settings)
+        world.wait()
+        run = _Run(settings, train_data, val_data, folder=folder, world=world, init_from=init_from, hard=hard)
+        run.report, run.stop = progress, stop
+        if resume:
+            run.restore()
+        return run.fit()
+
+
+class _Run:
+    """One process's view of a run."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        train_data: TileData,
+        val_data: TileData | None,
+        *,
+        folder: RunFolder,
+        world: World,
+        init_from: Path | None,
+        hard: Mapping[str, float] | None,
+    ) -> None:
+        self.settings, self.config, self.folder, self.world = settings, settings.train, folder, world
+        self.train_data = train_data
+        self.val_data = val_data if val_data is not None and len(val_data) else None
+        self.report: Reporter | None = None
+        self.stop = StopRequest()
+        self.weights = _weights(train_data.tiles, self.config, hard)
+        self.steps = steps_per_epoch(len(train_data), self.config)
+        self.stepper = self._stepper(init_from)
+        self.counters = Counters()
+        self.watch = Stopwatch()
+        self.saved_at = time.monotonic()
+        self.pending: tuple[StepOutcome, tuple[str, ...]] | None = None
+        self.environment = environment()
+        self.validated: Mapping[str, Any] = {}
+        self.learning_rate = 0.0
+
+    def _stepper(self, init_from: Path | None) -> Stepper:
+        config, settings = self.config, self.settings
+        network, trained = initial_network(settings.model, config, settings.classes, init_from)
+        self.world.share_norms(network)
+        weighted = config.class_weights == "inverse"
+        return Stepper(
+            network,
+            config,
+            world=self.world,
+            normalisation=settings.normalisation,
+            norms=FrozenNorms(network, config, trained),
+            class_weights=inverse_frequency(self.train_data.tiles.class_pixels.tolist()) if weighted else None,
+            num_steps=config.epochs * self.steps,
+        )
+
+    def restore(self) -> None:
+        """Go back to the state that was saved last."""
+        if not self.folder.state.exists():
+            _log.warning("%s was stopped before its first state was saved; it starts again", self.folder.path)
+            return
+        self.counters = load_state(self.folder.state, self.stepper)
+        if self.world.is_main:
+            self.folder.forget_after(self.stepper.step)
+        self.world.wait()
+
+    def fit(self) -> TrainResult:
+        """Train until the last epoch, or until mIoU stands still."""
+        if self.counters.step == self.steps and not self._is_done():
+            self._end_epoch()
+        start = (self.counters.epoch, self.counters.step)
+        planned = plan_run(
+            self.train_data.tiles, self.config, self.weights, start, rank=self.world.rank, size=self.world.size
+        )
+        # A finished or patient run takes nothing from the plan, and the workers never start.
+        if not self._is_done():
+            pin = self.world.device.type == "cuda"
+            workers = num_workers(self.config, self.world.size)
+            for loaded in load_batches(self.train_data, planned, workers=workers, pin=pin):
+                self._take(loaded)
+                if self._is_done():
+                    break
+        return self._result()
+
+    def _is_done(self) -> bool:
+        return self.counters.is_finished
+
+    def _take(self, loaded: Loaded) -> None:
+        """Train on a batch; at the end of an epoch, validate and save."""
+        draws = [
+            draw_augmentation(self.config, epoch=loaded.placed.epoch, position=position)
+            for position in loaded.placed.positions
+        ]
+        factor = learning_rate_factor(self.config, self.stepper.step, self.stepper.num_steps)
+        with self._memory_advice():
+            outcome = self.stepper.train_on(loaded.batch, draws, factor, stop=bool(self.stop))
+            # Looking at the step before this one lets the device work while the next batch is prepared.
+            must_stop = self._look_back()
+        self.pending = (outcome, loaded.ids)
+        if must_stop or (self.stop and self.world.size == 1):
+            self._stop_now()
+        if loaded.placed.step + 1 == self.steps:
+            self._look_back()
+            self._end_epoch()
+        elif self._is_save_due():
+            self._look_back()
+            self._save_state()
+
+    @contextmanager
+    def _memory_advice(self) -> Iterator[None]:
+        at_once = math.ceil(self.config.batch_size / self.world.size / self.config.accumulate)
+        with memory_advice(at_once, self.settings.tiles.size_px):
+            yield
+
+    def _look_back(self) -> bool:
+        """Wait for the step under way, count its loss, report; return whether a process was asked to stop."""
+        if self.pending is None:
+            return False
+        (outcome, ids), self.pending = self.pending, None
+        loss = float(outcome.loss)
+        if not math.isfinite(loss):
+            raise TrainingError(self._not_a_number(loss, float(outcome.own_loss), ids))
+        self.learning_rate = outcome.learning_rate
+        done = self.counters.step + 1
+        self.counters = replace(self.counters, step=done, loss_sum=self.counters.loss_sum + loss)
+        self.watch.step()
+        self._tell()
+        return bool(outcome.num_stops > 0)
+
+    def _not_a_number(self, loss: float, own_loss: float, ids: tuple[str, ...]) -> str:
+        where = f"epoch {self.counters.epoch + 1}, step {self.counters.step + 1}"
+        if math.isfinite(own_loss):
+            return f"The loss is {loss} at {where}, from the tiles of another process; see its message"
+        more = f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else ""
+        return (
+            f"The loss is {loss} at {where}. Tiles of the batch: {', '.join(ids[:_MAX_LISTED])}{more}. Look at them, "
+            f"lower the learning rates, set clip_norm = 1, or train with precision = 'fp32'"
+        )
+
+    def _end_epoch(self) -> None:
+        """Validate, record, keep the best and the last, save."""
+        epoch = self.counters.epoch + 1
+        is_last = epoch == self.config.epochs
+        matrix = None
+        if self.val_data is not None and (is_last or epoch % self.config.validate_every == 0):
+            matrix = self._validate(self.val_data)
+        record = self._record(epoch, matrix)
+        is_best = self._judge(epoch, matrix)
+        is_last = is_last or self._is_stale
+        self.counters = replace(self.counters, epoch=epoch, step=0, loss_sum=0.0, is_finished=is_last)
+        if self.world.is_main:
+            self._write(record, matrix, is_best=is_best)
+        self.watch.skip()
+        self._tell(record)
+        self.world.wait()
+
+    def _validate(self, data: TileData) -> ConfusionMatrix:
+        with self._memory_advice():
+            return evaluate(
+                self.stepper.best_network,
+                data,
+                normalisation=self.settings.normalisation,
+                device=self.world.device,
+                batch_size=max(1, self.config.batch_size // self.world.size // self.config.accumulate),
+                workers=num_workers(self.config, self.world.size),
+                dtype=self.stepper.dtype,
+                world=self.world,
+            )
+
+    def _judge(self, epoch: int, matrix: ConfusionMatrix | None) -> bool:
+        """Whether this is the best validation; counts those that are not."""
+        if matrix is None or math.isnan(matrix.mean_iou):
+            return False
+        best = self.counters.best_miou
+        if best is None or matrix.mean_iou > best:
+            self.counters = replace(self.counters, best_miou=matrix.mean_iou, best_epoch=epoch, num_stale=0)
+            return True
+        self.counters = replace(self.counters, num_stale=self.counters.num_stale + 1)
+        return False
+
+    @property
+    def _is_stale(self) -> bool:
+        return 0 < self.config.early_stop <= self.counters.num_stale
+
+    def _record(self, epoch: int, matrix: ConfusionMatrix | None) -> dict[str, Any]:
+        metrics = {} if matrix is None else matrix.to_json(self.settings.classes.names)
+        return {
+            "epoch": epoch,
+            "step": self.stepper.step,
+            "loss": self.counters.loss_sum / max(self.counters.step, 1),
+            "learning_rate": self.learning_rate,
+            "images_per_second": round(self.watch.images_per_second(self.config.batch_size), 2),
+            "seconds": round(time.monotonic() - self.watch.start, 1),
+            **metrics,
+        }
+
+    def _write(self, record: dict[str, Any], matrix: ConfusionMatrix | None, *, is_best: bool) -> None:
+        """Write everything an epoch leaves; the state comes last, so that a kill before it repeats the epoch."""
+        folder, classes = self.folder, self.settings.classes
+        folder.append(record)
+        checkpoint = self._checkpoint(record)
+        # Without a judged validation the last epoch is the best there is.
+        if is_best or (self.counters.is_finished and self.counters.best_epoch is None):
+            save_checkpoint(folder.best, checkpoint)
+            if matrix is not None:
+                folder.save_picture(folder.confusion, draw_confusion(matrix, classes))
+        save_checkpoint(folder.last, checkpoint)
+        folder.save_picture(folder.curves, draw_curves(folder.records(), classes))
+        _write_tensorboard(folder.path / "tensorboard", record)
+        self._save_state()
+
+    def _checkpoint(self, record: Mapping[str, Any]) -> Checkpoint:
+        settings = self.settings
+        return Checkpoint(
+            state=self.stepper.best_network.state_dict(),
+            model=settings.model,
+            tiles=settings.tiles,
+            classes=settings.classes,
+            normalisation=settings.normalisation,
+            provenance={
+                **settings.provenance,
+                "tiles": dict(settings.data),
+                "recipe": self.config.to_mapping(),
+                "epoch": record["epoch"],
+                "step": record["step"],
+                "metrics": {key: value for key, value in record.items() if key not in _NOT_METRICS},
+                "environment": self.environment,
+            },
+        )
+
+    def _is_save_due(self) -> bool:
+        minutes, steps = self.config.checkpoint_minutes, self.config.checkpoint_steps
+        by_clock = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        return by_clock or (steps > 0 and self.stepper.step % steps == 0)
+
+    def _save_state(self) -> None:
+        if self.world.is_main:
+            save_state(self.folder.state, self.stepper, self.counters)
+        self.saved_at = time.monotonic()
+
+    def _stop_now(self) -> None:
+        self._look_back()
+        self._save_state()
+        self.world.wait()
+        signal = self.stop.signal_name or "A stop of another process"
+        raise TrainingStoppedError(
+            f"{signal} ended training at epoch {self.counters.epoch + 1}, step {self.counters.step} of {self.steps}; "
+            f"go on with: darefine train --resume {self.folder.path}"
+        )
+
+    def _tell(self, record: Mapping[str, Any] | None = None) -> None:
+        if self.report is None or not self.world.is_main:
+            return
+        counters, at_end = self.counters, record is not None
+        loss = counters.loss_sum / max(counters.step, 1) if record is None else record["loss"]
+        if record is not None and "iou" in record:
+            self.validated = record
+        left = self.stepper.num_steps - (counters.epoch * self.steps + counters.step)
+        self.report(
+            Progress(
+                stage="epoch" if at_end else "step",
+                epoch=counters.epoch if at_end else counters.epoch + 1,
+                epochs=self.config.epochs,
+                step=self.steps if at_end else counters.step,
+                steps=self.steps,
+                loss=loss,
+                learning_rate=self.learning_rate,
+                images_per_second=self.watch.images_per_second(self.config.batch_size),
+                seconds_left=0.0 if counters.is_finished else self.watch.seconds_left(left),
+                miou=self.validated.get("miou"),
+                best_miou=counters.best_miou,
+                iou=self.validated.get("iou", {}),
+            )
+        )
+
+    def _result(self) -> TrainResult:
+        counters = read_counters(self.folder.state) if self.world.is_main else self.counters
+        records = self.folder.records()
+        chosen = counters.best_epoch or counters.epoch
+        metrics = next((record for record in records if record["epoch"] == chosen), {})
+        return TrainResult(
+            folder=self.folder.path,
+            best=self.folder.best,
+            last=self.folder.last,
+            metrics=metrics,
+            epochs=counters.epoch,
+            is_early=counters.epoch < self.config.epochs,
+        )
+
+
+_NOT_METRICS = ("epoch", "step", "images_per_second", "seconds", "learning_rate")
+
+
+@contextmanager
+def _own_randomness(world: World) -> Iterator[None]:
+    """Leave torch's generators as they were, and let cuDNN look for the fastest convolutions of the one tile size."""
+    devices = [world.device.index or 0] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield
+
+
+def _check_data(data: TileData, settings: RunSettings) -> None:
+    if not len(data):
+        raise TrainingError("There are no training tiles; annotate regions in QuPath, or look at the split")
+    names, tiles = settings.classes.names, data.tiles
+    if settings.model.num_classes != len(names):
+        raise TrainingError(
+            f"The network has {settings.model.num_classes} classes, the class map {len(names)}: {names}"
+        )
+    missing = [name for name, pixels in zip(names, tiles.class_pixels.tolist(), strict=True) if not pixels]
+    if missing and not settings.train.allow_missing_classes:
+        raise TrainingError(
+            f"No training tile has a pixel of {missing}: annotate some, move an image that has them into the training "
+            f"part of the split, take them out of [classes] names, or set allow_missing_classes = true"
+        )
+
+
+def _check_batch(config: TrainConfig, world: World) -> None:
+    parts = world.size * config.accumulate
+    if config.batch_size < parts:
+        raise TrainingError(
+            f"A batch of {config.batch_size} tiles cannot be shared by {world.size} process(es) in {config.accumulate} "
+            f"part(s) each; raise --batch-size to at least {parts}"
+        )
+
+
+def _weights(tiles: TileIndex, config: TrainConfig, hard: Mapping[str, float] | None) -> NDArray[np.float64] | None:
+    """How often each tile comes; 0 for tiles without a label, which teach nothing."""
+    labelled = tiles.counts[:, :-1].sum(axis=1) > 0
+    if config.balance == 0 and not hard and labelled.all():
+        return None
+    if not labelled.all():
+        _log.warning("%d of %d training tiles have no label and are left out", (~labelled).sum(), len(tiles))
+    weights = np.zeros(len(tiles))
+    weights[labelled] = tile_weights(tiles.subset(labelled), balance=config.balance, hard=hard)
+    return weights
+
+
+def _digest(data: TileData | None) -> str:
+    """Digest of which tiles there are and of their labels, as far as the index knows them."""
+    if data is None:
+        return "none"
+    tiles = data.tiles
+    digest = hashlib.sha256(json.dumps([image.to_json() for image in tiles.images]).encode())
+    for column in (tiles.image, tiles.slice_xy, tiles.context_xy, tiles.counts):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_tensorboard(folder: Path, record: Mapping[str, Any]) -> None:
+    """Repeat the numbers of an epoch for TensorBoard, where it is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return
+    writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+    for name in ("loss", "learning_rate", "images_per_second", "miou", "accuracy"):
+        if record.get(name) is not None:
+            writer.add_scalar(name, record[name], record["epoch"])
+    for name, value in record.get("iou", {}).items():
+        if value is not None:
+            writer.add_scalar(f"iou/{name}", value, record["epoch"])
+    writer.close()

@@ -1,0 +1,187 @@
+"""A run in the middle of it: everything the next step depends on, in one file without code.
+
+The file is a safetensors file (weights, averages, optimiser moments) with the counters as JSON in its header, replaced
+atomically, so that whatever kills a run leaves the last whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.training.stepping import Stepper
+
+__all__ = ["Counters", "load_state", "read_counters", "save_state"]
+
+FORMAT = "darefine-training-state"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """How far a run is.
+
+    Attributes
+    ----------
+    epoch : int
+        Epoch under way, counted from 0.
+    step : int
+        Steps of it that are done.
+    loss_sum : float
+        Sum of their losses.
+    best_miou : float or None
+        Best so far.
+    best_epoch : int or None
+        When it was, counted from 1.
+    num_stale : int
+        Validations since then.
+    is_finished : bool
+        Whether the run came to its end.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_miou: float | None = None
+    best_epoch: int | None = None
+    num_stale: int = 0
+    is_finished: bool = False
+
+
+def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
+    """Write the state of a run; a write that is interrupted leaves the former file as it was.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stepper : Stepper
+        Between two steps.
+    counters : Counters
+        How far the run is.
+
+    Raises
+    ------
+    TrainingError
+        If the file cannot be written.
+    """
+    tensors = {f"network/{name}": tensor for name, tensor in stepper.network.state_dict().items()}
+    if stepper.average is not None:
+        tensors |= {f"average/{name}": tensor for name, tensor in stepper.average.state_dict().items()}
+    for index, values in stepper.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": stepper.step,
+        "counters": asdict(counters),
+        "scaler": stepper.scaler.state_dict(),
+    }
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(plain, temporary, metadata={"darefine": json.dumps(header)})
+        # safetensors creates its files for the owner alone.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"The training state {path} cannot be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_counters(path: Path) -> Counters:
+    """Read how far a run is, without its tensors.
+
+    Parameters
+    ----------
+    path : Path
+        What `save_state` wrote.
+
+    Raises
+    ------
+    TrainingError
+        If there is no such file, or it is damaged or of another version.
+    """
+    return Counters(**_read(path)[0]["counters"])
+
+
+def load_state(path: Path, stepper: Stepper) -> Counters:
+    """Put a run back where it was.
+
+    Parameters
+    ----------
+    path : Path
+        What `save_state` wrote.
+    stepper : Stepper
+        Of the same network and recipe; changed in place.
+
+    Returns
+    -------
+    Counters
+        How far the run is.
+
+    Raises
+    ------
+    TrainingError
+        If the file is damaged, of another version, or belongs to another network or recipe.
+    """
+    header, tensors = _read(path, with_tensors=True)
+    try:
+        stepper.network.load_state_dict(_under("network/", tensors))
+        if stepper.average is not None:
+            stepper.average.load_state_dict(_under("average/", tensors))
+        _restore_optimiser(stepper, _under("optimiser/", tensors))
+        stepper.scaler.load_state_dict(header["scaler"])
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"{path} does not belong to this network and recipe ({reason}); train afresh") from error
+    stepper.step = header["step"]
+    return Counters(**header["counters"])
+
+
+def _restore_optimiser(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in stepper.optimiser.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split("/")
+        parameter = parameters[int(index)]
+        # Moments lie in memory as the weights do: another layout may add up in another order.
+        kept = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+        state.setdefault(int(index), {})[key] = kept.detach()
+    groups = stepper.optimiser.state_dict()["param_groups"]
+    stepper.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path, *, with_tensors: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise TrainingError(f"There is no training state {path} to go on from; train without --resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("darefine", "{}"))
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TrainingError(f"The training state {path} is damaged ({error}); train afresh") from error
+    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise TrainingError(
+            f"{path} is {header.get('format', 'a file of another program')} version {header.get('version')}; expected "
+            f"{FORMAT} version {VERSION}"
+        )
+    return header, tensors

@@ -1,0 +1,229 @@
+"""One optimiser step: the same whether a batch is taken whole, in parts, or by several processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.models import Normalisation, SegmentationNetwork
+from darefine_qupath.training.augment import Batch, Draw, apply_augmentation
+from darefine_qupath.training.distributed import World
+from darefine_qupath.training.initial import FrozenNorms
+from darefine_qupath.training.losses import SegmentationLoss
+from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.training.schedule import build_optimiser, set_learning_rates
+
+__all__ = ["StepOutcome", "Stepper", "autocast", "memory_advice", "resolve_precision"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepOutcome(NamedTuple):
+    """What a step leaves; tensors, so that nobody waits for the device before it is needed.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Of the whole batch, over all processes.
+    own_loss : Tensor
+        What this process's part adds to it.
+    num_stops : Tensor
+        Processes that were asked to stop.
+    learning_rate : float
+        Of the decoder, at this step.
+    """
+
+    loss: Tensor
+    own_loss: Tensor
+    num_stops: Tensor
+    learning_rate: float
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Type that convolutions compute in; ``auto`` means bf16 or fp16 on CUDA and float32 elsewhere."""
+    if config.precision != "auto":
+        return _DTYPES[config.precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Context in which convolutions compute in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
+    """Turn an out-of-memory error into one that says what to change.
+
+    Parameters
+    ----------
+    batch_size : int
+        Tiles that are on the device at once.
+    size_px : int
+        Side of a tile.
+
+    Raises
+    ------
+    TrainingError
+        In the place of torch's error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
+            known in text for known in ("out of memory", "can't allocate memory", "not enough memory")
+        ):
+            raise
+        raise TrainingError(
+            f"Out of memory with {batch_size} tiles of {size_px} px at once: lower --batch-size (or raise accumulate, "
+            f"which cuts a batch into parts and leaves the result as it is), or lower the tile size, size_px"
+        ) from error
+
+
+class Stepper:
+    """Network, optimiser and everything else that changes with a step.
+
+    Parameters
+    ----------
+    network : SegmentationNetwork
+        On the CPU; moved to the world's device.
+    config : TrainConfig
+        The recipe.
+    world : World
+        This process among all.
+    normalisation : Normalisation
+        How pixels become input.
+    norms : FrozenNorms
+        Layers that keep their statistics.
+    class_weights : Tensor, optional
+        Shape (K,).
+    num_steps : int
+        Steps of the whole run, for the schedule.
+
+    Attributes
+    ----------
+    network : SegmentationNetwork
+        The weights that are trained.
+    step : int
+        Steps done.
+    """
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        config: TrainConfig,
+        *,
+        world: World,
+        normalisation: Normalisation,
+        norms: FrozenNorms,
+        class_weights: Tensor | None = None,
+        num_steps: int = 1,
+    ) -> None:
+        self.config, self.world, self.normalisation, self.norms = config, world, normalisation, norms
+        self.num_steps, self.step = num_steps, 0
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.network = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.dtype = resolve_precision(config, world.device)
+        self.optimiser = build_optimiser(self.network, config)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.loss = SegmentationLoss(config, class_weights).to(world.device)
+        self.average = AveragedModel(self.network, avg_fn=self._average) if config.ema_decay else None
+        self._parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self._forward = world.wrap(cast("nn.Module", torch.compile(self.network)) if config.compile else self.network)
+
+    @property
+    def best_network(self) -> SegmentationNetwork:
+        """The weights that count: their average where there is one."""
+        return self.network if self.average is None else cast("SegmentationNetwork", self.average.module)
+
+    def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        # A young average would remember random weights for long: its decay starts low.
+        decay = min(self.config.ema_decay, (1 + int(count)) / (10 + int(count)))
+        return mean + (1 - decay) * (value - mean)
+
+    def train_on(self, batch: Batch, draws: Sequence[Draw], factor: float, *, stop: bool = False) -> StepOutcome:
+        """Take one step.
+
+        Parameters
+        ----------
+        batch : Batch
+            This process's tiles, on the CPU.
+        draws : sequence of Draw
+            How to change each.
+        factor : float
+            On the learning rates.
+        stop : bool
+            Tell the other processes that this one was asked to stop.
+
+        Returns
+        -------
+        StepOutcome
+            Not yet waited for.
+        """
+        self.network.train()
+        self.norms.hold()
+        self._seed_dropout()
+        set_learning_rates(self.optimiser, factor)
+        learning_rate = self.config.decoder_lr * factor
+        batch = apply_augmentation(batch.to(self.world.device), draws)
+        own = self.loss.normalisers(batch.masks)
+        shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop)])]))
+        own_loss = self._backward(batch, shared[:2])
+        self._update()
+        self.step += 1
+        return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], learning_rate)
+
+    def _seed_dropout(self) -> None:
+        """Dropout follows from seed, step and process, so that a resumed run draws what an unbroken one does."""
+        entropy = np.random.SeedSequence([self.config.seed, self.step, self.world.rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+
+    def _backward(self, batch: Batch, normalisers_2: Tensor) -> Tensor:
+        """Add up the gradients of the batch's parts; return this process's share of the loss."""
+        num_parts = self.config.accumulate
+        edges = [math.floor(len(batch.masks) * part / num_parts) for part in range(num_parts + 1)]
+        total = torch.zeros((), device=self.world.device)
+        for part in range(num_parts):
+            with self._synchronised(last=part == num_parts - 1):
+                loss = self.loss_of(batch.part(slice(edges[part], edges[part + 1])), normalisers_2)
+                # Gradients are averaged over the processes; the loss is a sum over them.
+                self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _synchronised(self, *, last: bool) -> AbstractContextManager[object]:
+        """Exchange gradients with the other processes after the last part alone."""
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            return self._forward.no_sync()
+        return nullcontext()
+
+    def loss_of(self, batch: Batch, normalisers_2: Tensor) -> Tensor:
+        """Loss of tiles that are on the device; see `SegmentationLoss`."""
+        slice_B3HW = self.normalisation.apply(batch.slices).contiguous(memory_format=self.memory_format)
+        context_B3HW = self.normalisation.apply(batch.contexts).contiguous(memory_format=self.memory_format)
+        with autocast(self.world.device, self.dtype):
+            logits_BKHW = self._forward(slice_B3HW, context_B3HW, batch.boxes)
+        loss: Tensor = self.loss(logits_BKHW, batch.masks, normalisers_2)
+        return loss
+
+    def _update(self) -> None:
+        if self.config.clip_norm:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
