@@ -14,14 +14,13 @@ from uuid import UUID, uuid4
 
 import numpy as np
 import shapely
-from rasterio.features import rasterize as burn
-from rasterio.transform import Affine
 
 from darefine_qupath.classes import IGNORE, REGION, ClassMap, is_ignored
 from darefine_qupath.errors import AnnotationError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from rasterio.transform import Affine
     from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.geometry import Box
@@ -30,6 +29,8 @@ __all__ = ["Annotation", "Kind", "LabelPainter", "Plane", "RoiKind", "class_coun
 
 Kind = Literal["annotation", "detection", "cell", "tile", "tma core"]
 RoiKind = Literal["Rectangle", "Ellipse", "Line", "Polyline", "Polygon", "Points", "Geometry"]
+
+_FEW_VERTICES = 64
 
 
 class Plane(NamedTuple):
@@ -118,11 +119,13 @@ def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
     """Polygonal part of a geometry, made valid; None where nothing has an area."""
     if geometry is None or geometry.is_empty:
         return None
+    if not np.isfinite(shapely.get_coordinates(geometry)).all():
+        raise AnnotationError(f"A {geometry.geom_type} has coordinates that are not finite; draw it again")
     valid = geometry if geometry.is_valid else shapely.make_valid(geometry)
-    polygons = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
-    if not polygons or sum(part.area for part in polygons) == 0:
-        return None
-    return shapely.union_all(polygons) if len(polygons) > 1 else polygons[0]
+    if valid.geom_type not in ("Polygon", "MultiPolygon"):
+        # make_valid leaves lines beside the polygons where an outline ran back over itself.
+        valid = shapely.union_all([part for part in shapely.get_parts(valid) if part.area > 0])
+    return valid if valid.area > 0 else None
 
 
 class LabelPainter:
@@ -141,24 +144,38 @@ class LabelPainter:
     stroke_px : float, optional
         Width in level-0 pixels at which lines and points are drawn; 0 leaves them out.
 
+    Attributes
+    ----------
+    class_map : ClassMap
+        Names to labels.
+    num_skipped : int
+        Annotations with a class that label nothing all the same: without an area, or not on the plane z = 0, t = 0.
+
     Raises
     ------
     ClassMapError
         If an annotation has a class that the map does not know.
+    AnnotationError
+        If a coordinate is not finite.
     """
 
     def __init__(self, annotations: Iterable[Annotation], class_map: ClassMap, *, stroke_px: float = 0.0) -> None:
-        records = [record for record in annotations if record.kind == "annotation"]
+        objects = list(annotations)
+        records = [record for record in objects if record.kind == "annotation"]
         class_map.check(class_counts(records))
         self.class_map = class_map
-        depth = _depths(records)
+        self.num_skipped = 0
+        # Other kinds of object count too: an annotation in a TMA core lies one step deeper than one beside it.
+        depth = _depths(objects)
         regions, ignored = [], []
         labelled: list[tuple[int, float, int, BaseGeometry]] = []
         for record in records:
-            shape = _areal(record.geometry) if stroke_px <= 0 else _stroked(record.geometry, stroke_px)
-            if shape is None or record.path_class is None:
+            if record.path_class is None:
                 continue
-            if record.path_class == REGION:
+            shape = _areal(record.geometry) if stroke_px <= 0 else _stroked(record.geometry, stroke_px)
+            if shape is None or record.plane[1:] != Plane()[1:]:
+                self.num_skipped += 1
+            elif record.path_class == REGION:
                 regions.append(shape)
             elif is_ignored(record.path_class):
                 ignored.append(shape)
@@ -226,7 +243,7 @@ class LabelPainter:
         ndarray of uint8, shape (height, width)
             Labels; `IGNORE` where nothing is known.
         """
-        transform = Affine(box.width / size[0], 0, box.x, 0, box.height / size[1], box.y)
+        transform = _transform(box, size)
         shape = (size[1], size[0])
         mask = np.full(shape, self.class_map.unlabelled_label, np.uint8)
         if self._regions.shapes:
@@ -263,9 +280,36 @@ class _Layer:
             # Whatever lies below the topmost shape that covers the whole box cannot be seen.
             canvas[:] = self.labels[whole[-1]]
             hits = [index for index in hits if index > whole[-1]]
-        if hits:
-            burn(((self.shapes[index], self.labels[index]) for index in hits), out=canvas, transform=transform)
+        # Two mask pixels more, so that no edge that the clipping draws comes near the box.
+        margin = 2 * math.ceil(max(transform.a, transform.e))
+        parts = ((_clipped(self.shapes[index], box.grow(margin)), self.labels[index]) for index in hits)
+        visible = [(part, label) for part, label in parts if not part.is_empty]
+        if visible:
+            _burn(visible, canvas, transform)
         return canvas
+
+
+# rasterio takes longer to load than a project to read, and most of what uses records draws no mask.
+
+
+def _transform(box: Box, size: tuple[int, int]) -> Affine:
+    from rasterio.transform import Affine  # noqa: PLC0415
+
+    return Affine(box.width / size[0], 0, box.x, 0, box.height / size[1], box.y)
+
+
+def _burn(shapes: Iterable[tuple[BaseGeometry, int]], canvas: NDArray[np.uint8], transform: Affine) -> None:
+    from rasterio.features import rasterize as burn  # noqa: PLC0415
+
+    burn(shapes, out=canvas, transform=transform)
+
+
+def _clipped(shape: BaseGeometry, window: Box) -> BaseGeometry:
+    """Cut a shape to a window: drawing costs time per vertex, and most of a large outline is elsewhere."""
+    if shapely.get_num_coordinates(shape) <= _FEW_VERTICES:
+        return shape
+    part = shapely.clip_by_rect(shape, *window.bounds)
+    return part if part.is_valid and part.geom_type in ("Polygon", "MultiPolygon") else shape
 
 
 def _depths(records: Sequence[Annotation]) -> dict[UUID, int]:
@@ -273,9 +317,9 @@ def _depths(records: Sequence[Annotation]) -> dict[UUID, int]:
     depths: dict[UUID, int] = {}
     for record in records:
         depth, above, seen = 0, record.parent, {record.id}
-        while above is not None and above in parents and above not in seen:
+        while above is not None and above not in seen:
             seen.add(above)
-            depth, above = depth + 1, parents[above]
+            depth, above = depth + 1, parents.get(above)
         depths[record.id] = depth
     return depths
 
