@@ -74,7 +74,8 @@ def paint_labels(
     if hidden is not None:
         opacity[hidden] = 0.12
     alpha = np.where(_borders(labels), np.where(opacity > 0, 1, 0)[labels], opacity[labels])[..., None]
-    return (thumbnail * (1 - alpha) + palette[labels] * alpha).astype(np.uint8)
+    painted: NDArray[np.uint8] = (thumbnail * (1 - alpha) + palette[labels] * alpha).astype(np.uint8)
+    return painted
 
 
 def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:

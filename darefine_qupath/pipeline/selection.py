@@ -1,0 +1,181 @@
+"""Which images of a project take part, and as what."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from darefine_qupath.annotations import Annotation, class_counts
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import ProjectError, TileError
+from darefine_qupath.pipeline.settings import Settings
+from darefine_qupath.project import ImageEntry, Project
+from darefine_qupath.tiles.sources import TileSource
+
+__all__ = ["Corpus", "Skipped", "choose_images", "gather", "source_of"]
+
+_log = logging.getLogger(__name__)
+
+AnnotationsOf = Callable[[Project, ImageEntry], Sequence[Annotation]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """An image that cannot take part.
+
+    Attributes
+    ----------
+    name : str
+        As shown in QuPath.
+    why : str
+        The reason, as a clause.
+    """
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What there is to learn from.
+
+    Attributes
+    ----------
+    classes : ClassMap
+        The training classes.
+    sources : tuple of TileSource
+        Annotated images whose pixels can be read, test images included.
+    skipped : tuple of Skipped
+        Annotated images that cannot be read.
+    """
+
+    classes: ClassMap
+    sources: tuple[TileSource, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[ImageEntry, ...], tuple[Skipped, ...]]:
+    """Images whose pixels can be read, and those that cannot.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    names : sequence of str, optional
+        Names or entry ids; all images by default.
+
+    Returns
+    -------
+    tuple of ImageEntry
+        Readable images.
+    tuple of Skipped
+        The others, with the reason.
+
+    Raises
+    ------
+    ImageNotFoundError
+        If a name is not in the project.
+    """
+    wanted = tuple(project.image(name) for name in names) if names else project.images
+    chosen, skipped = [], []
+    for image in wanted:
+        why = _unreadable(image)
+        if why is None:
+            chosen.append(image)
+        else:
+            skipped.append(Skipped(name=image.name, why=why))
+    return tuple(chosen), tuple(skipped)
+
+
+def _unreadable(image: ImageEntry) -> str | None:
+    if image.unsupported is not None:
+        return image.unsupported
+    if image.path is None:
+        return f"its URI {image.uri} is not a file"
+    if not image.exists:
+        return f"its file {image.path} is missing"
+    return None
+
+
+def source_of(image: ImageEntry, annotations: Sequence[Annotation], mpp: float | None) -> TileSource:
+    """Image and annotations as the tiles want them.
+
+    Parameters
+    ----------
+    image : ImageEntry
+        Readable, by `choose_images`.
+    annotations : sequence of Annotation
+        Of the image.
+    mpp : float or None
+        Given by the user; goes over the project's, which goes over the file's.
+    """
+    if image.path is None:
+        raise ProjectError(f"The image {image.name!r} has no file: its URI is {image.uri}")
+    return TileSource(
+        id=image.id,
+        name=image.name,
+        path=image.path,
+        mpp=image.mpp if mpp is None else mpp,
+        crop_bounds="--no-crop" not in image.server_args,
+        annotations=tuple(annotations),
+        metadata=image.metadata,
+    )
+
+
+def gather(
+    project: Project,
+    settings: Settings,
+    annotations_of: AnnotationsOf,
+    *,
+    names: Sequence[str] = (),
+    mpp: float | None = None,
+) -> Corpus:
+    """Collect everything in a project that can be learnt from.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    settings : Settings
+        Its settings.
+    annotations_of : callable
+        Gives the annotations of an image that count.
+    names : sequence of str, optional
+        Only these images.
+    mpp : float, optional
+        Micrometres per pixel of every image.
+
+    Returns
+    -------
+    Corpus
+
+    Raises
+    ------
+    TileError
+        If no readable image has an annotation.
+    ClassMapError
+        If an annotation has a class that the settings do not know.
+    """
+    wanted = tuple(project.image(name) for name in names) if names else project.images
+    drawn = {image.id: tuple(annotations_of(project, image)) for image in wanted}
+    annotated = [image.id for image in wanted if class_counts(drawn[image.id])]
+    readable, skipped = choose_images(project, annotated) if annotated else ((), ())
+    if not readable:
+        raise TileError(_nothing_to_learn(project, skipped))
+    records = [record for image in readable for record in drawn[image.id]]
+    counts = class_counts(record for record in records if record.kind == "annotation")
+    classes = settings.class_map(project.classes, counts)
+    classes.check(counts)
+    for image in skipped:
+        _log.warning("%s is left out: %s", image.name, image.why)
+    given = settings.mpp if mpp is None else mpp
+    sources = tuple(source_of(image, drawn[image.id], given) for image in readable)
+    return Corpus(classes=classes, sources=sources, skipped=skipped)
+
+
+def _nothing_to_learn(project: Project, skipped: Sequence[Skipped]) -> str:
+    if skipped:
+        reasons = "; ".join(f"{image.name}: {image.why}" for image in skipped)
+        return f"No annotated image of {project.path} can be read: {reasons}"
+    return f"No image of {project.path} has an annotation with a class; draw some in QuPath and save"
