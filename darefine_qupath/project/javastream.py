@@ -15,10 +15,10 @@ from __future__ import annotations
 import gc
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -138,7 +138,7 @@ class JavaString:
 
     @classmethod
     def of_raw(cls, raw: bytes, *, is_long: bool = False) -> JavaString:
-        """String of bytes that stand in a stream."""
+        """Make a string of bytes that stand in a stream."""
         string = cls.__new__(cls)
         string.raw = raw
         string.is_long = is_long
@@ -260,7 +260,7 @@ class ProxyDesc:
         return _field_index(self)
 
 
-AnyDesc: TypeAlias = Union[ClassDesc, ProxyDesc]
+AnyDesc: TypeAlias = ClassDesc | ProxyDesc
 
 
 class JavaObject:
@@ -284,6 +284,29 @@ class JavaObject:
     def __init__(self, desc: AnyDesc, data: Sequence[Any] = ()) -> None:
         self.desc = desc
         self.data: tuple[Any, ...] = tuple(data)
+
+    @classmethod
+    def of(cls, desc: AnyDesc, values: Mapping[str, Any]) -> JavaObject:
+        """Lay out an object of a serializable class.
+
+        Parameters
+        ----------
+        desc : ClassDesc or ProxyDesc
+            Its class.
+        values : mapping of str to value
+            Fields by name (0 or null where left out), annotations by ``"@class name"``.
+        """
+        data: list[Any] = []
+        for part in _lineage(desc):
+            if not part.flags & SC_SERIALIZABLE:
+                continue
+            numbers = [field for field in part.fields if field.code in _WIDTHS]
+            if numbers:
+                data.append(b"".join([_STRUCTS[item.code].pack(values.get(item.name, 0)) for item in numbers]))
+            data.extend(values.get(field.name) for field in part.fields if field.code not in _WIDTHS)
+            if part.flags & SC_WRITE_METHOD:
+                data.append(tuple(values.get(f"@{part.name}", ())))
+        return cls(desc, data)
 
     @property
     def content(self) -> tuple[Content, ...]:
@@ -389,8 +412,8 @@ class Aborted:
         self.exception = exception
 
 
-Content: TypeAlias = Union[None, bytes, JavaString, JavaObject, JavaArray, JavaEnum, JavaClass, ClassDesc, ProxyDesc]
-TopLevel: TypeAlias = Union[Content, Reset, Aborted]
+Content: TypeAlias = bytes | JavaString | JavaObject | JavaArray | JavaEnum | JavaClass | ClassDesc | ProxyDesc | None
+TopLevel: TypeAlias = Content | Reset | Aborted
 
 
 class Stream:
@@ -608,7 +631,7 @@ class _Decoder:
         return False
 
     def _handle(self) -> int:
-        number = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
+        number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
         if not self.first <= number < len(self.nodes):
             raise ProjectFormatError(f"Handle {number - self.first} refers to nothing read so far", offset=self.pos)
         self.pos += 5

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.project.javastream import Content, JavaArray, JavaObject, JavaString
+from darefine_qupath.project.javastream import ClassDesc, Content, JavaArray, JavaObject, JavaString, ProxyDesc
 
 __all__ = [
     "NodeError",
@@ -56,7 +56,7 @@ def type_name(node: Content) -> str:
         return "null"
     if isinstance(node, (bytes, JavaString)):
         return "block data" if isinstance(node, bytes) else "java.lang.String"
-    return str(getattr(node, "desc", node).name)
+    return node.name if isinstance(node, (ClassDesc, ProxyDesc)) else node.desc.name
 
 
 def text(node: Content) -> str | None:
@@ -168,7 +168,7 @@ def hash_code(string: str) -> int:
 
 
 def table_size(count: int) -> int:
-    """Number of buckets of a Java HashMap that grew to `count` entries."""
+    """Return the number of buckets of a Java HashMap that grew to `count` entries."""
     size = 16
     while count > size * 3 // 4:
         size *= 2

@@ -31,6 +31,7 @@ __all__ = [
     "TmaGrid",
     "WorkflowStep",
     "class_of",
+    "hierarchy_of",
     "read",
 ]
 
@@ -161,8 +162,8 @@ class ImageData:
         Of a tissue microarray.
     properties : mapping of str to value
         Image properties; `Opaque` where the value is an object of a QuPath class.
-    class_colours : mapping of str to Colour or None
-        Path classes met, by full name.
+    colours : mapping of str to Colour
+        Colours of the path classes met, by full name.
     duplicates : frozenset of UUID
         Identities that more than one object has.
     has_ids : bool
@@ -183,7 +184,7 @@ class ImageData:
     root_id: UUID
     tma_grid: TmaGrid | None
     properties: Mapping[str, Any]
-    class_colours: Mapping[str, Colour | None]
+    colours: Mapping[str, Colour]
     duplicates: frozenset[UUID]
     has_ids: bool
 
@@ -271,7 +272,9 @@ class ObjectParts:
 
     def _set_children(self, content: Sequence[Content], first: int, count: int) -> None:
         if not 0 <= count <= len(content) - first:
-            raise NodeError(f"{self.node.desc.name} has {count} children, and room for {len(content) - first}", self.node)
+            raise NodeError(
+                f"{self.node.desc.name} has {count} children, and room for {len(content) - first}", self.node
+            )
         self.first_child = first
         self.num_children = count
 
@@ -386,7 +389,7 @@ class _Reader:
         self.budget = _Budget(size)
         self.rois = RoiBatch(8 * size + 1_000_000)
         self.classes: dict[int, str] = {}
-        self.colours: dict[str, Colour | None] = {}
+        self.colours: dict[str, Colour] = {}
         self.names: dict[int, list[str]] = {}
 
     def rows(self, hierarchy: Hierarchy) -> list[_Row]:
@@ -468,7 +471,8 @@ class _Reader:
             name, colour = class_of(node)
             self.budget.spend(len(name), node)
             self.classes[id(node)] = name
-            self.colours.setdefault(name, colour)
+            if colour is not None:
+                self.colours.setdefault(name, colour)
         return name or None
 
     def metadata(self, parts: ObjectParts) -> dict[str, str]:
@@ -480,7 +484,7 @@ class _Reader:
             return {}
         metadata = {}
         for key, value in zip(keys.data, values.data, strict=True):  # type: ignore[union-attr]
-            metadata[self._text(key) or ""] = self._text(value) or ""  # type: ignore[arg-type]
+            metadata[self._text(key) or ""] = self._text(value) or ""
         if parts.id is not None and parts.layout == 3:
             metadata.pop(OBJECT_ID, None)
         return metadata
@@ -523,7 +527,7 @@ class _Reader:
 
 def _plain(value: float) -> float:
     """One NaN for all, so that records compare equal."""
-    return value if value == value else math.nan  # noqa: PLR0124 - only NaN differs from itself
+    return value if value == value else math.nan  # only NaN differs from itself
 
 
 def class_of(node: Content) -> tuple[str, Colour | None]:
@@ -675,7 +679,9 @@ def _classifier_step(step: JavaObject) -> _Step:
 
 
 def _plugin_step(step: JavaObject) -> _Step:
-    argument, before, after = (text(javautil.field(step, name)) or "" for name in ("arg", "scriptBefore", "scriptAfter"))
+    argument, before, after = (
+        text(javautil.field(step, name)) or "" for name in ("arg", "scriptBefore", "scriptAfter")
+    )
     plugin = type_name(javautil.field(step, "pluginClass"))
     return text(javautil.field(step, "name")), f"{before}runPlugin('{plugin}', '{argument}'){after}"
 
@@ -714,7 +720,9 @@ def _plain_object(node: JavaObject, depth: int, known: dict[int, Any]) -> Any:  
     try:
         if name.endswith("Map"):
             pairs = map_items(node)
-            return {_key(_plain_value(key, depth + 1, known)): _plain_value(value, depth + 1, known) for key, value in pairs}
+            return {
+                _key(_plain_value(key, depth + 1, known)): _plain_value(value, depth + 1, known) for key, value in pairs
+            }
         if name.endswith("List") or name == "java.util.CollSer":
             return [_plain_value(item, depth + 1, known) for item in list_items(node)]
     except NodeError:
@@ -742,8 +750,18 @@ def _tma_grid(hierarchy: JavaObject, ids: Mapping[int, UUID]) -> TmaGrid | None:
     )
 
 
-def open_hierarchy(items: _Items) -> Hierarchy:
-    """The objects of the hierarchy among the top-level items."""
+def hierarchy_of(stream: Stream) -> Hierarchy:
+    """Objects of a decoded file.
+
+    Raises
+    ------
+    NodeError
+        If something in it is not what it should be.
+    """
+    return _open_hierarchy(_items(stream))
+
+
+def _open_hierarchy(items: _Items) -> Hierarchy:
     if items.hierarchy is None:
         raise NodeError("The file has no object hierarchy", None)
     root = javautil.field(items.hierarchy, "rootObject")
@@ -760,7 +778,7 @@ def _interpret(stream: Stream, data: bytes, path: Path | None) -> ImageData:
             path=path,
             offset=len(data),
         )
-    hierarchy = open_hierarchy(items)
+    hierarchy = _open_hierarchy(items)
     reader = _Reader(len(data))
     rows = reader.rows(hierarchy)
     rois = reader.rois.build()
@@ -783,7 +801,7 @@ def _interpret(stream: Stream, data: bytes, path: Path | None) -> ImageData:
         root_id=hierarchy.items[0][1],
         tma_grid=_tma_grid(items.hierarchy, ids),  # type: ignore[arg-type]
         properties=items.properties,
-        class_colours=reader.colours,
+        colours=reader.colours,
         duplicates=_duplicates([identity for _, identity, _ in hierarchy.items]),
         has_ids=hierarchy.has_ids,
     )

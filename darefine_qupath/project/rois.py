@@ -15,13 +15,14 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Plane, RoiKind
+from darefine_qupath.errors import AnnotationError
 from darefine_qupath.project.javastream import AnyDesc, ClassDesc, Content, JavaArray, JavaObject
 from darefine_qupath.project.javautil import NodeError, type_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["PROXIES", "RoiBatch", "RoiRecord", "fill", "precise"]
+__all__ = ["PROXIES", "RoiBatch", "RoiRecord", "RoiSpec", "fill", "precise", "spec_of"]
 
 _ROI = "qupath.lib.roi."
 _PROXY = "$SerializationProxy"
@@ -64,6 +65,14 @@ class RoiRecord(NamedTuple):
     geometry: BaseGeometry
 
 
+class RoiSpec(NamedTuple):
+    """A ROI to be written: class of its proxy, numbers and arrays by field name."""
+
+    proxy: str
+    numbers: dict[str, float]
+    arrays: dict[str, bytes]
+
+
 def precise(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to QuPath's 0.01 px, halves upwards as Java does."""
     rounded: NDArray[np.float64] = np.floor(coordinates * 100 + 0.5) / 100
@@ -96,7 +105,7 @@ class _Kind:
         return np.frombuffer(b"".join([node.data[0] for node in self.nodes]), self.dtype)
 
     def column(self, name: str) -> list[Any]:
-        """Reference field of all nodes."""
+        """Return a reference field of all nodes."""
         position = self.desc.index[name][0]
         return [node.data[position] for node in self.nodes]
 
@@ -220,11 +229,7 @@ class RoiBatch:
     def _ellipses(self, kind: _Kind) -> Sequence[BaseGeometry]:
         bounds = self._bounds(kind)
         empty = (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
-        angles = np.arange(_ELLIPSE_CORNERS) * (2 * np.pi / _ELLIPSE_CORNERS)
-        radius_x, radius_y = (bounds[:, 1] - bounds[:, 0]) / 2, (bounds[:, 3] - bounds[:, 2]) / 2
-        x = np.outer(radius_x, np.cos(angles)) + (bounds[:, 0] + radius_x)[:, None]
-        y = np.outer(radius_y, np.sin(angles)) + (bounds[:, 2] + radius_y)[:, None]
-        corners = precise(np.stack([x, y], axis=2))
+        corners = precise(_ellipse_corners(bounds))
         polygons = np.empty(len(bounds), object)
         polygons[~empty] = shapely.polygons(corners[~empty])
         return _blank(polygons, empty)
@@ -235,7 +240,7 @@ class RoiBatch:
         return lines
 
     def _vertices(self, kind: _Kind) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """Rounded vertices of all nodes, and how many each has."""
+        """Return the rounded vertices of all nodes, and how many each has."""
         columns = []
         for name in ("x", "y"):
             arrays = kind.column(name)
@@ -320,6 +325,15 @@ class RoiBatch:
         return precise(vertices)
 
 
+def _ellipse_corners(bounds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners of ellipses in boxes of x, x2, y, y2."""
+    angles = np.arange(_ELLIPSE_CORNERS) * (2 * np.pi / _ELLIPSE_CORNERS)
+    radius_x, radius_y = (bounds[:, 1] - bounds[:, 0]) / 2, (bounds[:, 3] - bounds[:, 2]) / 2
+    x = np.outer(radius_x, np.cos(angles)) + (bounds[:, 0] + radius_x)[:, None]
+    y = np.outer(radius_y, np.sin(angles)) + (bounds[:, 2] + radius_y)[:, None]
+    return np.stack([x, y], axis=2)
+
+
 def _blank(polygons: NDArray[Any], empty: NDArray[np.bool_]) -> Sequence[BaseGeometry]:
     polygons[empty] = shapely.Polygon()
     geometries: Sequence[BaseGeometry] = polygons.tolist()
@@ -380,9 +394,7 @@ def _check_crossings(starts: NDArray[np.float64], ends: NDArray[np.float64]) -> 
             raise ValueError(f"its {count} edges cross more than {_MAX_CROSSINGS} times")
 
 
-def _winding(
-    points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDArray[np.float64]
-) -> NDArray[np.intp]:
+def _winding(points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDArray[np.float64]) -> NDArray[np.intp]:
     """Winding number of the edges around every point."""
     numbers = np.zeros(len(points), np.intp)
     step = max(1, 1_000_000 // len(starts))
@@ -405,7 +417,9 @@ def _from_wkb(blobs: Sequence[bytes], nodes: Sequence[JavaObject]) -> Sequence[B
     coordinates, owners = shapely.get_coordinates(geometries, return_index=True)
     finite = np.isfinite(coordinates).all(axis=1)
     if not finite.all():
-        raise NodeError("A ROI has a coordinate that is not a finite number", nodes[int(owners[int(np.argmin(finite))])])
+        raise NodeError(
+            "A ROI has a coordinate that is not a finite number", nodes[int(owners[int(np.argmin(finite))])]
+        )
     records: Sequence[BaseGeometry] = geometries.tolist()
     return records
 
@@ -459,3 +473,110 @@ def _wkb_header(blob: bytes, position: int) -> tuple[int, int]:
     if kind in (4, 5, 6, 7):
         return position, count
     raise ValueError(kind)
+
+
+def spec_of(geometry: BaseGeometry, wanted: RoiKind | None = None) -> RoiSpec:
+    """Choose the ROI that QuPath itself would make of a geometry.
+
+    Parameters
+    ----------
+    geometry : shapely geometry
+        In level-0 pixels.
+    wanted : str, optional
+        ROI type to keep where the geometry can be one.
+
+    Returns
+    -------
+    RoiSpec
+        What to write.
+
+    Raises
+    ------
+    AnnotationError
+        If the geometry is empty, invalid, of mixed types, or not finite.
+    """
+    geometry = shapely.force_2d(geometry)
+    if geometry.is_empty or not np.isfinite(shapely.get_coordinates(geometry)).all():
+        raise AnnotationError(
+            f"An object cannot have the {geometry.geom_type} {_short(geometry)}: it has no finite extent"
+        )
+    if wanted != "Geometry" and geometry.geom_type.startswith("Multi") and len(geometry.geoms) == 1:
+        geometry = geometry.geoms[0]
+    if wanted == "Geometry" and geometry.geom_type not in ("GeometryCollection", "LinearRing"):
+        return _wkb_spec(geometry)
+    chooser = _CHOOSERS.get(geometry.geom_type)
+    if chooser is None:
+        raise AnnotationError(f"An object cannot have a {geometry.geom_type}; give it parts of one type")
+    return chooser(geometry, wanted)
+
+
+def _short(geometry: BaseGeometry) -> str:
+    return str(geometry.wkt)[:60]
+
+
+def _check_valid(geometry: BaseGeometry) -> None:
+    if not geometry.is_valid:
+        raise AnnotationError(
+            f"The {geometry.geom_type} {_short(geometry)} is not valid ({shapely.is_valid_reason(geometry)}); "
+            f"make it valid first"
+        )
+
+
+def _wkb_spec(geometry: BaseGeometry, _: RoiKind | None = None) -> RoiSpec:
+    _check_valid(geometry)
+    blob = shapely.to_wkb(geometry, byte_order=0, output_dimension=2)
+    return RoiSpec(f"{_ROI}GeometryROI$WKBSerializationProxy", {}, {"wkb": blob})
+
+
+def _vertex_spec(shape: str, vertices: NDArray[np.float64]) -> RoiSpec:
+    x, y = np.ascontiguousarray(vertices.T, ">f4")
+    return RoiSpec(f"{_ROI}{shape}{_PROXY}", {}, {"x": x.tobytes(), "y": y.tobytes()})
+
+
+def _bounds_spec(shape: str, x: float, y: float, x2: float, y2: float) -> RoiSpec:
+    return RoiSpec(f"{_ROI}{shape}{_PROXY}", {"x": x, "x2": x2, "y": y, "y2": y2}, {})
+
+
+def _polygon_spec(polygon: BaseGeometry, wanted: RoiKind | None) -> RoiSpec:
+    if len(polygon.interiors):
+        return _wkb_spec(polygon)
+    _check_valid(polygon)
+    vertices = shapely.get_coordinates(polygon)[:-1]
+    left, top, right, bottom = polygon.bounds
+    if wanted in (None, "Rectangle") and _is_box(vertices):
+        return _bounds_spec("RectangleROI", left, top, right, bottom)
+    if wanted == "Ellipse" and len(vertices) == _ELLIPSE_CORNERS:
+        ellipse = shapely.Polygon(_ellipse_corners(np.array([polygon.bounds])[:, [0, 2, 1, 3]])[0])
+        if ellipse.hausdorff_distance(polygon) <= 0.02:
+            return _bounds_spec("EllipseROI", left, top, right, bottom)
+    return _vertex_spec("PolygonROI", vertices)
+
+
+def _is_box(vertices: NDArray[np.float64]) -> bool:
+    if len(vertices) != 4:
+        return False
+    steps = np.abs(np.diff(np.concatenate([vertices, vertices[:1]]), axis=0))
+    # Every side runs along one axis, and the axes take turns.
+    return bool(((steps > 0).sum(axis=1) == 1).all() and (steps[0] == steps[2]).all() and (steps[1] == steps[3]).all())
+
+
+def _line_spec(line: BaseGeometry, wanted: RoiKind | None) -> RoiSpec:
+    vertices = shapely.get_coordinates(line)
+    if len(vertices) == 2 and wanted != "Polyline":
+        return _bounds_spec("LineROI", *vertices.ravel().tolist())
+    return _vertex_spec("PolylineROI", vertices)
+
+
+def _points_spec(points: BaseGeometry, _: RoiKind | None) -> RoiSpec:
+    return _vertex_spec("PointsROI", shapely.get_coordinates(points))
+
+
+_CHOOSERS: dict[str, Callable[[BaseGeometry, RoiKind | None], RoiSpec]] = {
+    "Polygon": _polygon_spec,
+    "MultiPolygon": _wkb_spec,
+    "LineString": _line_spec,
+    "LinearRing": _line_spec,
+    "MultiLineString": _wkb_spec,
+    "Point": _points_spec,
+    "MultiPoint": _points_spec,
+}

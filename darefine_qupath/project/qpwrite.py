@@ -1,0 +1,565 @@
+"""Edits of a ``data.qpdata`` file, new files, and the summary beside them.
+
+An edit decodes the file's object stream, changes the nodes that the edit is about, and encodes the rest as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+from shapely.geometry.base import BaseGeometry
+
+from darefine_qupath.annotations import Annotation, Plane, RoiKind
+from darefine_qupath.classes import Colour
+from darefine_qupath.errors import AnnotationError, ProjectFormatError, ProjectUnsupportedError
+from darefine_qupath.project import files
+from darefine_qupath.project.interface import Changes
+from darefine_qupath.project.javastream import (
+    Content,
+    JavaObject,
+    JavaString,
+    Stream,
+    decode,
+    encode,
+    modified_utf8,
+)
+from darefine_qupath.project.javautil import NodeError, hash_order
+from darefine_qupath.project.qpnodes import (
+    NodeBuilder,
+    class_name,
+    is_detection,
+    probability_block,
+    signed,
+    uses_wide_list,
+)
+from darefine_qupath.project.qpread import EOF, Hierarchy, ImageData, ObjectParts, hierarchy_of
+from darefine_qupath.project.rois import RoiBatch, spec_of
+
+__all__ = ["create", "edit", "expected", "stored", "stored_geometry", "summary"]
+
+_KIND_CLASSES = {
+    "annotation": "qupath.lib.objects.PathAnnotationObject",
+    "detection": "qupath.lib.objects.PathDetectionObject",
+    "cell": "qupath.lib.objects.PathCellObject",
+    "tile": "qupath.lib.objects.PathTileObject",
+}
+_HEMATOXYLIN = (0.6511078257574492, 0.7011930431234068, 0.29049426072255424)
+_EOSIN = (0.21589893562087106, 0.8011960501132093, 0.5580972485873467)
+_DAB = (0.26916687204956063, 0.5682411743268502, 0.777593185920953)
+_DEFAULT_STAINS = {
+    "BRIGHTFIELD_H_E": ("H&E default", ("Hematoxylin", _HEMATOXYLIN), ("Eosin", _EOSIN)),
+    "BRIGHTFIELD_H_DAB": ("H-DAB default", ("Hematoxylin", _HEMATOXYLIN), ("DAB", _DAB)),
+    "BRIGHTFIELD_OTHER": ("H-DAB default", ("Hematoxylin", _HEMATOXYLIN), ("DAB", _DAB)),
+}
+_IMAGE_TYPES = (*_DEFAULT_STAINS, "FLUORESCENCE", "OTHER", "UNSET")
+_SUMMARY_NAMES = {
+    "annotation": "Annotations",
+    "detection": "Detections",
+    "cell": "Cells",
+    "tile": "Tiles",
+    "tma core": "TMA cores",
+}
+
+
+# -- what will be read back
+
+
+def _same_geometry(ours: BaseGeometry | None, theirs: BaseGeometry | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours is theirs or bool(ours.equals_exact(theirs, 0) and ours.geom_type == theirs.geom_type)
+
+
+def _same_roi(record: Annotation, former: Annotation | None) -> bool:
+    return former is not None and record.plane == former.plane and _same_geometry(record.geometry, former.geometry)
+
+
+def _same_numbers(ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:
+    return list(ours) == list(theirs) and np.array_equal([*ours.values()], [*theirs.values()], equal_nan=True)
+
+
+def _is_wide(record: Annotation, former: Annotation | None) -> bool:
+    """Whether measurements are stored as 64-bit numbers."""
+    return not is_detection(record.kind) or (former is not None and uses_wide_list(former.measurements))
+
+
+_PLAIN_BUILDER = NodeBuilder(Stream(()), is_modern=True, colours={})
+
+
+def _round_trip(geometry: BaseGeometry, wanted: RoiKind | None, plane: Plane) -> tuple[RoiKind, BaseGeometry]:
+    batch = RoiBatch()
+    batch.add(_PLAIN_BUILDER.roi(spec_of(geometry, wanted), plane))
+    try:
+        (roi,) = batch.build()
+    except NodeError as error:
+        raise AnnotationError(error.message) from None
+    return roi.kind, roi.geometry
+
+
+def _stored_numbers(measurements: Mapping[str, float], *, is_wide: bool) -> dict[str, float]:
+    values = np.fromiter(measurements.values(), np.float64, len(measurements))
+    if not is_wide:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32).astype(np.float64)
+    return {
+        name: math.nan if math.isnan(value) else value
+        for name, value in zip(measurements, values.tolist(), strict=True)
+    }
+
+
+def stored(record: Annotation, former: Annotation | None = None) -> Annotation:
+    """Record as it will be read back.
+
+    Coordinates are at QuPath's precision, a polygon's also at that of 32-bit numbers; so are a detection's
+    measurements.
+
+    Parameters
+    ----------
+    record : Annotation
+        New, or a replacement.
+    former : Annotation, optional
+        What it replaces: parts that are equal stay as they are in the file.
+
+    Returns
+    -------
+    Annotation
+        With the same parent.
+
+    Raises
+    ------
+    AnnotationError
+        If it cannot be stored.
+    """
+    roi, geometry, plane, nucleus = None, None, record.plane, None
+    if _same_roi(record, former):
+        roi, geometry = former.roi, former.geometry  # type: ignore[union-attr]
+    elif record.geometry is not None:
+        roi, geometry = _round_trip(record.geometry, record.roi, record.plane)
+    if geometry is None:
+        plane = Plane()
+    if record.kind == "cell" and record.nucleus is not None:
+        is_kept = former is not None and _same_geometry(record.nucleus, former.nucleus)
+        nucleus = record.nucleus if is_kept else _round_trip(record.nucleus, None, record.plane)[1]
+    measurements = record.measurements
+    if former is None or not _same_numbers(measurements, former.measurements):
+        measurements = _stored_numbers(measurements, is_wide=_is_wide(record, former))
+    return replace(
+        record,
+        geometry=geometry,
+        roi=roi,
+        plane=plane,
+        nucleus=nucleus,
+        path_class=class_name(record.path_class),
+        measurements=measurements,
+        colour=None if record.colour is None else signed(record.colour),
+        class_probability=math.nan if math.isnan(record.class_probability) else float(record.class_probability),
+        is_missing=record.is_missing and record.kind == "tma core",
+    )
+
+
+def stored_geometry(record: Annotation) -> BaseGeometry | None:
+    """Geometry of a new record as it will be read back."""
+    return stored(record).geometry
+
+
+def expected(data: ImageData, changes: Changes) -> dict[UUID, Annotation]:
+    """Every object as it must be read back after an edit.
+
+    Parameters
+    ----------
+    data : ImageData
+        Before the edit.
+    changes : Changes
+        The edit.
+
+    Returns
+    -------
+    dict of UUID to Annotation
+        Objects that stay, exactly as they were; the others as they are stored.
+    """
+    former = {record.id: record for record in data.objects}
+    gone = set(changes.remove)
+
+    def above(parent: UUID | None) -> UUID | None:
+        while parent in gone:
+            parent = former[parent].parent
+        return None if parent == data.root_id else parent
+
+    objects = {key: record for key, record in former.items() if key not in gone}
+    objects = {
+        key: replace(record, parent=above(record.parent)) if record.parent in gone else record
+        for key, record in objects.items()
+    }
+    for record in changes.replace:
+        objects[record.id] = replace(stored(record, former[record.id]), parent=objects[record.id].parent)
+    for record in changes.add:
+        objects[record.id] = replace(stored(record), parent=above(record.parent))
+    return objects
+
+
+# -- edits
+
+
+class _Editor:
+    """One edit of one file's hierarchy."""
+
+    def __init__(self, data: ImageData, stream: Stream, colours: Mapping[str, Colour]) -> None:
+        self.data = data
+        self.hierarchy: Hierarchy = hierarchy_of(stream)
+        is_modern = files.is_since(data.qupath_version or "", 0, 6)
+        self.builder = NodeBuilder(stream, is_modern=is_modern, colours=colours)
+        self.records = {record.id: record for record in data.objects}
+        self.index = {identity: number for number, (_, identity, _) in enumerate(self.hierarchy.items)}
+        self.numbers = {id(parts.node): number for number, (parts, _, _) in enumerate(self.hierarchy.items)}
+
+    def apply(self, changes: Changes) -> None:
+        for record in changes.replace:
+            self._replace(self.hierarchy.items[self.index[record.id]][0], record, self.records[record.id])
+        removed = {self.index[identity] for identity in changes.remove}
+        owners = self._owners(removed)
+        added = self._new_nodes(changes.add, removed, owners)
+        for number in sorted({owners[number] for number in removed} | added.keys()):
+            self._set_children(self._parts(number), [*self._kept_children(number, removed), *added.get(number, ())])
+        for number in removed:
+            # Something else may refer to it (connections between objects), and would bring its children back.
+            self._set_children(self._parts(number), ())
+
+    def _parts(self, number: int) -> ObjectParts:
+        # Replacing changes what an object wrote, so the parts are found again.
+        return ObjectParts(self.hierarchy.items[number][0].node)
+
+    def _owners(self, removed: set[int]) -> list[int]:
+        """For every object the nearest one above it that stays."""
+        owners: list[int] = []
+        for _, _, parent in self.hierarchy.items:
+            owners.append(owners[parent] if parent in removed else parent)
+        return owners
+
+    def _kept_children(self, number: int, removed: set[int]) -> list[Content]:
+        """Children that stay; those of a removed child take its place."""
+        kept: list[Content] = []
+        pending = list(reversed(self._parts(number).children))
+        while pending:
+            child = pending.pop()
+            child_number = self.numbers[id(child)]
+            if child_number in removed:
+                pending.extend(reversed(self._parts(child_number).children))
+            else:
+                kept.append(child)
+        return kept
+
+    @staticmethod
+    def _set_children(parts: ObjectParts, children: Sequence[Content]) -> None:
+        content = parts.node.content
+        block = content[parts.first_child - 1]
+        count = block[:-4] + len(children).to_bytes(4, "big")  # type: ignore[index]
+        parts.node.content = (*content[: parts.first_child - 1], count, *children, *content[parts.tail :])
+
+    def _new_nodes(
+        self, records: Sequence[Annotation], removed: set[int], owners: Sequence[int]
+    ) -> dict[int, list[Content]]:
+        """Nodes of new objects, by the object of the file they stand below."""
+        below: dict[UUID, list[Annotation]] = {}
+        tops: list[tuple[int, Annotation]] = []
+        new = {record.id for record in records}
+        for record in records:
+            if record.parent in new:
+                below.setdefault(record.parent, []).append(record)
+            else:
+                number = 0 if record.parent is None else self.index[record.parent]
+                tops.append((owners[number] if number in removed else number, record))
+        nodes = {record.id: JavaObject(self.builder.desc(_KIND_CLASSES[record.kind])) for record in records}
+        reached = [record for _, record in tops]
+        for record in reached:
+            reached.extend(below.get(record.id, ()))
+        if len(reached) < len(records):
+            raise AnnotationError("New objects cannot be each other's parents")
+        for record in reached:
+            nodes[record.id].content = self._content(record, [nodes[child.id] for child in below.get(record.id, ())])
+        added: dict[int, list[Content]] = {}
+        for number, record in tops:
+            added.setdefault(number, []).append(nodes[record.id])
+        return added
+
+    def _roi(self, geometry: BaseGeometry | None, wanted: RoiKind | None, plane: Plane) -> JavaObject | None:
+        return None if geometry is None else self.builder.roi(spec_of(geometry, wanted), plane)
+
+    def _content(self, record: Annotation, children: Sequence[Content]) -> tuple[Content, ...]:
+        roi = self._roi(record.geometry, record.roi, record.plane)
+        nucleus = self._roi(record.nucleus, None, record.plane) if record.kind == "cell" else None
+        return self.builder.path_object(record, roi, nucleus, children, is_wide=_is_wide(record, None))
+
+    def _replace(self, parts: ObjectParts, record: Annotation, former: Annotation) -> None:
+        _check_layout(parts, record, former)
+        content = list(parts.node.content)
+        if record.name != former.name:
+            content[0] = None if record.name is None else JavaString(record.name)
+        if record.colour != former.colour:
+            content[1] = self.builder.colour(record.colour)
+        if dict(record.metadata) != dict(former.metadata):
+            content[2] = self.builder.metadata(record.metadata, record.id)
+        if not _same_numbers(record.measurements, former.measurements):
+            content[3] = self.builder.measurements(record.measurements, is_wide=_is_wide(record, former))
+        self._replace_tail(content, parts.tail, record, former)
+        parts.node.content = content
+
+    def _replace_tail(self, content: list[Content], tail: int, record: Annotation, former: Annotation) -> None:
+        if record.locked != former.locked:
+            content[tail] = self.builder.boolean(record.locked)
+        if class_name(record.path_class) != former.path_class:
+            content[tail + 1] = self.builder.path_class(record.path_class)
+        if not _same_roi(record, former):
+            content[tail + 2] = self._roi(record.geometry, record.roi, record.plane)
+        if record.kind == "cell" and not (_same_geometry(record.nucleus, former.nucleus) and _same_roi(record, former)):
+            content[tail + 4] = self._roi(record.nucleus, None, record.plane)
+        block: bytes = content[tail + 3]  # type: ignore[assignment]
+        if not _same_numbers({"": record.class_probability}, {"": former.class_probability}):
+            block = probability_block(record.class_probability) + block[8:]
+        if record.kind == "tma core" and record.is_missing != former.is_missing:
+            block = block[:8] + (b"\1" if record.is_missing else b"\0") + block[9:]
+        content[tail + 3] = block
+
+
+def _check_layout(parts: ObjectParts, record: Annotation, former: Annotation) -> None:
+    moves = dict(record.metadata) == dict(former.metadata) and _same_numbers(record.measurements, former.measurements)
+    if not parts.has_lock or (parts.layout != 3 and not moves):
+        raise ProjectUnsupportedError(
+            f"Object {record.id} is laid out as no known version of QuPath does; save the image in QuPath first"
+        )
+
+
+def _check_changes(data: ImageData, changes: Changes) -> None:
+    where = data.path or "the image"
+    if not data.has_ids:
+        raise ProjectUnsupportedError(
+            f"{where} was written by QuPath {data.qupath_version or 'before 0.4'}, whose objects have no identity; "
+            f"open the image in QuPath 0.4 or later and save it first"
+        )
+    records = {record.id: record for record in data.objects}
+    touched = [record.id for record in (*changes.add, *changes.replace)] + list(changes.remove)
+    twice = _twice(touched)
+    if twice:
+        raise AnnotationError(f"The changes name object {twice[0]} more than once")
+    shared = data.duplicates.intersection(touched + [record.parent for record in changes.add if record.parent])
+    if shared:
+        raise ProjectUnsupportedError(
+            f"{where}: {len(shared)} of the objects to change share their identity with another one ({min(shared)} for "
+            f"one); duplicate them in QuPath and delete the former ones"
+        )
+    _check_known(records, changes, where)
+    _check_added(data, records, changes, where)
+    _check_removed(data, records, changes, where)
+
+
+def _twice(ids: Iterable[UUID]) -> list[UUID]:
+    seen: set[UUID] = set()
+    return [identity for identity in ids if identity in seen or seen.add(identity)]  # type: ignore[func-returns-value]
+
+
+def _check_known(records: Mapping[UUID, Annotation], changes: Changes, where: object) -> None:
+    for identity in (*(record.id for record in changes.replace), *changes.remove):
+        if identity not in records:
+            raise AnnotationError(f"{where} has no object {identity}; read it again")
+    for record in changes.replace:
+        former = records[record.id]
+        if record.kind != former.kind:
+            raise AnnotationError(f"Object {record.id} is a {former.kind} and cannot become a {record.kind}")
+        if record.parent not in (None, former.parent):
+            raise AnnotationError(
+                f"Object {record.id} keeps its place below {former.parent or 'the root'} when replaced"
+            )
+
+
+def _check_added(data: ImageData, records: Mapping[UUID, Annotation], changes: Changes, where: object) -> None:
+    new = {record.id for record in changes.add}
+    for record in changes.add:
+        if record.id in records or record.id == data.root_id:
+            raise AnnotationError(f"{where} has an object {record.id} already")
+        if record.kind not in _KIND_CLASSES:
+            raise ProjectUnsupportedError(f"A {record.kind} cannot be added; make the TMA grid in QuPath")
+        if record.parent is not None and record.parent not in records and record.parent not in new | {data.root_id}:
+            raise AnnotationError(f"{where} has no object {record.parent} for {record.id} to stand below")
+
+
+def _check_removed(data: ImageData, records: Mapping[UUID, Annotation], changes: Changes, where: object) -> None:
+    cores = set(data.tma_grid.cores) if data.tma_grid else set()
+    for identity in changes.remove:
+        if identity in cores:
+            name = records[identity].name or identity
+            raise ProjectUnsupportedError(f"{where}: {name} is a core of the TMA grid; change the grid in QuPath")
+
+
+def edit(data: ImageData, changes: Changes, colours: Mapping[str, Colour] | None = None) -> bytes:
+    """Apply changes to the objects of a file.
+
+    Parameters
+    ----------
+    data : ImageData
+        What `read` gave.
+    changes : Changes
+        Objects to add, replace and remove. A new object whose parent is removed stands below that one's parent.
+    colours : mapping of str to Colour, optional
+        Of classes that the file does not have yet.
+
+    Returns
+    -------
+    bytes
+        The new file; all that the changes are not about is as it was.
+
+    Raises
+    ------
+    AnnotationError
+        If an object to replace or remove is not there, one to add is, or a record cannot be stored.
+    ProjectUnsupportedError
+        If the file's objects have no identities, or those that are named are not the only ones of that identity.
+    """
+    if changes.is_empty:
+        return data.data
+    _check_changes(data, changes)
+    stream = decode(data.data, path=data.path)
+    try:
+        _Editor(data, stream, colours or {}).apply(changes)
+    except NodeError as error:
+        raise ProjectFormatError(error.message, path=data.path, offset=stream.offset_of(error.node)) from None
+    return encode(stream)
+
+
+# -- new files
+
+
+def create(
+    *,
+    image_type: str,
+    server: Mapping[str, Any] | None,
+    entry_id: str,
+    version: str,
+    root_id: UUID | None = None,
+) -> bytes:
+    """Make the data of an image that has no objects yet.
+
+    Parameters
+    ----------
+    image_type : str
+        QuPath's ImageType; a brightfield type gets QuPath's default stains.
+    server : mapping or None
+        Builder of the image server, as in the project file.
+    entry_id : str
+        ``<project file>::<entry id>``.
+    version : str
+        QuPath version to write for.
+    root_id : UUID, optional
+        Identity of the root; random by default.
+
+    Returns
+    -------
+    bytes
+        A ``data.qpdata`` file.
+
+    Raises
+    ------
+    ProjectUnsupportedError
+        If QuPath has no such image type.
+    """
+    if image_type not in _IMAGE_TYPES:
+        raise ProjectUnsupportedError(f"{image_type!r} is not an image type; give one of {', '.join(_IMAGE_TYPES)}")
+    builder = NodeBuilder(Stream(()), is_modern=files.is_since(version, 0, 6), colours={})
+    header = {"dataVersion": 3, "qupathVersion": version} | ({} if server is None else {"server": dict(server)})
+    empty = JavaString("")
+    locale = dict.fromkeys(("country", "extensions", "script", "variant"), empty) | {"language": JavaString("en")}
+    title = modified_utf8("Data file version 3")
+    root = builder.external(
+        "qupath.lib.objects.PathRootObject",
+        (None, None, builder.metadata({}, root_id or uuid4()), None, bytes(4)),
+    )
+    properties = builder.hash_map((JavaString("PROJECT_ENTRY_ID"), JavaString(entry_id)))
+    return encode(
+        Stream(
+            (
+                len(title).to_bytes(2, "big") + title,
+                JavaString(files.json_bytes(header, pretty=False).decode()),
+                builder.object("java.util.Locale", {"hashcode": -1, **locale}),
+                builder.enum("qupath.lib.images.ImageData$ImageType", image_type),
+                _stains(builder, image_type, version),
+                builder.external("qupath.lib.plugins.workflow.Workflow", (bytes.fromhex("0000000100000000"),)),
+                builder.object("qupath.lib.objects.hierarchy.PathObjectHierarchy", {"rootObject": root}),
+                properties,
+                JavaString(EOF),
+            )
+        )
+    )
+
+
+def _stains(builder: NodeBuilder, image_type: str, version: str) -> JavaObject | None:
+    if image_type not in _DEFAULT_STAINS:
+        return None
+    name, *stains = _DEFAULT_STAINS[image_type]
+    digits = "{!r}" if files.is_since(version, 0, 6) else "{:.8f}"
+    parts = {"Name": name}
+    for number, (stain, values) in enumerate(stains, 1):
+        parts |= {f"Stain {number}": stain, f"Values {number}": " ".join(digits.format(value) for value in values)}
+    parts["Background"] = " 255 255 255"
+    described = ", ".join(f'"{key}" : "{value}"' for key, value in parts.items())
+    content = ((1).to_bytes(4, "big"), JavaString(f"{{{described}}}"))
+    return builder.external("qupath.lib.color.ColorDeconvolutionStains", content)
+
+
+# -- summary
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """Count, in the order in which Java's HashMap gives the names."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return {name: counts[name] for name in hash_order(counts)}
+
+
+def summary(data: ImageData, *, size: tuple[int, int] | None = None, timestamp_ms: int) -> dict[str, Any]:
+    """``summary.json`` of an image, as QuPath writes it.
+
+    Parameters
+    ----------
+    data : ImageData
+        The image.
+    size : tuple of int, optional
+        Width and height, where the file does not say.
+    timestamp_ms : int
+        Milliseconds since 1970.
+
+    Returns
+    -------
+    dict
+        Plain JSON values.
+    """
+    kinds = ["Root objects", *(_SUMMARY_NAMES[record.kind] for record in data.objects)]
+    annotations = [record.path_class or "Unclassified" for record in data.objects if record.kind == "annotation"]
+    detections = [record.path_class or "Unclassified" for record in data.objects if is_detection(record.kind)]
+    server = _server_summary(data.server or {}, size)
+    return {
+        "timestamp": timestamp_ms,
+        "imageType": data.image_type,
+        **({} if server is None else {"server": server}),
+        "hierarchy": {
+            "nObjects": len(kinds),
+            "objectTypeCounts": _counts(kinds),
+            "annotationClassificationCounts": _counts(annotations),
+            "detectionClassificationCounts": _counts(detections),
+        },
+    }
+
+
+def _server_summary(server: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, int] | None:
+    metadata = server.get("metadata")
+    known = metadata if isinstance(metadata, Mapping) else {}
+    width, height = size or (known.get("width"), known.get("height"))
+    if not isinstance(width, int) or not isinstance(height, int):
+        return None
+    channels = known.get("channels")
+    num_channels = len(channels) if isinstance(channels, list) else 3
+    stack = {key: known[key] if isinstance(known.get(key), int) else 1 for key in ("sizeZ", "sizeT")}
+    return {"width": width, "height": height, "sizeC": num_channels, **stack}
