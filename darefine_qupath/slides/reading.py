@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -19,10 +20,12 @@ from darefine_qupath.errors import (
     SlideNotFoundError,
 )
 from darefine_qupath.geometry import Box, FloatBox, Size, best_level, level_box, level_scale, level_window
+from darefine_qupath.slides.integrity import TileGuard
 from darefine_qupath.slides.sources import (
     FastSlideSource,
     OpenSlideSource,
     PillowSource,
+    SlideStuckError,
     Source,
     TiffSource,
     fastslide_works_here,
@@ -116,8 +119,8 @@ class PyramidSlide:
         self._reader = reader
         self._source: Source | None = None
         self._pid = -1
-        self._fast: bool | None = None if reader == "auto" else False
-        self._fast_source: Source | None = None
+        self._fast_usable: bool | None = None if reader == "auto" else False
+        self._fast: _FastPath | None = None
         source = self._opened()
         self._file_levels = source.levels
         whole = Box.of(source.levels[0])
@@ -129,7 +132,8 @@ class PyramidSlide:
     @property
     def reader(self) -> str:
         """What reads the pixels: ``"openslide"``, ``"fastslide"``, ``"tifffile"`` or ``"pillow"``."""
-        return self._pixels().name
+        source, fast = self._opened(), self._fast_path()
+        return source.name if fast is None else fast.source.name
 
     def read(self, box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Pixels of a box, resampled.
@@ -207,11 +211,11 @@ class PyramidSlide:
         frame = level_window(level_box(self.bounds, self._file_levels[0], level_size)).box
         shown = window.intersection(frame)
         if shown == window and Box.of(level_size).contains(window):
-            return self._pixels().read(level, window)
+            return self._read_level(level, window)
         canvas = np.full((window.height, window.width, 3), 255, np.uint8)
         if shown is not None:
             rows, columns = shown.y - window.y, shown.x - window.x
-            pixels = self._pixels().read(level, _clamped(shown, level_size))
+            pixels = self._read_level(level, _clamped(shown, level_size))
             pixels = np.pad(
                 pixels, ((0, shown.height - pixels.shape[0]), (0, shown.width - pixels.shape[1]), (0, 0)), mode="edge"
             )
@@ -222,47 +226,62 @@ class PyramidSlide:
         """Source of this process; a handle never crosses a fork."""
         if self._source is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            self._fast_source = None
+            self._fast = None
             self._source = _open_source(self.path, self._reader)
         return self._source
 
-    def _pixels(self) -> Source:
-        """Source to read pixels from: fastslide where it serves, which the first read finds out."""
-        source = self._opened()
-        if self._fast is False or source.name != "openslide":
-            return source
-        if self._fast_source is None:
-            self._fast_source = self._fast_path(source)
-        return self._fast_source
+    def _read_level(self, level: int, window: Box) -> NDArray[np.uint8]:
+        """Whole pixels inside a level: through fastslide where it serves, else as the reference reads them."""
+        source, fast = self._opened(), self._fast_path()
+        if fast is None or not fast.guard.is_whole(level, window):
+            return source.read(level, window)
+        try:
+            return fast.source.read(level, window)
+        except SlideStuckError as error:
+            _log.warning("%s: %s; OpenSlide goes on", self.path, error)
+            self._fast_usable, self._fast = False, None
+            return source.read(level, window)
 
-    def _fast_path(self, reference: Source) -> Source:
-        if not fastslide_works_here():
-            if self._fast:
+    def _fast_path(self) -> _FastPath | None:
+        """Return fastslide for this process; the first read finds out whether it may be used."""
+        if self._fast is None and self._fast_usable is not False:
+            self._fast = self._open_fast_path(self._opened())
+        return self._fast
+
+    def _open_fast_path(self, reference: Source) -> _FastPath | None:
+        if not fastslide_works_here() or reference.name != "openslide":
+            if self._fast_usable:
                 _log.warning(
                     "%s: fastslide was used before this process was forked; OpenSlide reads here, more slowly. Start "
                     "worker processes with 'spawn'",
                     self.path,
                 )
-            return reference
+            self._fast_usable = False
+            return None
+        guard = TileGuard.of(self.path, reference.levels)
+        if guard is None:
+            self._fast_usable = False
+            return None
         try:
-            fast = FastSlideSource(self.path)
+            fast = _FastPath(FastSlideSource(self.path), guard)
         except SlideFormatError:
-            self._fast = False
-            return reference
-        if self._fast is None:
-            self._fast = _same_pixels(reference, fast)
-            _log.info("%s: fastslide %s", self.path, "reads it" if self._fast else "reads it otherwise than OpenSlide")
-        if not self._fast:
-            fast.close()
-            return reference
-        return fast
+            self._fast_usable = False
+            guard.close()
+            return None
+        if self._fast_usable is None:
+            self._fast_usable = _same_pixels(reference, fast)
+            _log.info("%s: fastslide %s", self.path, "reads it" if self._fast_usable else "reads it differently")
+        if self._fast_usable:
+            return fast
+        fast.close()
+        return None
 
     def close(self) -> None:
         """Give the file back; a later read opens it again."""
-        for source in (self._source, self._fast_source):
+        for source in (self._source, self._fast):
             if source is not None and self._pid == os.getpid():
                 source.close()
-        self._source = self._fast_source = None
+        self._source = self._fast = None
 
     def __enter__(self) -> Self:
         return self
@@ -271,7 +290,7 @@ class PyramidSlide:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None, "_fast_source": None, "_pid": -1}
+        return {**self.__dict__, "_source": None, "_fast": None, "_pid": -1}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {self.size.width} x {self.size.height}, mpp={self.mpp})"
@@ -299,13 +318,25 @@ def _filter(scale: float) -> tuple[Image.Resampling, float]:
     return (Image.Resampling.HAMMING, 1.0) if scale < 4 else (Image.Resampling.BOX, 0.5)
 
 
-def _same_pixels(reference: Source, other: Source) -> bool:
-    """Whether two sources agree on the levels, and on level 0 at some places of the slide and in its last corner."""
-    if other.levels != reference.levels:
+@dataclass(frozen=True)
+class _FastPath:
+    source: FastSlideSource
+    guard: TileGuard
+
+    def close(self) -> None:
+        self.source.close()
+        self.guard.close()
+
+
+def _same_pixels(reference: Source, fast: _FastPath) -> bool:
+    """Whether fastslide has the same levels, and the same level 0 at some places and in the last corner."""
+    if fast.source.levels != reference.levels:
         return False
     try:
         for place in _probes(reference):
-            difference = reference.read(0, place).astype(np.int16) - other.read(0, place)
+            if not fast.guard.is_whole(0, place):
+                return False
+            difference = reference.read(0, place).astype(np.int16) - fast.source.read(0, place)
             if np.abs(difference).mean() >= _MAX_SLIDE_DIFFERENCE:
                 return False
     except SlideError:
@@ -354,7 +385,7 @@ def _open_source(path: Path, reader: str) -> Source:
 def _fallbacks(path: Path) -> tuple[Callable[[Path], Source], ...]:
     with path.open("rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    return (TiffSource, FastSlideSource, PillowSource) if is_tiff else (PillowSource, FastSlideSource)
+    return (TiffSource, PillowSource) if is_tiff else (PillowSource, FastSlideSource)
 
 
 def open_slide(path: Path | str, *, crop_bounds: bool = True, reader: str = "auto") -> PyramidSlide:

@@ -28,6 +28,7 @@ from rasterio.windows import Window
 
 from darefine_qupath.errors import SlideError, SlideFormatError
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.slides.integrity import refuse_beyond_end, refuse_cut_short
 
 try:
     import fastslide
@@ -43,6 +44,7 @@ __all__ = [
     "FastSlideSource",
     "OpenSlideSource",
     "PillowSource",
+    "SlideStuckError",
     "Source",
     "TiffSource",
     "fastslide_works_here",
@@ -58,6 +60,9 @@ _PLAUSIBLE_MPP = (0.01, 20.0)
 """Micrometres per pixel of a microscope; 72 and 96 dots per inch would be 353 and 265."""
 
 _FAST_CACHE_BYTES = 64 << 20
+
+FAST_PATIENCE_S = 20.0
+"""Seconds after which a read through fastslide counts as lost: some damaged tiles make it wait forever."""
 
 
 class Source(Protocol):
@@ -199,6 +204,30 @@ def fastslide_works_here() -> bool:
     return fastslide is not None and _fastslide_reads_in in (None, os.getpid())
 
 
+class SlideStuckError(SlideError):
+    """A reader does not come back."""
+
+
+def _within(patience_s: float, function: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Call a function in a thread that is given up when it takes too long."""
+    results: list[NDArray[np.uint8] | Exception] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            results.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if not results:
+        raise TimeoutError
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
 class FastSlideSource:
     """A file through fastslide.
 
@@ -224,6 +253,7 @@ class FastSlideSource:
                 "or use reader='openslide'"
             )
         self._path = path
+        self._is_stuck = False
         try:
             self._slide = fastslide.FastSlide.from_file_path(path, cache=_FAST_CACHE_BYTES)
         except (RuntimeError, ValueError, OSError) as error:
@@ -243,17 +273,24 @@ class FastSlideSource:
         global _fastslide_reads_in
         _fastslide_reads_in = os.getpid()
         try:
-            image = self._slide.read_region(location=(window.x, window.y), level=level, size=tuple(window.size))
-            pixels: NDArray[np.uint8] = image.numpy()
-        except (RuntimeError, ValueError) as error:
+            pixels = _within(FAST_PATIENCE_S, lambda: self._read(level, window))
+        except TimeoutError:
+            self._is_stuck = True
+            raise SlideStuckError(f"fastslide gave no answer in {FAST_PATIENCE_S:g} s") from None
+        except (RuntimeError, ValueError, OSError) as error:
             raise _unreadable(error) from error
         if pixels.shape[:2] != (window.height, window.width):
             raise SlideError(f"fastslide gave {pixels.shape[1]} x {pixels.shape[0]} pixels")
-        return pixels[..., :3] if pixels.shape[2] == 3 else _on_white(Image.fromarray(pixels))
+        return pixels if pixels.shape[2] == 3 else _on_white(Image.fromarray(pixels))
+
+    def _read(self, level: int, window: Box) -> NDArray[np.uint8]:
+        image = self._slide.read_region(location=(window.x, window.y), level=level, size=tuple(window.size))
+        return np.asarray(image.numpy())
 
     def close(self) -> None:
-        """Give the file back."""
-        self._slide.close()
+        """Give the file back, unless a read is lost in it."""
+        if not self._is_stuck:
+            self._slide.close()
 
 
 def _refuse_unless_rgb(path: Path, dtype: str, channels: int, stacks: Mapping[str, int]) -> None:
@@ -282,6 +319,8 @@ class TiffSource:
     ------
     SlideFormatError
         If the file is no TIFF, or does not hold one 8-bit RGB image.
+    SlideError
+        If it was cut short.
     """
 
     name: ClassVar[str] = "tifffile"
@@ -292,6 +331,7 @@ class TiffSource:
         with _opened_tiff(path) as tiff:
             series = tiff.series[0]
             _refuse_tiff(path, series)
+            refuse_beyond_end(path, [level.keyframe for level in series.levels])
             self.mpp = _tiff_mpp(tiff)
             self.bounds: Box | None = None
             offsets = [int(level.keyframe.offset) for level in series.levels]
@@ -320,6 +360,7 @@ class TiffSource:
 @contextmanager
 def _opened_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
     try:
+        refuse_cut_short(path)
         with tifffile.TiffFile(path) as tiff:
             if not tiff.series:
                 raise SlideFormatError(f"{path}: the TIFF holds no image")

@@ -60,7 +60,8 @@ class TissueMask:
     @property
     def downsample(self) -> float:
         """Level-0 pixels per mask pixel, mean of both axes."""
-        return (self.size[0] / self.mask.shape[1] + self.size[1] / self.mask.shape[0]) / 2
+        height, width = self.mask.shape
+        return float(self.size.width / width + self.size.height / height) / 2
 
     def fraction(self, box: Box) -> float:
         """Share of a box that is tissue, 0 to 1; what overhangs the slide is none.

@@ -1,0 +1,205 @@
+"""Damage that a decoder may not notice: a TIFF that was cut short, tiles whose stream does not begin or end.
+
+OpenSlide refuses such tiles. fastslide fills them with noise, or waits forever; so what it may read is looked at first.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import tifffile
+
+from darefine_qupath.errors import SlideError
+from darefine_qupath.geometry import Box, Size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["TileGuard", "refuse_beyond_end", "refuse_cut_short"]
+
+_UNKNOWN, _WHOLE, _DAMAGED = 0, 1, 2
+
+_TAIL_BYTES = 4
+"""Bytes at the end of a tile in which its end marker must lie: writers pad to even lengths."""
+
+_START_MARKERS = (b"\xff\xd8", b"\xff\x4f")
+_END_MARKER = b"\xff\xd9"
+
+
+def refuse_cut_short(path: Path) -> None:
+    """Refuse a TIFF whose chain of directories leads beyond its end.
+
+    Parameters
+    ----------
+    path : Path
+        A TIFF or BigTIFF.
+
+    Raises
+    ------
+    SlideError
+        If it does.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for offset in _directories(file):
+            if offset + 2 > size:
+                raise SlideError(
+                    f"{path}: the file ends at byte {size:,}, and a part that it announces begins at {offset:,}; it "
+                    f"was cut short, copy it again"
+                )
+
+
+def refuse_beyond_end(path: Path, pages: Sequence[tifffile.TiffPage]) -> None:
+    """Refuse a TIFF with tiles that lie beyond its end.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    pages : sequence of TiffPage
+        Its levels.
+
+    Raises
+    ------
+    SlideError
+        With the number of tiles that are lost.
+    """
+    size = path.stat().st_size
+    lost = total = 0
+    for page in pages:
+        ends = np.asarray(page.dataoffsets, np.uint64) + np.asarray(page.databytecounts, np.uint64)
+        lost, total = lost + int((ends > size).sum()), total + len(ends)
+    if lost:
+        raise SlideError(
+            f"{path}: {lost} of {total} tiles lie beyond the end of the file at byte {size:,}; it was cut short, copy "
+            f"it again"
+        )
+
+
+def _directories(file: BinaryIO) -> list[int]:
+    """Offsets of the image file directories, the last one perhaps beyond the end."""
+    header = file.read(16)
+    order = "<" if header[:2] == b"II" else ">"
+    is_big = len(header) == 16 and struct.unpack(order + "H", header[2:4])[0] == 43
+    pointer, count, entry = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+    start = 8 if is_big else 4
+    found: list[int] = []
+    raw = header[start : start + struct.calcsize(pointer)]
+    while len(raw) == struct.calcsize(pointer):
+        (offset,) = struct.unpack(order + pointer, raw)
+        if offset == 0 or offset in found:
+            break
+        found.append(offset)
+        file.seek(offset)
+        raw = file.read(struct.calcsize(count))
+        if len(raw) < struct.calcsize(count):
+            break
+        file.seek(struct.unpack(order + count, raw)[0] * entry, 1)
+        raw = file.read(struct.calcsize(pointer))
+    return found
+
+
+@dataclass
+class _Level:
+    offsets: NDArray[np.uint64]
+    counts: NDArray[np.uint64]
+    tile: Size
+    states: NDArray[np.uint8]
+
+
+class TileGuard:
+    """Tells whether the JPEG or JPEG 2000 streams of the tiles below a window begin and end as they should.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    levels : sequence of _Level
+        One per level; see `of`.
+    """
+
+    def __init__(self, path: Path, levels: Sequence[_Level]) -> None:
+        self._levels = levels
+        self._file = path.open("rb")
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, path: Path, levels: Sequence[Size]) -> TileGuard | None:
+        """Guard for a file; None where its tiles cannot be told (no TIFF, other compression, overlapping tiles).
+
+        Parameters
+        ----------
+        path : Path
+            The file.
+        levels : sequence of Size
+            Width and height of every level by OpenSlide.
+
+        Returns
+        -------
+        TileGuard or None
+            Close it.
+        """
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                if tiff.is_ndpi:
+                    return None
+                pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+                found = [_level(pages, level) for level in levels]
+        except (tifffile.TiffFileError, ValueError, KeyError, IndexError, OSError):
+            return None
+        whole = [level for level in found if level is not None]
+        return cls(path, whole) if len(whole) == len(levels) else None
+
+    def is_whole(self, level: int, window: Box) -> bool:
+        """Whether every tile that a window of a level touches has a whole stream."""
+        tiles = self._levels[level]
+        left, top = window.x // tiles.tile.width, window.y // tiles.tile.height
+        right, bottom = -(-window.right // tiles.tile.width), -(-window.bottom // tiles.tile.height)
+        states = tiles.states[top:bottom, left:right]
+        if (states == _WHOLE).all():
+            return True
+        for row, column in np.argwhere(states == _UNKNOWN):
+            states[row, column] = self._look(tiles, int(row) + top, int(column) + left)
+        return bool((states == _WHOLE).all())
+
+    def _look(self, tiles: _Level, row: int, column: int) -> int:
+        index = row * tiles.states.shape[1] + column
+        offset, count = int(tiles.offsets[index]), int(tiles.counts[index])
+        if count < 2 + _TAIL_BYTES:
+            return _DAMAGED
+        with self._lock:
+            self._file.seek(offset)
+            head = self._file.read(2)
+            self._file.seek(offset + count - _TAIL_BYTES)
+            tail = self._file.read(_TAIL_BYTES)
+        return _WHOLE if head in _START_MARKERS and _END_MARKER in tail else _DAMAGED
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+
+
+def _level(pages: Sequence[tifffile.TiffPage], size: Size) -> _Level | None:
+    """Tiles of the one tiled page of this size."""
+    fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size and page.is_tiled]
+    if len(fitting) != 1:
+        return None
+    page = fitting[0]
+    # 6 and 7: JPEG; 33003, 33005: Aperio's JPEG 2000.
+    if page.compression not in (6, 7, 33003, 33005) or page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
+        return None
+    across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    if len(page.dataoffsets) != across * down:
+        return None
+    return _Level(
+        offsets=np.asarray(page.dataoffsets, np.uint64),
+        counts=np.asarray(page.databytecounts, np.uint64),
+        tile=Size(page.tilewidth, page.tilelength),
+        states=np.zeros((down, across), np.uint8),
+    )
