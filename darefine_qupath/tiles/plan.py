@@ -135,12 +135,9 @@ def _centred_axis(length: int, spec: PixelSpec, shift: int, _context_step: int) 
 
 def _needed(starts: Sequence[int], side: int, length: int) -> tuple[int, ...]:
     """Without the slices at either end that cover nothing of the slide which their neighbour does not."""
-    last = len(starts) - 1
-    return tuple(
-        start
-        for index, start in enumerate(starts)
-        if not (index < last and starts[index + 1] <= 0) and not (index and starts[index - 1] + side >= length)
-    )
+    first = max((index for index, start in enumerate(starts) if start <= 0), default=0)
+    last = next((index for index, start in enumerate(starts) if start + side >= length), len(starts) - 1)
+    return tuple(starts[first : max(first, last) + 1])
 
 
 def _context_start(origin: int, slices: Sequence[int], spec: PixelSpec, length: int) -> int:
