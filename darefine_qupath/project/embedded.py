@@ -7,10 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import PathClass, default_colour
@@ -289,7 +288,7 @@ class EmbeddedProject(Project):
             warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
             classes = self._classes_for(changes, base)
             content = qpdata.edit(base, changes, {known.name: known.colour for known in classes})
-            expected = _expected_objects(base.objects, changes)
+            expected = _expected_objects(base, changes)
             backup = self._store(image.id, content, expected, before, classes)
         return Applied(
             added=len(changes.add),
@@ -440,9 +439,7 @@ class EmbeddedProject(Project):
         former, _ = self._stored_classes()
         listed = () if former is None else files.parse_classes(former, self._classes_file)
         names = dict.fromkeys(record.path_class for record in (*changes.add, *changes.replace))
-        more = [
-            PathClass(name, data.class_colours.get(name) or default_colour(name)) for name in names if name is not None
-        ]
+        more = [PathClass(name, data.colours.get(name, default_colour(name))) for name in names if name is not None]
         return files.merged_classes(listed, more)
 
     # -- images
@@ -653,21 +650,14 @@ def _read_back(staged: Path, content: bytes) -> qpdata.ImageData:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error
 
 
-def _expected_objects(before: Sequence[Annotation], changes: Changes) -> list[Annotation]:
+def _expected_objects(data: qpdata.ImageData, changes: Changes) -> list[Annotation]:
     """Objects that must be read back: those that stay exactly as they were, the new ones in their stored form."""
-    gone = set(changes.remove)
-    parents = {record.id: record.parent for record in before}
-    new = {record.id: record for record in changes.replace}
-
-    def above(parent: UUID | None) -> UUID | None:
-        while parent in gone:
-            parent = parents[parent]
-        return parent
-
-    kept = (record for record in before if record.id not in gone)
-    expected = [replace(_stored(new.get(record.id, record), record), parent=above(record.parent)) for record in kept]
-    return expected + [replace(_stored(record, None), parent=above(record.parent)) for record in changes.add]
-
-
-def _stored(record: Annotation, former: Annotation | None) -> Annotation:
-    return record if record is former else replace(record, geometry=qpdata.stored_geometry(record))
+    wanted = qpdata.expected(data, changes)
+    if not data.duplicates:
+        return list(wanted.values())
+    # Objects that share an identity are never edited; each must stay as it is.
+    kept = (record for record in data.objects if record.id not in set(changes.remove))
+    return [
+        *(record if record.id in data.duplicates else wanted[record.id] for record in kept),
+        *(wanted[record.id] for record in changes.add),
+    ]
