@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _load_without_code(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _match(
