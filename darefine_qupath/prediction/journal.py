@@ -6,12 +6,20 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.prediction.blend import Layers
@@ -85,6 +93,27 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out; the lock of one that died is gone with it.
+
+        Raises
+        ------
+        PredictionError
+            If another process is predicting into the same folder.
+        """
+        with self.folder.with_name(".lock").open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise PredictionError(
+                        f"Another process is predicting into {self.folder.parent}; wait for it or stop it"
+                    ) from None
+                except OSError as error:
+                    _log.debug("No locks in %s (%s)", self.folder.parent, error)
+            yield
+
     def load(self, fingerprint: str) -> JournalState | None:
         """State of a run with this fingerprint; None when there is none, or it is another's or damaged."""
         path = self.folder / "journal.json"
@@ -155,6 +184,6 @@ def _read_array(path: Path) -> NDArray[Any]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             values: NDArray[Any] = stored["values"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise PredictionError(f"{path} is damaged ({error}); delete its folder and predict again") from error
     return values

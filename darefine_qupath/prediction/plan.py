@@ -7,15 +7,18 @@ a slice overlaps its neighbour, so that the slices of one parent run on into the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import compress, groupby
 from typing import TYPE_CHECKING
 
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.tiles.plan import group_by_context, plan_tiles
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from darefine_qupath.prediction.options import PredictOptions
     from darefine_qupath.tiles.spec import PixelSpec
 
@@ -169,7 +172,11 @@ def context_step(spec: PixelSpec, context_overlap: float = 0.0) -> int:
 
 
 def plan_slide(
-    size: tuple[int, int], spec: PixelSpec, options: PredictOptions, *, keep: Callable[[Box], bool] | None = None
+    size: tuple[int, int],
+    spec: PixelSpec,
+    options: PredictOptions,
+    *,
+    keep: Callable[[Sequence[Box]], NDArray[np.bool_]] | None = None,
 ) -> SlidePlan:
     """Plan the prediction of a slide.
 
@@ -182,7 +189,7 @@ def plan_slide(
     options : PredictOptions
         Overlaps and map stride.
     keep : callable, optional
-        Leave out slices for which ``keep(slice box)`` is false.
+        Of slice boxes, which to predict; all by default.
 
     Returns
     -------
@@ -192,8 +199,12 @@ def plan_slide(
     spec = with_overlap(spec, options.overlap)
     grid = MapGrid.of(size, spec, options.map_stride)
     step = context_step(spec, options.context_overlap)
-    pairs = plan_tiles(size, spec, keep=keep, context_step=step)
+    pairs = plan_tiles(size, spec, context_step=step)
+    if keep is not None and pairs:
+        pairs = tuple(compress(pairs, keep([pair.slice for pair in pairs])))
     parents = [Parent(context, tuple(pair.slice for pair in group)) for context, group in group_by_context(pairs)]
+    if not options.share_context:
+        parents = [Parent(parent.context, (box,)) for parent in parents for box in parent.slices]
     rows = [tuple(row) for _, row in groupby(parents, key=lambda parent: parent.context.y)]
     return SlidePlan(spec, grid, _rows(rows, grid, spec))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from darefine_qupath.slides import TissueMask
 
 __all__ = ["Region"]
+
+_ANY = 1e-12
+"""A fraction above this is not the rounding of zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,15 @@ class Region:
         if self.within is not None:
             shapely.prepare(self.within)
 
-    def touches(self, box: Box) -> bool:
-        """Whether anything in a level-0 box is to be predicted."""
-        if self.tissue is not None and not self.tissue.any(box):
-            return False
-        return self.within is None or bool(shapely.intersects(self.within, shapely.box(*box.bounds)))
+    def touches(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
+        """Whether anything in each level-0 box is to be predicted."""
+        inside = np.ones(len(boxes), bool)
+        if self.tissue is not None:
+            inside &= self.tissue.fractions(np.array([(box.x, box.y, *box.size) for box in boxes])) > _ANY
+        if self.within is not None:
+            bounds = np.array([box.bounds for box in boxes], float)
+            inside &= shapely.intersects(self.within, shapely.box(*bounds.T))
+        return inside
 
     def outside(self, grid: MapGrid, top: int, bottom: int) -> NDArray[np.bool_] | None:
         """Map pixels, of the rows from `top` to `bottom`, that are not to be predicted.

@@ -245,7 +245,7 @@ def read_score_map(folder: Path) -> ScoreMap:
     path = folder / _SIDECAR
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PredictionError(f"No finished score map in {folder}; run darefine predict") from None
     except ValueError as error:
         raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None

@@ -24,6 +24,7 @@ from darefine_qupath.prediction.checks import check_slide
 from darefine_qupath.prediction.forward import (
     Engine,
     EngineSettings,
+    SliceScores,
     choose_batch_size,
     choose_device,
     choose_precision,
@@ -87,7 +88,7 @@ def predict_slide(
         If the slide cannot be opened.
     """
     options = options or PredictOptions()
-    if not isinstance(checkpoint, Checkpoint):
+    if isinstance(checkpoint, Path | str):
         checkpoint = load_checkpoint(checkpoint)
     if isinstance(slide, Path | str):
         with open_slide(slide, crop_bounds=options.crop_bounds, reader=options.reader) as opened:
@@ -142,13 +143,18 @@ def _finished(out: Path, mark: str) -> ScoreMap | None:
     return found if found.fingerprint == mark else None
 
 
-@dataclass
-class _Tally:
-    """What a run has found and done so far."""
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of a batch, perhaps still being computed, and the map pixels (row, column) where they begin."""
 
-    state: JournalState
-    unreadable: list[Box]
-    white: list[Box]
+    scores: SliceScores
+    places: tuple[tuple[int, int], ...]
+
+
+def _blend(scored: _Scored | None, band: RollingBand) -> None:
+    if scored is not None:
+        for (row, column), (scores, weight) in zip(scored.places, scored.scores.fetch(), strict=True):
+            band.add(Score(row, column, scores, weight))
 
 
 class _Run:
@@ -168,14 +174,15 @@ class _Run:
         self.journal = Journal(out / "partial")
 
     def predict(self, progress: Callable[[Progress], None] | None) -> ScoreMap:
-        state = self.journal.load(self.mark) if self.options.resume else None
-        if state is None or not self._can_go_on(state):
-            state = self._start()
-        if state.rows_done < len(self.plan.rows):
-            state = self._predict_rows(state, progress)
-        score_map = self._record(state)
-        write_score_map(score_map, self._bands(state.rows_done))
-        self.journal.clear()
+        with self.journal.locked():
+            state = self.journal.load(self.mark) if self.options.resume else None
+            if state is None or not self._can_go_on(state):
+                state = self._start()
+            if state.rows_done < len(self.plan.rows):
+                state = self._predict_rows(state, progress)
+            score_map = self._record(state)
+            write_score_map(score_map, self._bands(state.rows_done))
+            self.journal.clear()
         return score_map
 
     def _start(self) -> JournalState:
@@ -200,7 +207,7 @@ class _Run:
         return EngineSettings(
             device=str(device),
             precision=choose_precision(self.options.precision, device),
-            batch_size=self.options.batch_size or choose_batch_size(device),
+            batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.size_px),
             tta=self.options.tta,
             compile=self.options.compile,
             map_stride=self.options.map_stride,
@@ -248,11 +255,16 @@ class _Run:
         unreadable: list[Box] = []
         white: list[Box] = []
         contexts: dict[int, tuple[ContextFeatures, ...]] = {}
+        waiting: _Scored | None = None
         for pixels in work:
-            self._predict_batch(pixels, row, engine, band, contexts)
+            scored = self._predict_batch(pixels, row, engine, contexts)
+            # The device computes this batch while the one before is blended.
+            _blend(waiting, band)
+            waiting = scored
             unreadable.extend(box for box, read in zip(pixels.batch.slices, pixels.slices, strict=True) if read is None)
             white.extend(pixels.damaged)
             report.add(len(pixels.slices))
+        _blend(waiting, band)
         top = band.top
         layers = band.finish(row.bottom)
         outside = self.region.outside(self.plan.grid, top, row.bottom)
@@ -275,9 +287,8 @@ class _Run:
         pixels: BatchPixels,
         row: PlanRow,
         engine: Engine,
-        band: RollingBand,
         contexts: dict[int, tuple[ContextFeatures, ...]],
-    ) -> None:
+    ) -> _Scored | None:
         batch = pixels.batch
         if batch.opening:
             encoded = engine.encode(pixels.contexts)
@@ -290,7 +301,7 @@ class _Run:
             if read is not None
         ]
         if not readable:
-            return
+            return None
         boxes, numbers, images = zip(*readable, strict=True)
         places = [(self.plan.grid.place(box.y), self.plan.grid.place(box.x)) for box in boxes]
         used = list(dict.fromkeys(numbers))
@@ -302,9 +313,7 @@ class _Run:
             np.asarray(within, np.float32),
             [(down[1], right[1]) for down, right in places],
         )
-        for index, (down, right) in enumerate(places):
-            scores, weight = scored.of(index)
-            band.add(Score(down[0], right[0], scores, weight))
+        return _Scored(scored, tuple((down[0], right[0]) for down, right in places))
 
     def _bands(self, rows: int) -> Iterator[Layers]:
         yield from self.journal.bands(rows)
