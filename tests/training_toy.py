@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -62,18 +61,18 @@ def toy_spec(size: int = 32) -> TileSpec:
     return TileSpec(size_px=size, slice_px=40, context_px=200, stride_px=40, placement="centred")
 
 
-def toy_model(**changes: Any) -> ModelConfig:
+def toy_model(**changes: object) -> ModelConfig:
     """The smallest network there is; without dropout unless asked for."""
     settings = {"network": "unet", "width": 16, "num_classes": 3, "dropout": 0.0, **changes}
     return ModelConfig(**settings)
 
 
-def toy_config(**changes: Any) -> TrainConfig:
+def toy_config(**changes: object) -> TrainConfig:
     settings = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", **changes}
     return TrainConfig.from_mapping(settings)
 
 
-def toy_train(out: Path, config: TrainConfig | None = None, **changes: Any) -> TrainResult:
+def toy_train(out: Path, config: TrainConfig | None = None, **changes: object) -> TrainResult:
     """Train on ten tiles, validate on four."""
     settings = {"train_data": toy_data(10), "val_data": toy_data(4, start=30), "model": toy_model(), **changes}
     return train(
@@ -81,7 +80,7 @@ def toy_train(out: Path, config: TrainConfig | None = None, **changes: Any) -> T
         settings.pop("val_data"),
         config=config or toy_config(),
         out=out,
-        class_map=CLASSES,
+        class_map=settings.pop("classes", CLASSES),
         tile_spec=toy_spec(),
         **settings,
     )

@@ -208,10 +208,10 @@ class _Run:
 
     def restore(self) -> None:
         """Go back to the state that was saved last."""
-        if not self.folder.state.exists():
+        if self.folder.state.exists():
+            self.counters = load_state(self.folder.state, self.stepper)
+        else:
             _log.warning("%s was stopped before its first state was saved; it starts again", self.folder.path)
-            return
-        self.counters = load_state(self.folder.state, self.stepper)
         if self.world.is_main:
             self.folder.forget_after(self.stepper.step)
         self.world.wait()

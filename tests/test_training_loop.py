@@ -1,0 +1,525 @@
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from darefine_qupath.checkpoint import load_checkpoint, read_header
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.errors import CheckpointError, ModelError, TrainingError, TrainingStoppedError
+from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.models import ModelConfig
+from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
+from darefine_qupath.training import loop as loop_module
+from darefine_qupath.training import state as state_module
+from darefine_qupath.training.batches import num_workers, plan_epoch, plan_run
+from darefine_qupath.training.stepping import memory_advice
+from tests.training_toy import CLASSES, toy_config, toy_data, toy_model, toy_spec, toy_train
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Killed(BaseException):
+    """A stand-in for whatever ends a process without warning."""
+
+
+def kill_at(count: int) -> Callable[[Progress], None]:
+    calls = itertools.count(1)
+
+    def report(_: Progress) -> None:
+        if next(calls) == count:
+            raise Killed
+
+    return report
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "last.safetensors")
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+# A run and what it leaves
+
+
+def test_run_folder_explains_itself(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    result = toy_train(tmp_path / "run", provenance={"project": "p"}, progress=seen.append)
+    folder = RunFolder(tmp_path / "run")
+    names = {path.name for path in folder.path.iterdir()} - {"tensorboard"}
+    assert names == {
+        "README.txt", "config.json", "metrics.jsonl", "curves.png", "confusion.png",
+        "model.safetensors", "last.safetensors", "state.safetensors",
+    }  # fmt: skip
+    assert all(name in folder.readme.read_text() for name in names - {"README.txt"})
+    assert [record["epoch"] for record in folder.records()] == [1, 2]
+    assert (result.best, result.last, result.epochs, result.is_early) == (folder.best, folder.last, 2, False)
+    assert [(p.stage, p.epoch, p.step) for p in seen] == [
+        ("step", 1, 1), ("step", 1, 2), ("step", 1, 3), ("epoch", 1, 3),
+        ("step", 2, 1), ("step", 2, 2), ("step", 2, 3), ("epoch", 2, 3),
+    ]  # fmt: skip
+    assert seen[-1].seconds_left == 0
+    assert set(seen[-1].iou) == set(CLASSES.names)
+    for path in (folder.curves, folder.confusion):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+
+
+def test_model_file_carries_where_it_comes_from(tmp_path: Path) -> None:
+    result = toy_train(tmp_path, provenance={"project": "p"})
+    header = read_header(result.best)
+    assert (header.classes, header.tiles, header.model) == (CLASSES, toy_spec(), toy_model())
+    assert header.provenance["project"] == "p"
+    assert header.provenance["recipe"]["batch_size"] == 4
+    assert header.provenance["metrics"]["miou"] == result.metrics["miou"]
+    assert {"tiles", "epoch", "environment"} <= set(header.provenance)
+
+
+def test_settings_can_be_read_back(tmp_path: Path) -> None:
+    config = toy_config(preset="modern", epochs=1)
+    toy_train(tmp_path, config)
+    settings = read_run(tmp_path)
+    assert (settings.train, settings.model, settings.classes) == (config, toy_model(), CLASSES)
+
+
+def test_best_epoch_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([(8, 2), (9, 1), (5, 5)])
+
+    def scripted(*_: object, **__: object) -> ConfusionMatrix:
+        right, wrong = next(scores)
+        return ConfusionMatrix([[right, wrong, 0], [0, 9, 0], [0, 0, 9]])
+
+    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    result = toy_train(tmp_path, toy_config(epochs=3))
+    assert result.metrics["epoch"] == 2
+    assert read_header(result.best).provenance["epoch"] == 2
+    assert read_header(result.last).provenance["epoch"] == 3
+
+
+def test_early_stop_after_validations_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = ConfusionMatrix([[3, 1, 0], [0, 4, 0], [0, 0, 4]])
+    monkeypatch.setattr(loop_module, "evaluate", lambda *_, **__: still)
+    result = toy_train(tmp_path, toy_config(epochs=9, early_stop=2))
+    assert (result.epochs, result.is_early) == (3, True)
+    again = toy_train(tmp_path, toy_config(epochs=9, early_stop=2), resume=True)
+    assert (again.epochs, again.is_early) == (3, True)
+
+
+@pytest.mark.parametrize("nothing", [None, toy_data(0)], ids=["none", "empty"])
+def test_without_validation_the_last_epoch_is_the_best(tmp_path: Path, nothing: object) -> None:
+    result = toy_train(tmp_path, val_data=nothing)
+    assert_same(load_file(result.best), load_file(result.last))
+    assert "miou" not in result.metrics
+    assert result.metrics["loss"] > 0
+
+
+def test_validation_can_be_rare_but_the_last_epoch_has_one(tmp_path: Path) -> None:
+    toy_train(tmp_path, toy_config(epochs=5, validate_every=2, batch_size=10))
+    assert [record["epoch"] for record in RunFolder(tmp_path).records() if "miou" in record] == [2, 4, 5]
+
+
+def test_training_leaves_torchs_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    toy_train(tmp_path, toy_config(epochs=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = toy_config(preset="modern", epochs=25, decoder_lr=1e-2, batch_size=5, context_dropout=0, scale=[1, 1])
+    result = toy_train(tmp_path, config)
+    assert result.metrics["miou"] > 0.9
+
+
+# The same weights, however they were reached
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        toy_train(tmp_path / name, toy_config(seed=seed, epochs=1))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    with pytest.raises(AssertionError):
+        assert_same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+RECIPES = {
+    "paper": {"preset": "paper"},
+    "modern": {"preset": "modern", "ema_decay": 0.9},
+    "parts": {"preset": "modern", "accumulate": 2, "channels_last": False, "class_weights": "inverse"},
+    "samples": {"samples_per_epoch": 9, "balance": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs that nobody interrupted, one per recipe."""
+
+    @cache
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp("unbroken") / "run"
+        toy_train(out, recipe_config(name), model=toy_model(dropout=0.5))
+        return out
+
+    return run
+
+
+def recipe_config(name: str) -> TrainConfig:
+    return toy_config(**RECIPES[name], checkpoint_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "killed_at"),
+    [("modern", 1), ("modern", 3), ("modern", 4), ("modern", 6), ("paper", 2), ("parts", 6), ("samples", 3)],
+)
+def test_killed_and_resumed_is_the_same_to_the_bit(
+    tmp_path: Path, unbroken: Callable[[str], Path], recipe: str, killed_at: int
+) -> None:
+    whole, config, model = unbroken(recipe), recipe_config(recipe), toy_model(dropout=0.5)
+    with pytest.raises(Killed):
+        toy_train(tmp_path, config, model=model, progress=kill_at(killed_at))
+    toy_train(tmp_path, config, model=model, resume=True)
+    for name in ("last.safetensors", "model.safetensors", "state.safetensors"):
+        assert_same(load_file(whole / name), load_file(tmp_path / name))
+    first, second = RunFolder(whole).records(), RunFolder(tmp_path).records()
+    varying = {"images_per_second", "seconds"}
+    assert [{k: v for k, v in r.items() if k not in varying} for r in first] == [
+        {k: v for k, v in r.items() if k not in varying} for r in second
+    ]
+
+
+def test_resume_without_steps_saved_goes_back_to_the_epoch(tmp_path: Path) -> None:
+    config = toy_config(epochs=2, checkpoint_minutes=0)
+    toy_train(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        toy_train(tmp_path / "parts", config, progress=kill_at(6))
+    steps: list[Progress] = []
+    toy_train(tmp_path / "parts", config, resume=True, progress=steps.append)
+    assert (steps[0].epoch, steps[0].step) == (2, 1)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(clock))
+    saves: list[int] = []
+    save = loop_module.save_state
+    monkeypatch.setattr(loop_module, "save_state", lambda *args: (saves.append(args[2].step), save(*args)))
+    toy_train(tmp_path, toy_config(epochs=1, batch_size=2, checkpoint_minutes=1.5))
+    assert saves[-1] == 0
+    assert 1 <= len(saves[:-1]) < 4
+
+
+def test_kill_between_metrics_and_state_repeats_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_train(tmp_path / "whole", toy_config())
+    saved = loop_module.save_state
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "save_state", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            toy_train(tmp_path / "parts", toy_config())
+    assert loop_module.save_state is saved
+    toy_train(tmp_path / "parts", toy_config(), resume=True)
+    assert [record["epoch"] for record in RunFolder(tmp_path / "parts").records()] == [1, 2]
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_killed_write_leaves_the_former_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies_half_way(_: object, path: Path, **__: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise Killed
+
+    toy_train(tmp_path / "whole", toy_config())
+    with pytest.raises(Killed):
+        toy_train(tmp_path / "parts", toy_config(checkpoint_steps=1), progress=kill_at(3))
+    before = (tmp_path / "parts" / "state.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "save_file", dies_half_way)
+        with pytest.raises(Killed):
+            toy_train(tmp_path / "parts", toy_config(checkpoint_steps=1), resume=True)
+    assert (tmp_path / "parts" / "state.safetensors").read_bytes() == before
+    toy_train(tmp_path / "parts", toy_config(), resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_resuming_a_finished_run_gives_its_result(tmp_path: Path) -> None:
+    first = toy_train(tmp_path)
+    stamp = first.best.stat().st_mtime_ns
+    again = toy_train(tmp_path, resume=True)
+    assert again == first
+    assert first.best.stat().st_mtime_ns == stamp
+
+
+def test_workers_read_the_same_batches(tmp_path: Path) -> None:
+    toy_train(tmp_path / "none", toy_config(epochs=1))
+    toy_train(tmp_path / "two", toy_config(epochs=1, workers=2))
+    assert_same(weights(tmp_path / "none"), weights(tmp_path / "two"))
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
+    model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
+    for parts in (1, 3):
+        config = toy_config(epochs=1, accumulate=parts, freeze_batch_norm="yes", loss="ce-dice")
+        toy_train(tmp_path / str(parts), config, model=model, val_data=None)
+    losses = [RunFolder(tmp_path / str(parts)).records()[0]["loss"] for parts in (1, 3)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("at", [("step", 1, 2), ("step", 1, 3), ("epoch", 1, 3)], ids=lambda at: f"{at[0]}{at[2]}")
+def test_signal_ends_the_step_and_says_how_to_go_on(
+    tmp_path: Path, unbroken: Callable[[str], Path], number: signal.Signals, at: tuple[str, int, int]
+) -> None:
+    def send(progress: Progress) -> None:
+        if (progress.stage, progress.epoch, progress.step) == at:
+            os.kill(os.getpid(), number)
+
+    config, model, before = recipe_config("paper"), toy_model(dropout=0.5), signal.getsignal(number)
+    with pytest.raises(TrainingStoppedError, match=rf"{number.name} ended .* darefine train --resume .*run"):
+        toy_train(tmp_path / "run", config, model=model, progress=send)
+    assert signal.getsignal(number) is before
+    toy_train(tmp_path / "run", config, model=model, resume=True)
+    assert_same(weights(unbroken("paper")), weights(tmp_path / "run"))
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    def insist(_: Progress) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path, progress=insist)
+
+
+# Refusals
+
+
+def test_no_tiles(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="There are no training tiles"):
+        toy_train(tmp_path / "run", train_data=toy_data(0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_without_a_pixel_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    only_two_classes = toy_data(1)
+    with pytest.raises(TrainingError, match=r"No training tile has a pixel of \['Invasive'\]"):
+        toy_train(tmp_path / "run", train_data=only_two_classes)
+    result = toy_train(tmp_path / "run", toy_config(allow_missing_classes=True), train_data=only_two_classes)
+    assert result.epochs == 2
+
+
+def test_tiles_without_labels_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = toy_data(10)
+    data.tiles.counts[4, -1] = data.tiles.counts[4].sum()
+    data.tiles.counts[4, :-1] = 0
+    with caplog.at_level(logging.WARNING):
+        toy_train(tmp_path, toy_config(epochs=1), train_data=data)
+    assert "1 of 10 training tiles have no label" in caplog.text
+
+
+def test_loss_that_is_no_number_names_the_tiles(tmp_path: Path) -> None:
+    config = toy_config(decoder_lr=1e30, batch_size=2, balance=0)
+    with pytest.raises(TrainingError, match=r"The loss is (nan|inf) at epoch 1, step \d.*a/\d+_80, a/\d+_80"):
+        toy_train(tmp_path, config)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+def test_out_of_memory_says_which_settings_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loop_module.Stepper, "train_on", exhausted)
+    with pytest.raises(TrainingError, match=r"4 tiles of 32 px.*lower --batch-size.*size_px"):
+        toy_train(tmp_path)
+
+
+def test_other_runtime_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="something else"), memory_advice(4, 32):
+        raise RuntimeError("something else")
+
+
+def test_folder_with_a_run_is_refused(tmp_path: Path) -> None:
+    toy_train(tmp_path)
+    with pytest.raises(TrainingError, match="holds a training run already; go on with it"):
+        toy_train(tmp_path)
+
+
+def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds no training run"):
+        toy_train(tmp_path, resume=True)
+
+
+def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
+    toy_train(tmp_path)
+    with pytest.raises(TrainingError, match=r"train.epochs 2 -> 3.*train.seed 0 -> 1"):
+        toy_train(tmp_path, toy_config(epochs=3, seed=1), resume=True)
+    with pytest.raises(TrainingError, match=r"data.train"):
+        toy_train(tmp_path, train_data=toy_data(11), resume=True)
+    assert toy_train(tmp_path, toy_config(workers=1, checkpoint_minutes=1), resume=True).epochs == 2
+
+
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
+    toy_train(tmp_path)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"state.safetensors is damaged"):
+        toy_train(tmp_path, resume=True)
+    state.write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(TrainingError, match=r"expected darefine-training-state"):
+        toy_train(tmp_path, resume=True)
+
+
+def test_damaged_settings_are_refused(tmp_path: Path) -> None:
+    toy_train(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for changed, message in (({**settings, "version": 99}, "version 99; expected"), ({}, "damaged")):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(TrainingError, match=message):
+            read_run(tmp_path)
+
+
+def test_network_and_classes_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="The network has 4 classes, the class map 3"):
+        toy_train(tmp_path, model=toy_model(num_classes=4))
+
+
+def test_unreadable_tile_stops_training(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="tile a/120_80 cannot be read"):
+        toy_train(tmp_path, train_data=toy_data(10, bad="a/120_80"))
+
+
+def test_device_that_is_not_here(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="No device is called 'gpu'"):
+        toy_train(tmp_path, toy_config(device="gpu"))
+    with pytest.raises(TrainingError, match="torch sees"):
+        toy_train(tmp_path, toy_config(device="cuda:77"))
+
+
+# Where the weights start
+
+
+def test_start_from_an_earlier_model(tmp_path: Path) -> None:
+    earlier = toy_train(tmp_path / "first").last
+    result = toy_train(tmp_path / "second", toy_config(epochs=1, decoder_lr=1e-9), init_from=earlier)
+    first, second = load_file(earlier), load_file(result.last)
+    learned = [name for name in first if name.endswith("weight")]
+    assert learned
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in learned)
+    assert read_header(result.best).provenance["started_from"] == str(earlier)
+
+
+def test_start_with_other_classes_keeps_those_that_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    earlier = toy_train(tmp_path / "first").last
+    classes = ClassMap(names=("Invasive", "Stroma", "Normal"))
+    with caplog.at_level(logging.WARNING):
+        result = toy_train(
+            tmp_path / "second", toy_config(epochs=1, decoder_lr=1e-9), classes=classes, init_from=earlier
+        )
+    before, after = load_file(earlier)["classifier.weight"], load_file(result.last)["classifier.weight"]
+    assert torch.allclose(after[0], before[2], atol=1e-5)
+    assert torch.allclose(after[2], before[0], atol=1e-5)
+    assert not torch.allclose(after[1], before[1], atol=1e-3)
+    assert "does not know the classes ['Stroma']" in caplog.text
+
+
+def test_start_from_another_network_is_refused(tmp_path: Path) -> None:
+    earlier = toy_train(tmp_path / "first", toy_config(epochs=1)).last
+    with pytest.raises(TrainingError, match="cannot start U-Net, width 32"):
+        toy_train(tmp_path / "second", model=toy_model(width=32), init_from=earlier)
+    (tmp_path / "no.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="empty"):
+        toy_train(tmp_path / "third", init_from=tmp_path / "no.safetensors")
+
+
+def test_encoder_weights_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3)
+    with pytest.raises(ModelError, match="No ImageNet weights come with"):
+        toy_train(tmp_path / "a", toy_config(encoder_weights="imagenet"), model=model)
+    with pytest.raises(ModelError, match="There is no file"):
+        toy_train(tmp_path / "b", toy_config(encoder_weights=str(tmp_path / "none.pth")), model=model)
+
+
+def norms(path: Path) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in load_checkpoint(path).state.items() if "bn" in name and "encoder" in name}
+
+
+@pytest.mark.parametrize(("frozen", "moved"), [("auto", True), ("no", True), ("yes", False)])
+def test_batch_norm_of_random_encoders_trains_unless_frozen(tmp_path: Path, frozen: str, moved: bool) -> None:
+    model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3)
+    toy_train(tmp_path / "run", toy_config(epochs=1, freeze_batch_norm=frozen), model=model, val_data=None)
+    found = norms(tmp_path / "run" / "last.safetensors")
+    changed = [name for name, value in found.items() if "running_mean" in name and value.any()]
+    assert bool(changed) == moved
+    assert len(found) > 20
+
+
+def test_batch_norm_of_an_earlier_model_is_frozen(tmp_path: Path) -> None:
+    model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3)
+    first = toy_train(tmp_path / "a", toy_config(epochs=1), model=model, val_data=None).last
+    second = toy_train(tmp_path / "b", toy_config(epochs=1), model=model, val_data=None, init_from=first).last
+    assert_same(norms(first), norms(second))
+
+
+# Order
+
+
+def test_batches_are_the_same_however_many_processes_share_them() -> None:
+    tiles, config = toy_data(10).tiles, TrainConfig(batch_size=6)
+    alone = plan_epoch(tiles, config, None, 1)
+    pairs = [plan_epoch(tiles, config, None, 1, rank=rank, size=2) for rank in range(2)]
+    assert len(alone) == 2
+    for step, placed in enumerate(alone):
+        shared = sorted(itertools.chain(*(zip(p[step].positions, p[step].tiles, strict=True) for p in pairs)))
+        assert shared == list(zip(placed.positions, placed.tiles, strict=True))
+
+
+def test_every_tile_comes_and_the_last_batch_is_filled_up() -> None:
+    planned = plan_epoch(toy_data(10).tiles, TrainConfig(batch_size=4), None, 0)
+    tiles = list(itertools.chain(*(placed.tiles for placed in planned)))
+    assert [len(placed.tiles) for placed in planned] == [4, 4, 4]
+    assert sorted(tiles[:10]) == list(range(10))
+    assert tiles[10:] == tiles[:2]
+
+
+def test_plan_goes_on_where_it_was() -> None:
+    tiles, config = toy_data(10).tiles, TrainConfig(batch_size=4, epochs=3)
+    whole = list(plan_run(tiles, config, None, (0, 0)))
+    assert len(whole) == 9
+    assert list(plan_run(tiles, config, None, (1, 2))) == whole[5:]
+    assert list(plan_run(tiles, config, None, (3, 0))) == []
+
+
+def test_workers_are_what_was_asked_for() -> None:
+    assert num_workers(TrainConfig(workers=3)) == 3
+    assert 1 <= num_workers(TrainConfig()) <= 16
+    assert num_workers(replace(TrainConfig(), workers=0)) == 0
