@@ -288,7 +288,7 @@ class EmbeddedProject(Project):
             warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
             classes = self._classes_for(changes, base)
             content = qpdata.edit(base, changes, {known.name: known.colour for known in classes})
-            expected = _expected_objects(base, changes)
+            expected = qpdata.expected(base, changes)
             backup = self._store(image.id, content, expected, before, classes)
         return Applied(
             added=len(changes.add),
@@ -617,9 +617,9 @@ def _check_image_arguments(mpp: float | None, metadata: Mapping[str, str], image
         raise ConfigError(f"Image type {image_type!r} is not one of {list(_IMAGE_TYPES)}")
     if mpp is not None and not 0 < mpp < math.inf:
         raise ConfigError(f"mpp must be a positive number of micrometres per pixel, got {mpp}")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise ConfigError(f"Image metadata is text, got {key!r}: {value!r}")
+    for item in metadata.items():
+        if not all(isinstance(text, str) for text in item):
+            raise ConfigError(f"Image metadata is text, got {item[0]!r}: {item[1]!r}")
 
 
 def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version: str) -> files.JsonObject:
@@ -648,16 +648,3 @@ def _read_back(staged: Path, content: bytes) -> qpdata.ImageData:
         return qpdata.read(found, path=staged)
     except ProjectFormatError as error:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error
-
-
-def _expected_objects(data: qpdata.ImageData, changes: Changes) -> list[Annotation]:
-    """Objects that must be read back: those that stay exactly as they were, the new ones in their stored form."""
-    wanted = qpdata.expected(data, changes)
-    if not data.duplicates:
-        return list(wanted.values())
-    # Objects that share an identity are never edited; each must stay as it is.
-    kept = (record for record in data.objects if record.id not in set(changes.remove))
-    return [
-        *(record if record.id in data.duplicates else wanted[record.id] for record in kept),
-        *(wanted[record.id] for record in changes.add),
-    ]

@@ -1,0 +1,629 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.errors import (
+    AnnotationError,
+    ClassMapError,
+    ConfigError,
+    EngineError,
+    ProjectChangedError,
+    ProjectError,
+    ProjectFormatError,
+    ProjectLockedError,
+    ProjectUnsupportedError,
+    ProjectWriteError,
+    SlideFormatError,
+)
+from darefine_qupath.geometry import Size
+from darefine_qupath.project import (
+    Changes,
+    create_project,
+    imagefile,
+    list_backups,
+    open_project,
+    qpdata,
+    restore,
+    safety,
+)
+from darefine_qupath.project.embedded import EmbeddedProject
+
+ROOT = Path(__file__).parents[1]
+QUPATH = ROOT / "tests" / "data" / "qupath"
+NEW = Annotation(geometry=shapely.box(10, 10, 60, 40), path_class="Invasive")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Callable[[str], Path]:
+    def copy(name: str) -> Path:
+        shutil.copytree(QUPATH / name, tmp_path / name)
+        if not (tmp_path / "images").exists():
+            shutil.copytree(QUPATH / "images", tmp_path / "images")
+        return tmp_path / name
+
+    return copy
+
+
+@pytest.fixture
+def project(place: Callable[[str], Path]) -> EmbeddedProject:
+    return EmbeddedProject(place("qupath-0.6.0/annotated"))
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def data_file(project: EmbeddedProject, entry_id: str = "1") -> Path:
+    return project.folder / "data" / entry_id / "data.qpdata"
+
+
+def add(project: EmbeddedProject, annotation: Annotation = NEW) -> Annotation:
+    project.apply(project.images[0], Changes(add=[annotation]))
+    return annotation
+
+
+# -- what a write touches
+
+
+@pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
+def test_adding_and_removing_gives_back_every_byte(version: str, place: Callable[[str], Path]) -> None:
+    project = EmbeddedProject(place(f"qupath-{version}/annotated"))
+    before = listing(project.folder)
+    add(project)
+    between = listing(project.folder)
+    project.apply(project.images[0], Changes(remove=[NEW.id]))
+    after = listing(project.folder)
+    changed = {name for name in before if between[name] != before[name]}
+    assert changed == {"data/1/data.qpdata", "data/1/summary.json"}
+    assert {name for name in before if after[name] != before[name]} == {"data/1/summary.json"}
+    assert all(name.startswith("darefine") for name in after.keys() - before.keys())
+
+
+def test_the_summary_follows(project: EmbeddedProject) -> None:
+    path = data_file(project).with_name("summary.json")
+    former = json.loads(path.read_text())
+    add(project)
+    summary = json.loads(path.read_text())
+    assert summary["hierarchy"]["nObjects"] == former["hierarchy"]["nObjects"] + 1
+    assert summary["hierarchy"]["annotationClassificationCounts"]["Invasive"] == 4
+    assert summary["timestamp"] > former["timestamp"] or summary["timestamp"] > 1_600_000_000_000
+    assert {key: summary[key] for key in ("imageType", "server")} == {
+        key: former[key] for key in ("imageType", "server")
+    }
+
+
+def test_nothing_to_do_writes_nothing(project: EmbeddedProject) -> None:
+    before = listing(project.folder)
+    applied = project.apply(project.images[0], Changes())
+    assert (applied.added, applied.num_objects, applied.backup) == (0, 35, None)
+    assert listing(project.folder) == before
+
+
+def test_a_wrong_edit_writes_nothing(project: EmbeddedProject) -> None:
+    before = listing(project.folder)
+    with pytest.raises(AnnotationError):
+        project.apply(project.images[0], Changes(remove=[NEW.id]))
+    assert listing(project.folder) == before
+
+
+# -- backups
+
+
+def test_the_former_file_is_kept(project: EmbeddedProject) -> None:
+    former = data_file(project).read_bytes()
+    applied = project.apply(project.images[0], Changes(add=[NEW]))
+    assert applied.backup is not None
+    assert applied.backup.read_bytes() == former
+    assert applied.backup.parent == project.folder / "darefine" / "backups" / "1"
+
+
+def test_five_backups_are_kept(project: EmbeddedProject) -> None:
+    states = []
+    for number in range(7):
+        states.append(data_file(project).read_bytes())
+        add(project, replace(NEW, id=NEW.id.__class__(int=number + 1)))
+    backups = list_backups(project.folder, "1")
+    assert [backup.path.read_bytes() for backup in backups] == states[:1:-1]
+
+
+@pytest.mark.parametrize("which", ["number", "name"])
+def test_a_backup_is_brought_back_and_can_be_undone(project: EmbeddedProject, which: str) -> None:
+    former = data_file(project).read_bytes()
+    add(project)
+    changed = data_file(project).read_bytes()
+    (backup,) = list_backups(project.path, "1")
+    applied = restore(project.path, "1", 1 if which == "number" else backup.path.name[:15])
+    assert data_file(project).read_bytes() == former
+    assert (applied.added, applied.removed, applied.num_objects) == (0, 1, 35)
+    assert len(project.objects(project.images[0])) == 35
+    restore(project.path, project.images[0].name)
+    assert data_file(project).read_bytes() == changed
+    assert json.loads(data_file(project).with_name("summary.json").read_text())["hierarchy"]["nObjects"] == 37
+
+
+def test_a_damaged_file_can_be_replaced_by_a_backup(project: EmbeddedProject) -> None:
+    former = data_file(project).read_bytes()
+    add(project)
+    data_file(project).write_bytes(b"\xac\xed\x00\x05damaged")
+    restore(project.path, "1")
+    assert data_file(project).read_bytes() == former
+    assert list_backups(project.path, "1")[0].path.read_bytes() == b"\xac\xed\x00\x05damaged"
+
+
+def test_a_backup_that_is_not_there(project: EmbeddedProject) -> None:
+    with pytest.raises(ProjectError, match=r"No backups of .* match 1; there are: none"):
+        restore(project.path, "1")
+    add(project)
+    for wrong in (2, 0, -1, "1999"):
+        with pytest.raises(ProjectError, match=f"No backups .* match {wrong!r}; there are: .*Z-data.qpdata"):
+            restore(project.path, "1", wrong)
+
+
+def test_a_damaged_backup_is_refused(project: EmbeddedProject) -> None:
+    add(project)
+    (backup,) = list_backups(project.path, "1")
+    backup.path.write_bytes(b"nonsense")
+    before = listing(project.folder)
+    with pytest.raises(ProjectFormatError, match=r"Z-data.qpdata: "):
+        restore(project.path, "1")
+    assert listing(project.folder) == before
+
+
+# -- nothing is lost
+
+
+def nth_fails(function: Callable[..., Any], nth: int) -> Callable[..., Any]:
+    calls = iter(range(1_000_000))
+
+    def call(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args, **named)
+
+    return call
+
+
+WRITES: dict[str, Callable[[EmbeddedProject], object]] = {
+    "objects": lambda project: project.apply(
+        project.images[0],
+        Changes(add=[replace(NEW, path_class="Never seen")], remove=[project.objects(project.images[0])[0].id]),
+    ),
+    "first objects": lambda project: project.apply(project.images[0], Changes(add=[NEW])),
+    "image": lambda project: project.add_image(project.folder.parents[1] / "images" / "slide.tif"),
+    "metadata": lambda project: project.set_metadata(project.images[0], {"a": "b"}),
+    "classes": lambda project: project.set_classes([PathClass("One")]),
+}
+
+
+@pytest.mark.parametrize("call", ["write", "replace", "fsync"])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_full_disk_leaves_the_project_as_it_was(
+    name: str, call: str, place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place("qupath-0.6.0/empty" if name == "first objects" else "qupath-0.6.0/annotated")
+    with safety.write_lock(folder):
+        before = listing(folder)
+    monkeypatch.setattr(safety, "_note_owner", lambda *_: None)
+    failures = 0
+    for nth in range(60):
+        project = EmbeddedProject(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, nth_fails(getattr(os, call), nth))
+            try:
+                WRITES[name](project)
+                break
+            except ProjectWriteError as error:
+                failures += 1
+                said = str(error)
+        assert "make room on the disk. The project is as it was" in said
+        assert listing(folder) == before
+    assert failures >= 1
+    assert listing(folder) != before
+
+
+LIMITED = """
+import resource, signal, sys
+from darefine_qupath.project import Changes, open_project
+import shapely
+from darefine_qupath.annotations import Annotation
+project = open_project(sys.argv[1], engine="embedded")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    project.apply(project.images[0], Changes(add=[Annotation(geometry=shapely.box(1, 2, 3, 4))]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_limit_of_the_system_leaves_the_project_as_it_was(project: EmbeddedProject) -> None:
+    before = listing(project.folder)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(project.folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("ProjectWriteError Cannot write to")
+    assert listing(project.folder) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_a_killed_write_leaves_the_old_state_or_the_new() -> None:
+    script = ROOT / "scripts" / "crash_project"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "20", "--seed", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 kills: the project opened every time" in done.stdout
+
+
+def test_what_comes_back_wrong_is_not_written(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listing(project.folder)
+    edit = qpdata.edit
+
+    def lossy(data: qpdata.ImageData, changes: Changes, colours: dict[str, Colour]) -> bytes:
+        return edit(data, replace(changes, remove=[data.objects[3].id]), colours)
+
+    monkeypatch.setattr(qpdata, "edit", lossy)
+    with pytest.raises(ProjectWriteError, match="36 objects were written and 35 read back; nothing was changed"):
+        add(project)
+    monkeypatch.setattr(qpdata, "edit", lambda *args: edit(*args)[:-3])
+    with pytest.raises(ProjectWriteError, match="cannot be read back, nothing was changed"):
+        add(project)
+    assert listing(project.folder) == before
+
+
+def test_a_change_during_the_write_is_noticed(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary, path = qpdata.summary, data_file(project)
+
+    def meanwhile(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+        path.write_bytes(path.read_bytes()[::-1])
+        return summary(*args, **named)
+
+    monkeypatch.setattr(qpdata, "summary", meanwhile)
+    changed = path.read_bytes()[::-1]
+    with pytest.raises(ProjectChangedError, match="changed since it was read"):
+        add(project)
+    assert path.read_bytes() == changed
+
+
+def test_after_reading_again_a_changed_image_can_be_written(project: EmbeddedProject) -> None:
+    project.objects(project.images[0])
+    add(EmbeddedProject(project.path))
+    with pytest.raises(ProjectChangedError):
+        add(project, replace(NEW, id=NEW.id.__class__(int=5)))
+    project.objects(project.images[0])
+    add(project, replace(NEW, id=NEW.id.__class__(int=5)))
+    assert len(project.objects(project.images[0])) == 37
+
+
+def test_two_writers_are_kept_apart(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safety, "LOCK_PATIENCE_S", 0.0)
+    before = listing(project.folder)
+    with safety.write_lock(project.folder):
+        for write in WRITES.values():
+            with pytest.raises(ProjectLockedError, match="Another darefine process"):
+                write(project)
+    assert listing(project.folder) == before
+
+
+# -- damaged and unusual projects
+
+
+def test_damaged_data_is_named_and_not_written_to(project: EmbeddedProject) -> None:
+    data_file(project).write_bytes(data_file(project).read_bytes()[:5000])
+    before = listing(project.folder)
+    project = EmbeddedProject(project.path)
+    assert [image.image_type for image in project.images] == ["BRIGHTFIELD_H_E", "BRIGHTFIELD_OTHER"]
+    for call in (lambda: project.objects(project.images[0]), lambda: add(project)):
+        with pytest.raises(ProjectFormatError, match=r"data/1/data.qpdata: .*at byte \d+"):
+            call()
+    assert listing(project.folder) == before
+
+
+def test_the_image_type_is_found_without_a_summary(project: EmbeddedProject) -> None:
+    data_file(project, "2").with_name("summary.json").unlink()
+    data_file(project, "1").with_name("summary.json").write_text("{damaged")
+    again = EmbeddedProject(project.path)
+    assert [image.image_type for image in again.images] == ["UNSET", "BRIGHTFIELD_OTHER"]
+
+
+def test_a_save_that_qupath_did_not_finish_is_not_taken_for_an_empty_image(project: EmbeddedProject) -> None:
+    data_file(project).rename(data_file(project).with_name("data.qpdata.bkp"))
+    with pytest.raises(ProjectFormatError, match=r"rename data.qpdata.bkp to data.qpdata"):
+        project.objects(project.images[0])
+    with pytest.raises(ProjectFormatError, match=r"rename data.qpdata.bkp to data.qpdata"):
+        add(project)
+
+
+def test_warnings_reach_the_caller(project: EmbeddedProject) -> None:
+    data_file(project).with_name("data.qpdata.bkp").write_bytes(b"")
+    EmbeddedProject(project.path).set_metadata(project.images[1], {"a": "b"})
+    warnings = " ".join(project.apply(project.images[0], Changes(add=[NEW])).warnings)
+    assert "QuPath is saving this image" in warnings
+    assert "project.qpproj was saved by another program" in warnings
+
+
+def edited(project: EmbeddedProject, change: Callable[[dict[str, Any]], object]) -> EmbeddedProject:
+    document = json.loads(project.path.read_text(encoding="utf-8"))
+    change(document)
+    project.path.write_text(json.dumps(document), encoding="utf-8")
+    return EmbeddedProject(project.path)
+
+
+def test_a_wrapped_server_is_named_and_its_objects_are_open(project: EmbeddedProject) -> None:
+    def wrap(document: dict[str, Any]) -> None:
+        entry = document["images"][0]
+        entry["serverBuilder"] = {
+            "builderType": "rotated",
+            "rotation": "ROTATE_90",
+            "builder": entry["serverBuilder"],
+            "metadata": {"width": 1536, "height": 2048},
+        }
+
+    project = edited(project, wrap)
+    image = project.images[0]
+    assert image.unsupported is not None
+    assert "rotated (ROTATE_90)" in image.unsupported
+    assert (image.width, image.height, image.exists) == (1536, 2048, True)
+    assert project.apply(image, Changes(add=[NEW])).num_objects == 36
+
+
+@pytest.mark.parametrize("uri", ["https://omero.org/image-1", None])
+def test_an_image_that_is_no_file(project: EmbeddedProject, uri: str | None) -> None:
+    project = edited(project, lambda document: document["images"][0]["serverBuilder"].update(uri=uri))
+    image = project.images[0]
+    assert (image.uri, image.path, image.exists) == (uri, None, False)
+
+
+def test_what_neither_project_nor_file_says_is_none(project: EmbeddedProject, tmp_path: Path) -> None:
+    def forget(document: dict[str, Any]) -> None:
+        for entry, name in zip(document["images"], ("gone.tif", "text.tif"), strict=True):
+            del entry["serverBuilder"]["metadata"]
+            entry["serverBuilder"]["uri"] = (tmp_path / name).as_uri()
+
+    (tmp_path / "text.tif").write_text("this is no image")
+    images = edited(project, forget).images
+    assert [(image.exists, image.width, image.mpp) for image in images] == [(False, None, None), (True, None, None)]
+
+
+def test_a_project_file_of_another_name_is_found(project: EmbeddedProject) -> None:
+    other = project.path.rename(project.folder / "study.qpproj")
+    assert EmbeddedProject(project.folder).path == other
+
+
+# -- the project file
+
+
+def raw(project: EmbeddedProject) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(project.path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_former_project_file_is_kept_and_unknown_keys_stay(project: EmbeddedProject) -> None:
+    def extend(document: dict[str, Any]) -> None:
+        document["future"] = {"a": 1.5}
+        document["images"][1]["later"] = [1]
+
+    project = edited(project, extend)
+    former = project.path.read_bytes()
+    project.set_metadata(project.images[0], {"a": "b"})
+    assert (project.folder / "project.qpproj.backup").read_bytes() == former
+    document = raw(project)
+    assert document["future"] == {"a": 1.5}
+    assert document["images"][1]["later"] == [1]
+    assert document["images"][0]["tags"] == ["tag one", "étiquette"]
+
+
+def test_a_moved_project_comes_home_when_every_image_was_found(project: EmbeddedProject, tmp_path: Path) -> None:
+    project.set_metadata(project.images[0], {})
+    document = raw(project)
+    assert document["uri"] == f"file:{project.path}"
+    assert [entry["serverBuilder"]["uri"] for entry in document["images"]] == [
+        f"file:{tmp_path}/images/slide.tif",
+        f"file:{tmp_path}/images/plain.png",
+    ]
+
+
+def test_a_moved_project_keeps_its_old_place_while_an_image_is_missing(place: Callable[[str], Path]) -> None:
+    project = EmbeddedProject(place("qupath-0.6.0/multi"))
+    before = raw(project)
+    project.set_metadata(project.images[0], {"a": "b"})
+    before["images"][0]["metadata"] = {"a": "b"}
+    assert raw(project) == before
+
+
+@pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
+def test_a_new_entry_looks_like_that_versions_own(version: str, place: Callable[[str], Path], tmp_path: Path) -> None:
+    project = EmbeddedProject(place(f"qupath-{version}/multi"))
+    slide = project.add_image(tmp_path / "images" / "slide.tif")
+    document = raw(project)
+    own, new = document["images"][0], document["images"][-1]
+    assert list(new) == list(own)
+    assert document["lastID"] == new["entryID"] == 4
+    assert new["serverBuilder"] == own["serverBuilder"] | {"uri": f"file:{tmp_path}/images/slide.tif"}
+    assert len(new["randomizedName"]) == 36
+    folder, other = data_file(project, "4").parent, data_file(project, "1").parent
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+    assert (folder / "server.json").read_text().startswith((other / "server.json").read_text()[:60])
+    assert (slide.image_type, slide.width) == ("BRIGHTFIELD_H_E", 2048)
+    summaries = [json.loads((place_ / "summary.json").read_text()) for place_ in (folder, other)]
+    assert summaries[0]["server"] == summaries[1]["server"]
+
+
+def test_an_image_of_unset_type_has_no_data_yet(project: EmbeddedProject, tmp_path: Path) -> None:
+    image = project.add_image(tmp_path / "images" / "plain.png", image_type="UNSET")
+    assert image.image_type == "UNSET"
+    assert not data_file(project, image.id).exists()
+    assert project.objects(image) == ()
+
+
+def test_a_folder_that_lies_in_the_way_of_a_new_image(project: EmbeddedProject, tmp_path: Path) -> None:
+    data_file(project, "3").parent.mkdir()
+    (data_file(project, "3").parent / "data.qpdata.0123456789ab.darefine-tmp").write_bytes(b"left over")
+    data_file(project, "4").parent.mkdir()
+    data_file(project, "4").write_bytes(b"somebody's")
+    assert project.add_image(tmp_path / "images" / "plain.png").id == "3"
+    assert project.add_image(tmp_path / "images" / "plain.png").id == "5"
+    assert data_file(project, "4").read_bytes() == b"somebody's"
+
+
+def test_two_open_projects_add_images_side_by_side(project: EmbeddedProject, tmp_path: Path) -> None:
+    other = EmbeddedProject(project.path)
+    other.add_image(tmp_path / "images" / "plain.png", name="from the other")
+    project.add_image(tmp_path / "images" / "plain.png", name="from this one")
+    assert [image.name for image in project.images][2:] == ["from the other", "from this one"]
+
+
+def test_an_image_that_was_taken_out_meanwhile(project: EmbeddedProject) -> None:
+    image = project.images[1]
+    EmbeddedProject(project.path).remove_image(image)
+    with pytest.raises(ProjectChangedError, match="was taken out of"):
+        project.set_metadata(image, {})
+
+
+def test_data_of_a_removed_image_is_moved_not_deleted(project: EmbeddedProject) -> None:
+    data = data_file(project, "2").read_bytes()
+    project.remove_image(project.images[1], delete_data=True)
+    assert not data_file(project, "2").parent.exists()
+    (kept,) = (project.folder / "darefine" / "backups" / "2").iterdir()
+    assert (kept / "data.qpdata").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"image_type": "PAS"}, "Image type 'PAS' is not one of"),
+        ({"mpp": 0.0}, "mpp must be a positive number"),
+        ({"mpp": float("nan")}, "mpp must be a positive number"),
+        ({"metadata": {"a": 1}}, "Image metadata is text, got 'a': 1"),
+    ],
+)
+def test_an_image_that_makes_no_sense_is_not_added(
+    project: EmbeddedProject, tmp_path: Path, arguments: dict[str, Any], match: str
+) -> None:
+    before = listing(project.folder)
+    with pytest.raises(ConfigError, match=match):
+        project.add_image(tmp_path / "images" / "plain.png", **arguments)
+    assert listing(project.folder) == before
+
+
+def test_a_file_that_is_no_image_is_not_added(project: EmbeddedProject, tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_text("no image")
+    with pytest.raises(SlideFormatError, match="cannot be opened by OpenSlide or Pillow"):
+        project.add_image(tmp_path / "a.svs")
+
+
+def test_classes_that_changed_meanwhile_are_not_overwritten(project: EmbeddedProject) -> None:
+    assert project.classes
+    EmbeddedProject(project.path).set_classes([PathClass("Other")])
+    with pytest.raises(ProjectChangedError, match=r"classes\.json changed"):
+        project.set_classes([PathClass("Mine")])
+    assert [c.name for c in project.classes] == ["Other"]
+    with pytest.raises(ClassMapError, match="must be there and differ"):
+        project.set_classes([PathClass("A"), PathClass("A")])
+
+
+# -- image files
+
+
+def slide(**properties: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        properties={name.replace("_", "-"): value for name, value in properties.items()},
+        dimensions=(1000, 2000),
+        level_dimensions=((1000, 2000), (250, 500)),
+    )
+
+
+BOUNDS = {
+    f"openslide.bounds_{name}": value
+    for name, value in zip(("x", "y", "width", "height"), ["100", "200", "401", "801"], strict=True)
+}
+
+
+def test_a_slide_is_cropped_to_its_bounds_as_qupath_crops_it() -> None:
+    found = imagefile._probe_slide(slide(**BOUNDS), ())  # type: ignore[arg-type]
+    assert found.levels == (Size(401, 801), Size(100, 200))
+    whole = imagefile._probe_slide(slide(**BOUNDS), ("--no-crop",))  # type: ignore[arg-type]
+    assert whole.levels == (Size(1000, 2000), Size(250, 500))
+    assert whole.args == ("--no-crop",)
+
+
+@pytest.mark.parametrize("value", ["", "nan", "0", "-1", "inf"])
+def test_a_slide_without_a_pixel_size(value: str) -> None:
+    properties = {"openslide.mpp_x": value, "openslide.mpp_y": "0.5"}
+    assert imagefile._probe_slide(slide(**properties), ()).mpp is None  # type: ignore[arg-type]
+
+
+def test_noise_in_a_pixel_size_is_rounded_away() -> None:
+    properties = {"openslide.mpp_x": "0.46700000000000003", "openslide.mpp_y": "0.5", "openslide.objective_power": "20"}
+    found = imagefile._probe_slide(slide(**properties), ())  # type: ignore[arg-type]
+    assert (found.mpp, found.magnification) == ((0.467, 0.5), 20.0)
+
+
+# -- engines
+
+
+def test_auto_is_embedded_where_there_is_no_qupath(
+    project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", SimpleNamespace(find_qupath=lambda: None))
+    caplog.set_level(logging.INFO)
+    assert open_project(project.folder).engine == "embedded"
+    assert "Engine: embedded" in caplog.text
+    with pytest.raises(EngineError, match="paquo finds no QuPath; run `paquo get_qupath"):
+        open_project(project.folder, engine="paquo")
+
+
+def test_auto_takes_paquo_where_it_finds_qupath(
+    project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = SimpleNamespace(find_qupath=lambda: Path("/opt/QuPath"), PaquoProject=EmbeddedProject)
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", engine)
+    caplog.set_level(logging.INFO)
+    with open_project(project.folder) as opened:
+        assert opened.images
+    assert f"Engine: paquo, with QuPath at {Path('/opt/QuPath')}" in caplog.text
+
+
+def test_paquo_that_is_not_installed_is_said(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", None)
+    assert open_project(project.folder).engine == "embedded"
+    with pytest.raises(EngineError, match="paquo cannot be loaded"):
+        create_project(project.folder / "new", engine="paquo")
+    with pytest.raises(EngineError, match="There is no engine 'java'"):
+        open_project(project.folder, engine="java")  # type: ignore[arg-type]
+
+
+def test_a_project_loads_without_what_it_does_not_need() -> None:
+    code = "import sys, darefine_qupath.project; print({'torch', 'rasterio', 'openslide', 'paquo'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_pixel_size_cannot_be_given_for_what_is_not_rgb(project: EmbeddedProject, tmp_path: Path) -> None:
+    from PIL import Image  # noqa: PLC0415
+
+    Image.new("L", (20, 10)).save(tmp_path / "grey.png")
+    with pytest.raises(ProjectUnsupportedError, match="not an 8-bit RGB image"):
+        project.add_image(tmp_path / "grey.png", mpp=0.5)
+    image = project.add_image(tmp_path / "grey.png")
+    assert (image.width, image.height, image.mpp) == (20, 10, None)
+    assert "metadata" not in raw(project)["images"][-1]["serverBuilder"]
