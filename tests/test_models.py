@@ -352,6 +352,18 @@ def test_contexts_that_fit_no_slice_are_refused() -> None:
         network.decode(image(2), context)
 
 
+@variants
+def test_bfloat16_and_channels_last_change_little(config: ModelConfig) -> None:
+    network = seeded(config)
+    with torch.inference_mode():
+        plain = network(image(0), image(1), BOX_B4)
+        last = network.to(memory_format=torch.channels_last)(image(0), image(1), BOX_B4)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(image(0), image(1), BOX_B4).float()
+    torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-5)
+    assert float((half - plain).std() / plain.std()) < 0.1
+
+
 def test_dropout_is_for_training_only() -> None:
     network = seeded(small(dropout=0.9))
     with torch.inference_mode():

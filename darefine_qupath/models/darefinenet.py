@@ -229,15 +229,17 @@ def crop(context_BChw: Tensor, box_B4: Tensor | None, size: torch.Size) -> Tenso
         Features of the slice's place.
     """
     height, width = size
+    batch, device = context_BChw.shape[0], context_BChw.device
     if box_B4 is None:
-        box_B4 = context_BChw.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(context_BChw.shape[0], 4)
-    left_B1, top_B1, right_B1, bottom_B1 = torch.split(box_B4.to(context_BChw.dtype), 1, dim=1)
-    across_W = (torch.arange(width, device=context_BChw.device, dtype=context_BChw.dtype) + 0.5) / width
-    down_H = (torch.arange(height, device=context_BChw.device, dtype=context_BChw.dtype) + 0.5) / height
+        box_B4 = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(batch, 4)
+    # Places in float32 whatever the features are: in bfloat16 they would be off by whole cells.
+    left_B1, top_B1, right_B1, bottom_B1 = torch.split(box_B4.to(device, torch.float32), 1, dim=1)
+    across_W = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    down_H = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
     x_BW = left_B1 + (right_B1 - left_B1) * across_W
     y_BH = top_B1 + (bottom_B1 - top_B1) * down_H
-    batch = context_BChw.shape[0]
     grid_BHW2 = torch.stack(
         [x_BW[:, None, :].expand(batch, height, width), y_BH[:, :, None].expand(batch, height, width)], -1
     )
-    return F.grid_sample(context_BChw, 2 * grid_BHW2 - 1, padding_mode="border", align_corners=False)
+    cropped_BCHW = F.grid_sample(context_BChw.float(), 2 * grid_BHW2 - 1, padding_mode="border", align_corners=False)
+    return cropped_BCHW.to(context_BChw.dtype)
