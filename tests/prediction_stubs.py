@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, Normalisation
-from darefine_qupath.prediction import PredictOptions, predict_slide
+from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, SlideTask, predict_slide
 from darefine_qupath.tiles import TileSpec
 
 COLOURS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
@@ -137,6 +138,16 @@ def _predict(folder: Path) -> None:
     options = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu")
     torch.set_num_threads(1)
     predict_slide(slide, checkpoint(ColourNetwork(trust=1.0, pause=0.01)), out=folder / "map", options=options)
+
+
+def run_slowly(task: SlideTask, progress: Callable[[Progress], None] | None = None) -> ScoreMap:
+    """Stand in for `predict_task` on a worker; leaves a file with its process id while it works."""
+    task.out.mkdir(parents=True, exist_ok=True)
+    slide = array_slide(task.slide.parent, blobs((500, 700), seed=int(task.key)))
+    torch.set_num_threads(1)
+    (task.out / f"worker-{os.getpid()}").touch()
+    model = checkpoint(ColourNetwork(trust=1.0, pause=0.02))
+    return predict_slide(slide, model, out=task.out, options=task.options, progress=progress)
 
 
 def _killed_after(folder: Path, seconds: float) -> bool:

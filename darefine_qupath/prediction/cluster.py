@@ -1,0 +1,248 @@
+"""Many slides, on this machine or on an existing Dask cluster.
+
+A slide is one task on one device. Workers read slides and write score maps under paths that must mean the same
+everywhere (a shared file system); only the caller writes to the project. A worker that dies takes nothing with it: its
+slide goes on elsewhere from the last row in its journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.errors import DarefineError, PredictionError
+from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.scoremap import ScoreMap
+from darefine_qupath.prediction.slide import predict_slide
+
+__all__ = ["SlideResult", "SlideTask", "predict_many", "predict_task"]
+
+_log = logging.getLogger(__name__)
+
+_TOPIC = "darefine-progress"
+_REPORT_SECONDS = 1.0
+_ONE_SLIDE = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideTask:
+    """One slide to predict.
+
+    Attributes
+    ----------
+    key : str
+        Entry id; unique among the tasks.
+    slide : Path
+        The image.
+    model : Path
+        The model file.
+    out : Path
+        Folder for this image's maps.
+    mpp : float or None
+        Micrometres per level-0 pixel; the file's by default.
+    options : PredictOptions
+        How.
+    """
+
+    key: str
+    slide: Path
+    model: Path
+    out: Path
+    mpp: float | None = None
+    options: PredictOptions = field(default_factory=PredictOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideResult:
+    """What became of a task.
+
+    Attributes
+    ----------
+    task : SlideTask
+        What was asked.
+    score_map : ScoreMap or None
+        None when it failed.
+    error : str or None
+        Why it failed; the other slides go on.
+    """
+
+    task: SlideTask
+    score_map: ScoreMap | None = None
+    error: str | None = None
+
+
+Report = Callable[[Progress], None]
+Runner = Callable[[SlideTask, "Report | None"], ScoreMap]
+
+
+def predict_task(task: SlideTask, progress: Report | None = None) -> ScoreMap:
+    """Predict the slide of a task; the model stays in memory for the next one."""
+    checkpoint = _checkpoint(task.model, task.model.stat().st_mtime_ns if task.model.exists() else 0)
+    return predict_slide(task.slide, checkpoint, out=task.out, mpp=task.mpp, options=task.options, progress=progress)
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(path: Path, _changed: int) -> Checkpoint:
+    return load_checkpoint(path)
+
+
+def predict_many(
+    tasks: Sequence[SlideTask],
+    *,
+    scheduler: str | None = None,
+    local_workers: int | None = None,
+    progress: Report | None = None,
+    run: Runner = predict_task,
+) -> Iterator[SlideResult]:
+    """Predict slides, and give each result as soon as it is there.
+
+    Parameters
+    ----------
+    tasks : sequence of SlideTask
+        With different keys and folders.
+    scheduler : str, optional
+        Address of a Dask scheduler, or ``"local"`` for one worker process per GPU of this machine (one in all
+        without). By default slides are predicted in this process, one after the other.
+    local_workers : int, optional
+        Worker processes of ``"local"``.
+    progress : callable, optional
+        Called with a `Progress` of some slide, now and then, perhaps from another thread.
+    run : callable, optional
+        What a worker does with a task.
+
+    Yields
+    ------
+    SlideResult
+        One per task, in the order they end. A slide that fails does not stop the others.
+
+    Raises
+    ------
+    PredictionError
+        If tasks share a key or a folder, or Dask or its scheduler is not there.
+    """
+    for what, values in (("key", [task.key for task in tasks]), ("folder", [task.out for task in tasks])):
+        if len(set(values)) < len(values):
+            raise PredictionError(f"Two slides have the same {what}; each needs one of its own")
+    if scheduler is None:
+        return (_result(task, run, progress) for task in tasks)
+    return _on_dask(tasks, scheduler, local_workers, progress, run)
+
+
+def _result(task: SlideTask, run: Runner, progress: Report | None) -> SlideResult:
+    try:
+        return SlideResult(task=task, score_map=run(task, progress))
+    except DarefineError as error:
+        return SlideResult(task=task, error=str(error))
+
+
+def _on_dask(
+    tasks: Sequence[SlideTask], scheduler: str, local_workers: int | None, progress: Report | None, run: Runner
+) -> Iterator[SlideResult]:
+    distributed = _distributed()
+    with ExitStack() as stack:
+        if scheduler == "local":
+            cluster = stack.enter_context(_local_cluster(distributed, local_workers))
+            client = stack.enter_context(distributed.Client(cluster))
+        else:
+            client = stack.enter_context(_connect(distributed, scheduler))
+        if progress is not None:
+            client.subscribe_topic(_TOPIC, lambda event: progress(Progress(**event[1][_TOPIC])))
+        resources = {"GPU": 1} if _has_gpu_resource(client) else {}
+        by_key = {f"darefine-{task.key}-{os.getpid()}-{time.time_ns()}": task for task in tasks}
+        futures = [
+            client.submit(_work, task, run, key=key, pure=False, resources=resources) for key, task in by_key.items()
+        ]
+        for future in distributed.as_completed(futures):
+            yield _outcome(by_key[future.key], future)
+            future.release()
+
+
+def _outcome(task: SlideTask, future: Any) -> SlideResult:  # noqa: ANN401 - distributed has no types
+    if future.status == "finished":
+        result: SlideResult = future.result()
+        return result
+    error = future.exception()
+    return SlideResult(task=task, error=f"{task.slide}: {type(error).__name__}: {error}")
+
+
+def _distributed() -> Any:  # noqa: ANN401
+    try:
+        return import_module("distributed")
+    except ImportError:
+        raise PredictionError(
+            "A scheduler needs Dask distributed: pip install 'darefine-qupath[cluster]', here and where the workers run"
+        ) from None
+
+
+def _local_cluster(distributed: Any, workers: int | None) -> Any:  # noqa: ANN401
+    gpus = torch.cuda.device_count()
+    return distributed.LocalCluster(
+        n_workers=workers or max(1, gpus),
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        resources={"GPU": 1} if gpus else None,
+        # The network's memory is not Dask's to judge: at its limit a worker would be killed in the middle of a slide.
+        memory_limit=0,
+    )
+
+
+def _connect(distributed: Any, address: str) -> Any:  # noqa: ANN401
+    try:
+        client = distributed.Client(address, timeout="10s")
+    except (OSError, ValueError, TimeoutError) as error:
+        raise PredictionError(f"No Dask scheduler at {address} ({error}); start one with: dask scheduler") from None
+    try:
+        client.wait_for_workers(1, timeout=60)
+    except TimeoutError:
+        client.close()
+        raise PredictionError(
+            f"The scheduler at {address} has no workers; start some with: dask worker {address} --resources GPU=1"
+        ) from None
+    return client
+
+
+def _has_gpu_resource(client: Any) -> bool:  # noqa: ANN401
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return any("GPU" in (worker.get("resources") or {}) for worker in workers)
+
+
+def _work(task: SlideTask, run: Runner) -> SlideResult:
+    """Run a task on a worker; one at a time, however many threads the worker has."""
+    worker = _distributed().get_worker()
+    with _ONE_SLIDE:
+        return _result(_on_device(task, worker.name), run, _teller(worker))
+
+
+def _on_device(task: SlideTask, worker: object) -> SlideTask:
+    """Give the workers of a local cluster, which are numbered, a GPU each."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or not isinstance(worker, int) or task.options.device not in ("auto", "cuda"):
+        return task
+    return replace(task, options=replace(task.options, device=f"cuda:{worker % gpus}"))
+
+
+def _teller(worker: Any) -> Report:  # noqa: ANN401
+    """Pass progress on to the caller, about once a second and at the end."""
+    last = 0.0
+
+    def tell(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.done == progress.total or now - last >= _REPORT_SECONDS:
+            last = now
+            worker.log_event(_TOPIC, {_TOPIC: asdict(progress)})
+
+    return tell
