@@ -1,0 +1,549 @@
+"""Predictions into a project, and out of it again: planned first, then applied as a whole.
+
+What a pathologist drew, took over or rejected stands; a run replaces only objects of ours that nobody touched. The
+same prediction gives the same identities, so doing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID, uuid5
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import ClassMap, PathClass, is_ignored
+from darefine_qupath.errors import ReviewError
+from darefine_qupath.project import Changes
+from darefine_qupath.review.giveway import Yielded, areal, give_way
+from darefine_qupath.review.ours import (
+    CLASS,
+    DIGEST,
+    MODEL,
+    RUN,
+    RUNNER_UP,
+    Reviewed,
+    Survey,
+    settle,
+    settled,
+    survey,
+)
+from darefine_qupath.review.runs import Run, RunObject, digest_of, find_run, in_state, latest, list_runs, new_run_id
+from darefine_qupath.review.runs import save_run as save
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.polygons import ClassPolygon
+    from darefine_qupath.project import ImageEntry, Project
+
+__all__ = ["RunResult", "WriteOptions", "WritePlan", "plan_write", "undo", "write_back"]
+
+_log = logging.getLogger(__name__)
+
+_NAMESPACE = UUID("6d1f0a52-8f0e-5c58-9d3b-7c0f3f1f8a61")
+_PREFIX = "DA-RefineNet: "
+_IGNORE_CLASS = "Ignore*"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteOptions:
+    """How predictions become objects.
+
+    Attributes
+    ----------
+    kind : str
+        ``"annotation"``, or ``"detection"``: lighter for QuPath, and not editable there.
+    container : bool
+        Put the objects of a run below one unclassified annotation of the whole image.
+    class_suffix : str
+        Added to the class, for those who want "Invasive (predicted)".
+    over : tuple of str
+        Classes that predictions may lie over although a pathologist drew them ("Tissue", say).
+    remember_rejections : bool
+        Leave out what a pathologist rejected before.
+    min_area_um2, min_area_px2 : float
+        What is left of a clipped polygon is left out when it is smaller: in square micrometres, and in square level-0
+        pixels while the pixel size is unknown.
+    """
+
+    kind: Literal["annotation", "detection"] = "annotation"
+    container: bool = False
+    class_suffix: str = ""
+    over: tuple[str, ...] = ()
+    remember_rejections: bool = True
+    min_area_um2: float = 1000.0
+    min_area_px2: float = 4096.0
+
+    def __post_init__(self) -> None:
+        if any(sign in self.class_suffix for sign in ":\n\r") or self.class_suffix.endswith("*"):
+            raise ReviewError(
+                f"Class suffix {self.class_suffix!r}: QuPath allows no ':' and no new line, and '*' ignores"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a write or an undo did to one image, or would do.
+
+    Attributes
+    ----------
+    run : str
+        Run id.
+    image, image_name : str
+        Entry id and name.
+    added, kept, removed : int
+        Objects of ours; `kept` were there already, the same to the last point.
+    adopted, rejected : int
+        Objects of ours that belong to the pathologist, and that were rejected; none of them was changed.
+    clipped, hidden, suppressed : int
+        New polygons that gave way in part, wholly, and to a rejection.
+    classes : mapping of str to int
+        Objects of ours afterwards, by class.
+    is_dry : bool
+        Whether nothing was written.
+    warnings : tuple of str
+        What the user should know.
+    """
+
+    run: str
+    image: str
+    image_name: str
+    added: int
+    kept: int
+    removed: int
+    adopted: int = 0
+    rejected: int = 0
+    clipped: int = 0
+    hidden: int = 0
+    suppressed: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
+    is_dry: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        names = [name for name in self.__slots__ if name not in ("classes", "warnings")]
+        return {
+            **{name: getattr(self, name) for name in names},
+            "classes": dict(self.classes),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WritePlan:
+    """A write that has been thought through and not been done.
+
+    Attributes
+    ----------
+    run : Run
+        As it will be recorded.
+    changes : Changes
+        What the project will be asked to do.
+    classes : tuple of PathClass
+        Classes that the project does not have yet.
+    result : RunResult
+        What it comes to.
+    """
+
+    run: Run
+    changes: Changes
+    classes: tuple[PathClass, ...]
+    result: RunResult
+
+
+def write_back(
+    project: Project,
+    image: ImageEntry,
+    polygons: Sequence[ClassPolygon],
+    *,
+    model: str,
+    classes: ClassMap,
+    mpp: float | None = None,
+    options: WriteOptions = WriteOptions(),
+    parameters: Mapping[str, Any] | None = None,
+    batch: str | None = None,
+    dry_run: bool = False,
+) -> RunResult:
+    """Write the polygons of one image into its project.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    image : ImageEntry
+        One of its images.
+    polygons : sequence of ClassPolygon
+        The prediction, in level-0 pixels.
+    model : str
+        Id of the model file.
+    classes : ClassMap
+        The model's classes and colours.
+    mpp : float, optional
+        Micrometres per level-0 pixel; the project's calibration by default.
+    options : WriteOptions, optional
+        How polygons become objects.
+    parameters : mapping, optional
+        Settings of the prediction, for the record; plain JSON values.
+    batch : str, optional
+        Common id of the runs of one call, so that they can be undone together.
+    dry_run : bool, optional
+        Only say what would be done.
+
+    Returns
+    -------
+    RunResult
+        Counts, as read back from the project.
+
+    Raises
+    ------
+    ReviewError
+        If a polygon's label is not one of the classes, or a run's file is damaged.
+    ProjectError
+        If the project cannot be written; it is as it was before.
+    """
+    plan = plan_write(
+        project, image, polygons, model=model, classes=classes, mpp=mpp, options=options, parameters=parameters,
+        batch=batch,
+    )  # fmt: skip
+    return replace(plan.result, is_dry=True) if dry_run else apply_plan(project, image, plan)
+
+
+def plan_write(
+    project: Project,
+    image: ImageEntry,
+    polygons: Sequence[ClassPolygon],
+    *,
+    model: str,
+    classes: ClassMap,
+    mpp: float | None = None,
+    options: WriteOptions = WriteOptions(),
+    parameters: Mapping[str, Any] | None = None,
+    batch: str | None = None,
+) -> WritePlan:
+    """Think a write through without doing it; see `write_back`.
+
+    Returns
+    -------
+    WritePlan
+        For `apply_plan`.
+    """
+    _check_labels(polygons, classes)
+    mpp = image.mpp if mpp is None else mpp
+    found = survey(project, image)
+    yielded, warnings = _yielded(polygons, found, classes, options, mpp)
+    run_id, date = new_run_id(project, image)
+    maker = _Maker(run_id, image, model, classes, options)
+    objects = maker.objects(yielded.polygons, found)
+    untouched = {item.written.id: item.written for item in found.untouched}
+    present = {item.id: replace(item, kept=item.id in untouched) for item in objects}
+    gone = [item for item in untouched.values() if item.id not in present]
+    gone += [item.written for item in found.rejected if item.current is not None]
+    run = Run(
+        id=run_id,
+        batch=batch or run_id,
+        image=image.id,
+        image_name=image.name,
+        model=model,
+        date=date,
+        state="pending",
+        mpp=mpp,
+        parameters=dict(parameters or {}),
+        objects=tuple(replace(untouched[key], kept=True) if item.kept else item for key, item in present.items()),
+        adopted=tuple(item.written for item in _adopted(found)),
+        rejected=tuple(item.written for item in found.rejected),
+        replaced=tuple(gone),
+        known=found.run.known if found.run is not None else tuple(record.id for record in found.theirs),
+    )
+    return WritePlan(
+        run=run,
+        changes=Changes(add=[item.record for item in run.added], remove=[item.id for item in gone]),
+        classes=_new_classes(project, objects, classes),
+        result=_result(run, found, yielded, warnings),
+    )
+
+
+def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResult:
+    """Do what was planned: the run's file first, then the project, then the file again.
+
+    Cut off anywhere, the next write or undo sees from the project how it ended.
+
+    Raises
+    ------
+    ProjectChangedError
+        If the image's objects changed since they were planned with.
+    ProjectError
+        If the project cannot be written.
+    """
+    settle(project, image, project.objects(image))
+    save(project, plan.run)
+    if plan.classes:
+        project.set_classes([*project.classes, *plan.classes])
+    applied = project.apply(image, plan.changes)
+    save(project, in_state(plan.run, "done"))
+    return replace(plan.result, warnings=(*plan.result.warnings, *applied.warnings))
+
+
+def _adopted(found: Survey) -> tuple[Reviewed, ...]:
+    return (*found.adopted, *(item for item in found.containers if item.status not in ("untouched", "rejected")))
+
+
+def _check_labels(polygons: Sequence[ClassPolygon], classes: ClassMap) -> None:
+    labels = sorted({item.label for item in polygons if not 0 <= item.label < classes.num_classes})
+    if labels:
+        raise ReviewError(f"Polygons have the labels {labels}, the model knows 0 to {classes.num_classes - 1}")
+
+
+def _new_classes(project: Project, objects: Sequence[RunObject], classes: ClassMap) -> tuple[PathClass, ...]:
+    known = {path_class.name for path_class in project.classes}
+    colours = dict(zip(classes.names, classes.colours, strict=True))
+    names = dict.fromkeys((item.record.path_class, item.training_class) for item in objects)
+    return tuple(
+        PathClass(name, colours[training_class]) for name, training_class in names if name and name not in known
+    )
+
+
+def _result(run: Run, found: Survey, yielded: Yielded, warnings: tuple[str, ...]) -> RunResult:
+    regions = [item for item in run.objects if item.role == "region"]
+    return RunResult(
+        run=run.id,
+        image=run.image,
+        image_name=run.image_name,
+        added=len(run.added),
+        kept=len(run.objects) - len(run.added),
+        removed=len(run.replaced),
+        adopted=len(found.adopted),
+        rejected=len(found.rejected),
+        clipped=yielded.num_clipped,
+        hidden=yielded.num_hidden,
+        suppressed=yielded.num_rejected,
+        classes=dict(sorted(Counter(item.record.path_class or "" for item in regions).items())),
+        warnings=warnings,
+    )
+
+
+# -- giving way
+
+
+def _yielded(
+    polygons: Sequence[ClassPolygon], found: Survey, classes: ClassMap, options: WriteOptions, mpp: float | None
+) -> tuple[Yielded, tuple[str, ...]]:
+    standing = _standing(found, options)
+    rejected: dict[int, list[BaseGeometry]] = {}
+    for item in found.ours if options.remember_rejections else ():
+        place = areal(item.written.record.geometry)
+        # What a pathologist cut off from an object of ours was rejected as well.
+        if (
+            item.status in ("rejected", "reshaped")
+            and place is not None
+            and item.written.training_class in classes.names
+        ):
+            rejected.setdefault(classes.names.index(item.written.training_class), []).append(place)
+    smallest = options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
+    shapes = [shape for _, shape in standing]
+    yielded = give_way(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
+    return yielded, _covered_by_strangers(polygons, standing, classes)
+
+
+def _standing(found: Survey, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
+    """List what nothing may overlap, with its class."""
+    theirs = [record for record in found.theirs if _stands(record, options)]
+    theirs += [item.current for item in found.adopted if item.current is not None]
+    shapes = [(record.path_class, areal(record.geometry)) for record in theirs if record.plane[1:] == (0, 0)]
+    return [(name, shape) for name, shape in shapes if shape is not None]
+
+
+def _stands(record: Annotation, options: WriteOptions) -> bool:
+    """Whether new predictions give way to an object that is not ours: a classified annotation, or ``Ignore*``."""
+    name = record.path_class
+    if record.kind != "annotation" or name is None or name in options.over:
+        return False
+    return name == _IGNORE_CLASS or not is_ignored(name)
+
+
+def _covered_by_strangers(
+    polygons: Sequence[ClassPolygon], standing: Sequence[tuple[str | None, BaseGeometry]], classes: ClassMap
+) -> tuple[str, ...]:
+    """Say so where annotations of a class that the model does not know hide most of a prediction."""
+    shapes = np.array([item.geometry for item in polygons], np.object_)
+    total = float(shapely.area(shapes).sum()) if len(shapes) else 0.0
+    warnings = []
+    for name in sorted({name for name, _ in standing if name is not None and not classes.knows(name)}):
+        cover = shapely.union_all([shape for other, shape in standing if other == name])
+        hidden = float(shapely.area(shapely.intersection(shapes, cover)).sum())
+        if total and hidden > total / 2:
+            warnings.append(
+                f"Annotations of class {name!r} hide {hidden / total:.0%} of the prediction, which gives way to every "
+                f"classified annotation; end the class name in '*' in QuPath, or let predictions lie over it"
+            )
+    return tuple(warnings)
+
+
+# -- objects
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes records of one run."""
+
+    run_id: str
+    image: ImageEntry
+    model: str
+    classes: ClassMap
+    options: WriteOptions
+
+    def objects(self, polygons: Sequence[ClassPolygon], found: Survey) -> list[RunObject]:
+        taken = {record.id for record in found.theirs} | {item.written.id for item in _adopted(found)}
+        made: list[RunObject] = []
+        parent = self._container(polygons, found)
+        if parent is not None and parent.id not in taken:
+            made.append(parent)
+        for polygon in polygons:
+            item = self._region(polygon, taken, None if parent is None else parent.id)
+            taken.add(item.id)
+            made.append(item)
+        return made
+
+    def _container(self, polygons: Sequence[ClassPolygon], found: Survey) -> RunObject | None:
+        if not self.options.container or not polygons:
+            return None
+        identity = uuid5(_NAMESPACE, f"{self.image.id}/{self.model}/container")
+        former = [item for item in found.containers if item.written.id == identity and item.status != "rejected"]
+        if former:
+            return former[0].written
+        bounds = shapely.total_bounds([item.geometry for item in polygons])
+        if self.image.width is not None and self.image.height is not None:
+            bounds = (0, 0, self.image.width, self.image.height)
+        record = Annotation(
+            id=identity, geometry=shapely.box(*bounds), name=f"DA-RefineNet {self.model}", metadata=self._metadata("")
+        )
+        return RunObject(record=_sealed(record), training_class="", role="container")
+
+    def _region(self, polygon: ClassPolygon, taken: set[UUID], parent: UUID | None) -> RunObject:
+        name = self.classes.names[polygon.label]
+        path_class = name + self.options.class_suffix
+        key = f"{self.image.id}/{self.model}/{path_class}/{self.options.kind}/{parent or ''}/"
+        key += shapely.to_wkb(shapely.normalize(polygon.geometry), hex=True)
+        identity, number = uuid5(_NAMESPACE, key), 2
+        # An object that was moved away keeps its identity, so what is found again at its place needs another.
+        while identity in taken:
+            identity, number = uuid5(_NAMESPACE, f"{key}#{number}"), number + 1
+        seconds = {} if polygon.runner_up is None else {RUNNER_UP: self.classes.names[polygon.runner_up]}
+        record = Annotation(
+            id=identity,
+            geometry=polygon.geometry,
+            path_class=path_class,
+            kind=self.options.kind,
+            name=name if polygon.confidence is None else f"{name} {polygon.confidence:.0%}",
+            parent=parent,
+            measurements=_measurements(polygon),
+            metadata={**self._metadata(name), **seconds},
+        )
+        return RunObject(record=_sealed(record), training_class=name)
+
+    def _metadata(self, training_class: str) -> dict[str, str]:
+        return {RUN: self.run_id, MODEL: self.model, CLASS: training_class}
+
+
+def _sealed(record: Annotation) -> Annotation:
+    return replace(record, metadata={**record.metadata, DIGEST: digest_of(record)})
+
+
+def _measurements(polygon: ClassPolygon) -> dict[str, float]:
+    values = {
+        "confidence": polygon.confidence,
+        "margin": polygon.margin,
+        "entropy": polygon.entropy,
+        "runner-up share": polygon.runner_up_share,
+        "area µm^2": polygon.area_um2,
+    }
+    # QuPath keeps a detection's measurements as float32; what is read back must be what was written.
+    return {f"{_PREFIX}{name}": float(np.float32(value)) for name, value in values.items() if value is not None}
+
+
+# -- undo
+
+
+def undo(project: Project, run_id: str | None = None, *, dry_run: bool = False) -> tuple[RunResult, ...]:
+    """Take a run back: remove what it added and nobody touched, bring back what it replaced.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    run_id : str, optional
+        A run, or a batch of runs; the last batch by default.
+    dry_run : bool, optional
+        Only say what would be done.
+
+    Returns
+    -------
+    tuple of RunResult
+        One per image.
+
+    Raises
+    ------
+    ReviewError
+        If there is no such run, it was undone already, or a later one stands on it.
+    ProjectError
+        If the project cannot be written.
+    """
+    runs = _standing_runs(project)
+    if run_id is None:
+        if not runs:
+            raise ReviewError(f"There is no run to undo in {project.path}")
+        batch = max(runs, key=lambda run: run.id).batch
+        wanted = tuple(run for run in runs if run.batch == batch)
+    else:
+        standing = {run.id: run for run in runs}
+        wanted = tuple(standing[run.id] for run in find_run(project, run_id) if run.id in standing)
+        if not wanted:
+            raise ReviewError(f"Run {run_id!r} was undone already")
+    for run in wanted:
+        last = latest(tuple(other for other in runs if other.image == run.image))
+        if last is not None and last.id != run.id:
+            raise ReviewError(f"Run {last.id} of {run.image_name!r} came after {run.id}; undo that one first")
+    return tuple(_undo_one(project, run, dry_run=dry_run) for run in wanted)
+
+
+def _standing_runs(project: Project) -> tuple[Run, ...]:
+    images = {image.id: image for image in project.images}
+    runs = [run for run in list_runs(project) if run.image in images and run.state != "undone"]
+    now = [run if run.state == "done" else settled(run, project.objects(images[run.image])) for run in runs]
+    return tuple(run for run in now if run.state == "done")
+
+
+def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
+    image = project.image(run.image)
+    objects = project.objects(image)
+    found = survey(project, image, objects=objects)
+    added = {item.id for item in run.added}
+    removed = [item.written.id for item in found.untouched if item.written.id in added]
+    present = {record.id for record in objects}
+    restored = [item for item in run.replaced if item.id not in present]
+    result = RunResult(
+        run=run.id,
+        image=run.image,
+        image_name=run.image_name,
+        added=len(restored),
+        kept=len(found.untouched) - len(removed),
+        removed=len(removed),
+        adopted=len(found.adopted),
+        rejected=len(found.rejected),
+        is_dry=dry_run,
+    )
+    if dry_run:
+        return result
+    settle(project, image, objects)
+    rejected = tuple(item.written for item in found.rejected)
+    save(project, replace(run, state="undoing", undoing=tuple(removed), rejected=rejected))
+    changes = Changes(add=[item.record for item in restored], remove=removed)
+    applied = project.apply(image, changes)
+    save(project, replace(run, state="undone", undoing=(), rejected=rejected))
+    return replace(result, warnings=applied.warnings)
