@@ -1,0 +1,13 @@
+"""Annotation files of other programs, in and out.
+
+`read_annotations` tells Aperio ImageScope XML, ASAP XML, QuPath's GeoJSON and label masks apart by what they hold, and
+gives annotation records in level-0 pixels together with what was repaired and refused. `write_geojson` and
+`write_label_tiff` write what QuPath and other programs read.
+"""
+
+from darefine_qupath.exchange.features import write_geojson
+from darefine_qupath.exchange.labels import read_label_mask, write_label_tiff
+from darefine_qupath.exchange.reading import read_annotations
+from darefine_qupath.exchange.records import Imported, Note
+
+__all__ = ["Imported", "Note", "read_annotations", "read_label_mask", "write_geojson", "write_label_tiff"]

@@ -1,0 +1,97 @@
+"""ASAP's XML: annotations with a type and a group; the group is the class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from shapely.geometry import LineString, MultiPoint, Point, Polygon
+
+from darefine_qupath.annotations import Annotation, RoiKind
+from darefine_qupath.classes import Colour
+from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.exchange.records import Collector, number
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+    from numpy.typing import NDArray
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.exchange.records import Imported
+
+__all__ = ["read_asap"]
+
+_AREAS = ("Polygon", "Spline", "Rectangle")
+
+
+def read_asap(path: Path, root: Element, *, classes: Sequence[str] = ()) -> Imported:
+    """Read the annotations of an ASAP file.
+
+    Parameters
+    ----------
+    path : Path
+        The file, for messages.
+    root : Element
+        ``<ASAP_Annotations>``.
+    classes : sequence of str, optional
+        Class names of the project.
+
+    Returns
+    -------
+    Imported
+        A spline becomes the polygon of its points.
+    """
+    collector = Collector(path, classes)
+    for group in root.iterfind("AnnotationGroups/Group"):
+        collector.colour(collector.class_name(group.get("Name")), _colour(group.get("Color")))
+    for index, element in enumerate(root.iterfind("Annotations/Annotation")):
+        name = (element.get("Name") or "").strip()
+        item = f"annotation {index} ({name})" if name else f"annotation {index}"
+        try:
+            drawn, roi = _geometry(element, _points(element, item), item)
+        except ExchangeError as error:
+            collector.refuse(item, str(error).removeprefix(f"{item} "))
+            continue
+        geometry = collector.shape(item, drawn)
+        if geometry is None:
+            continue
+        group_name = element.get("PartOfGroup", "None")
+        path_class = collector.class_name(None if group_name == "None" else group_name)
+        collector.colour(path_class, _colour(element.get("Color")))
+        collector.annotations.append(Annotation(geometry=geometry, path_class=path_class, name=name or None, roi=roi))
+    return collector.result("ASAP XML")
+
+
+def _points(element: Element, item: str) -> NDArray[np.float64]:
+    coordinates = sorted(
+        element.iterfind("Coordinates/Coordinate"), key=lambda coordinate: number(coordinate.get("Order", "0"), item)
+    )
+    points = [(number(point.get("X"), item), number(point.get("Y"), item)) for point in coordinates]
+    return np.array(points, np.float64).reshape(-1, 2)
+
+
+def _geometry(element: Element, points: NDArray[np.float64], item: str) -> tuple[BaseGeometry, RoiKind | None]:
+    kind = element.get("Type", "")
+    if len(points) == 0:
+        raise ExchangeError(f"{item} has no coordinates")
+    if kind == "Dot":
+        return Point(points[0]), "Points"
+    if kind == "PointSet":
+        return MultiPoint(points), "Points"
+    if kind in ("Measurement", "Line") and len(points) > 1:
+        return LineString(points), "Line" if len(points) == 2 else "Polyline"
+    if kind not in _AREAS:
+        raise ExchangeError(f"{item} is of the unknown type {kind!r}")
+    if len(points) < 3:
+        raise ExchangeError(f"{item} has {len(points)} corners and encloses no area")
+    return Polygon(points), None
+
+
+def _colour(text: str | None) -> Colour | None:
+    try:
+        return Colour.from_hex(text or "")
+    except ClassMapError:
+        return None
