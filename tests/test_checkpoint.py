@@ -370,8 +370,11 @@ def test_a_source_tree_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch
     "config",
     [
         TINY,
-        ModelConfig(
-            slice_encoder="efficientnet-lite0", context_encoder="resnet18", width=8, num_classes=2, fusion="aligned"
+        pytest.param(
+            ModelConfig(
+                slice_encoder="efficientnet-lite0", context_encoder="resnet18", width=8, num_classes=2, fusion="aligned"
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["unet", "aligned"],
