@@ -16,6 +16,7 @@ from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
 from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project import javautil
+from darefine_qupath.project.files import is_since
 from darefine_qupath.project.javastream import Content, JavaArray, JavaEnum, JavaObject, JavaString, Stream, decode
 from darefine_qupath.project.javautil import NodeError, list_items, map_items, text, type_name
 from darefine_qupath.project.rois import RoiBatch, RoiRecord
@@ -385,9 +386,9 @@ class Hierarchy:
 class _Reader:
     """Turns the hierarchy's nodes into records."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, version: str | None) -> None:
         self.budget = _Budget(size)
-        self.rois = RoiBatch(8 * size + 1_000_000)
+        self.rois = RoiBatch(8 * size + 1_000_000, rounds_all=is_since(version or "", 0, 6))
         self.classes: dict[int, str] = {}
         self.colours: dict[str, Colour] = {}
         self.names: dict[int, list[str]] = {}
@@ -779,13 +780,13 @@ def _interpret(stream: Stream, data: bytes, path: Path | None) -> ImageData:
             offset=len(data),
         )
     hierarchy = _open_hierarchy(items)
-    reader = _Reader(len(data))
+    wrapper = _json(items.server_text) or {}
+    version, server = wrapper.get("qupathVersion"), wrapper.get("server")
+    reader = _Reader(len(data), None if version is None else str(version))
     rows = reader.rows(hierarchy)
     rois = reader.rois.build()
     objects = tuple([reader.record(row, rois) for row in rows])
     ids = {id(parts.node): identity for parts, identity, _ in hierarchy.items}
-    wrapper = _json(items.server_text) or {}
-    version, server = wrapper.get("qupathVersion"), wrapper.get("server")
     return ImageData(
         path=path,
         data=data,

@@ -167,7 +167,7 @@ def stored_geometry(record: Annotation) -> BaseGeometry | None:
     return stored(record).geometry
 
 
-def expected(data: ImageData, changes: Changes) -> dict[UUID, Annotation]:
+def expected(data: ImageData, changes: Changes) -> list[Annotation]:
     """Every object as it must be read back after an edit.
 
     Parameters
@@ -179,27 +179,26 @@ def expected(data: ImageData, changes: Changes) -> dict[UUID, Annotation]:
 
     Returns
     -------
-    dict of UUID to Annotation
-        Objects that stay, exactly as they were; the others as they are stored.
+    list of Annotation
+        Objects that stay, exactly as they were and in the file's order; those that are replaced, and then the new
+        ones, as they are stored.
     """
-    former = {record.id: record for record in data.objects}
+    parents = {record.id: record.parent for record in data.objects}
     gone = set(changes.remove)
+    new = {record.id: record for record in changes.replace}
 
     def above(parent: UUID | None) -> UUID | None:
         while parent in gone:
-            parent = former[parent].parent
+            parent = parents[parent]
         return None if parent == data.root_id else parent
 
-    objects = {key: record for key, record in former.items() if key not in gone}
-    objects = {
-        key: replace(record, parent=above(record.parent)) if record.parent in gone else record
-        for key, record in objects.items()
-    }
-    for record in changes.replace:
-        objects[record.id] = replace(stored(record, former[record.id]), parent=objects[record.id].parent)
-    for record in changes.add:
-        objects[record.id] = replace(stored(record), parent=above(record.parent))
-    return objects
+    objects = []
+    for record in data.objects:
+        if record.id not in gone:
+            kept = stored(new[record.id], record) if record.id in new else record
+            parent = above(record.parent)
+            objects.append(kept if kept.parent == parent else replace(kept, parent=parent))
+    return objects + [replace(stored(record), parent=above(record.parent)) for record in changes.add]
 
 
 # -- edits

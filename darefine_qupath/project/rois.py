@@ -1,8 +1,8 @@
 """QuPath's ROIs in an object stream, and the geometries they stand for.
 
-A geometry is what QuPath's own ``ROI.getGeometry`` gives: coordinates rounded to 0.01 px (but for a ROI that holds a
-geometry of its own), an ellipse as a polygon of 100 corners, a polygon that crosses itself as the area that the
-non-zero winding rule fills.
+A geometry is what QuPath's own ``ROI.getGeometry`` gives: coordinates rounded to 0.01 px (but before QuPath 0.6 those
+of a ROI that holds a geometry of its own), an ellipse as a polygon of 100 corners, a polygon that crosses itself as the
+area that the non-zero winding rule fills. What is written is rounded first, and valid at that precision.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ _LEGACY_JTS = f"{_ROI}GeometryROI{_PROXY}"
 _NUMPY_TYPES = {"B": "i1", "C": ">u2", "D": ">f8", "F": ">f4", "I": ">i4", "J": ">i8", "S": ">i2", "Z": "?"}
 _BOUNDS_FIELDS = ("x", "x2", "y", "y2")
 _ELLIPSE_CORNERS = 100
-# Beyond this, the parts of a polygon that crosses itself would not fit into memory; such a ROI is damaged.
-_MAX_CROSSINGS = 500_000
+# Polygons that cross themselves more often than this (and than once in two vertices) are damaged; their parts would
+# fill memory.
+_MAX_CROSSINGS = 20_000
 _MAX_WKB_DEPTH = 8
 
 
@@ -131,12 +132,16 @@ class RoiBatch:
     ----------
     budget : int, optional
         Bytes of coordinates at most; ROIs may share arrays, and a damaged file must not multiply them.
+    rounds_all : bool, optional
+        Whether geometries of their own are rounded too, as since QuPath 0.6.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | None = None, *, rounds_all: bool = True) -> None:
+        self._rounds_all = rounds_all
         self._kinds: dict[int, _Kind] = {}
         self._count = 0
         self._budget = budget
+        self._num_vertices = self._crossings = 0
         self._makers: dict[RoiKind, Callable[[_Kind], Sequence[BaseGeometry]]] = {
             "Rectangle": self._rectangles,
             "Ellipse": self._ellipses,
@@ -253,6 +258,7 @@ class RoiBatch:
             if len(data) != size:
                 raise NodeError(f"A ROI has {size // 4} x and {len(data) // 4} y coordinates", node)
             self._spend(size, node)
+        self._num_vertices += int(sizes.sum()) // 4
         xy = [np.frombuffer(b"".join(column), ">f4") for column in columns]
         vertices = np.stack(xy, axis=1).astype(np.float64)
         counts = sizes // 4
@@ -286,7 +292,7 @@ class RoiBatch:
         ends = np.cumsum(counts)
         for index in np.flatnonzero(~shapely.is_valid(polygons)).tolist():
             ring = vertices[ends[index] - counts[index] : ends[index]]
-            polygons[index] = _fill_node([ring], kind.nodes[index])
+            polygons[index] = self._fill([ring], kind.nodes[index])
         return polygons.tolist()
 
     def _geometries(self, kind: _Kind) -> Sequence[BaseGeometry]:
@@ -299,7 +305,9 @@ class RoiBatch:
             self._spend(len(array.data), node)
             _check_wkb(array.data, node)
             blobs.append(array.data)
-        return _from_wkb(blobs, kind.nodes)
+        geometries = _from_wkb(blobs, kind.nodes)
+        records: Sequence[BaseGeometry] = (_rounded(geometries) if self._rounds_all else geometries).tolist()
+        return records
 
     def _area(self, kind: _Kind, node: JavaObject) -> BaseGeometry:
         columns = [node.data[kind.desc.index[name][0]] for name in ("x", "y")]
@@ -308,7 +316,17 @@ class RoiBatch:
         xs, ys = (column.data for column in columns)
         if len(xs) != len(ys):
             raise NodeError(f"An area ROI has {len(xs)} x and {len(ys)} y arrays", node)
-        return _fill_node([ring for x, y in zip(xs, ys, strict=True) if len(ring := self._ring(x, y, node)) >= 3], node)
+        return self._fill([ring for x, y in zip(xs, ys, strict=True) if len(ring := self._ring(x, y, node)) >= 3], node)
+
+    def _fill(self, rings: Sequence[NDArray[np.float64]], node: JavaObject) -> BaseGeometry:
+        if not rings:
+            return shapely.Polygon()
+        starts, ends = _edges(rings)
+        limit = _MAX_CROSSINGS + self._num_vertices // 2 - self._crossings
+        self._crossings += _count_crossings(starts, ends, limit)
+        if self._crossings > _MAX_CROSSINGS + self._num_vertices // 2:
+            raise NodeError(f"Polygons cross themselves more than {self._crossings} times", node)
+        return _fill_edges(starts, ends)
 
     def _ring(self, x: Content, y: Content, node: JavaObject) -> NDArray[np.float64]:
         columns = []
@@ -340,20 +358,15 @@ def _blank(polygons: NDArray[Any], empty: NDArray[np.bool_]) -> Sequence[BaseGeo
     return geometries
 
 
-def _fill_node(rings: Sequence[NDArray[np.float64]], node: JavaObject) -> BaseGeometry:
-    try:
-        return fill(rings)
-    except (ValueError, shapely.GEOSException) as error:
-        raise NodeError(f"A polygon cannot be made valid: {error}", node) from None
-
-
-def fill(rings: Sequence[NDArray[np.float64]]) -> BaseGeometry:
+def fill(rings: Sequence[NDArray[np.float64]], *, max_crossings: int = _MAX_CROSSINGS) -> BaseGeometry:
     """Area that the non-zero winding rule fills, as Java's ``Area`` of a path does.
 
     Parameters
     ----------
     rings : sequence of ndarray of float, shape (n, 2)
         Corners, at least 3 a ring; the last one need not repeat the first.
+    max_crossings : int, optional
+        How often edges may cross.
 
     Returns
     -------
@@ -367,10 +380,18 @@ def fill(rings: Sequence[NDArray[np.float64]]) -> BaseGeometry:
     """
     if not rings:
         return shapely.Polygon()
+    starts, ends = _edges(rings)
+    if _count_crossings(starts, ends, max_crossings) > max_crossings:
+        raise ValueError(f"{len(starts)} edges cross more than {max_crossings} times")
+    return _fill_edges(starts, ends)
+
+
+def _edges(rings: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     closed = [np.concatenate([ring, ring[:1]]) for ring in rings]
-    starts = np.concatenate([ring[:-1] for ring in closed])
-    ends = np.concatenate([ring[1:] for ring in closed])
-    _check_crossings(starts, ends)
+    return np.concatenate([ring[:-1] for ring in closed]), np.concatenate([ring[1:] for ring in closed])
+
+
+def _fill_edges(starts: NDArray[np.float64], ends: NDArray[np.float64]) -> BaseGeometry:
     lines = shapely.union_all(shapely.linestrings(np.stack([starts, ends], axis=1)))
     faces = shapely.get_parts(shapely.polygonize([lines]))
     if not len(faces):
@@ -380,18 +401,20 @@ def fill(rings: Sequence[NDArray[np.float64]]) -> BaseGeometry:
     return filled
 
 
-def _check_crossings(starts: NDArray[np.float64], ends: NDArray[np.float64]) -> None:
+def _count_crossings(starts: NDArray[np.float64], ends: NDArray[np.float64], limit: int) -> int:
+    """Pairs of edges that meet, those of neighbours not counted; stops soon after `limit`."""
     count = len(starts)
-    if count * count <= 2 * _MAX_CROSSINGS:
-        return
     segments = shapely.linestrings(np.stack([starts, ends], axis=1))
     tree = shapely.STRtree(segments)
     step = max(1, 2_000_000 // count)
-    total = 0
+    crossings = 0
     for first in range(0, count, step):
-        total += tree.query(segments[first : first + step], predicate="intersects").shape[1]
-        if total > 2 * _MAX_CROSSINGS + 3 * count:
-            raise ValueError(f"its {count} edges cross more than {_MAX_CROSSINGS} times")
+        part = segments[first : first + step]
+        # An edge meets itself and its two neighbours; every other pair is found from both sides.
+        crossings += max(0, tree.query(part, predicate="intersects").shape[1] - 3 * len(part))
+        if crossings > 2 * limit:
+            break
+    return crossings // 2
 
 
 def _winding(points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -407,21 +430,29 @@ def _winding(points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDA
     return numbers
 
 
-def _from_wkb(blobs: Sequence[bytes], nodes: Sequence[JavaObject]) -> Sequence[BaseGeometry]:
+def _from_wkb(blobs: Sequence[bytes], nodes: Sequence[JavaObject]) -> NDArray[Any]:
     try:
-        geometries = shapely.force_2d(shapely.from_wkb(blobs))
+        geometries: NDArray[Any] = shapely.force_2d(shapely.from_wkb(blobs))
     except shapely.GEOSException as error:
         if len(blobs) == 1:
             raise NodeError(f"A geometry ROI cannot be read: {error}", nodes[0]) from None
-        return [_from_wkb([blob], [node])[0] for blob, node in zip(blobs, nodes, strict=True)]
+        return np.concatenate([_from_wkb([blob], [node]) for blob, node in zip(blobs, nodes, strict=True)])
     coordinates, owners = shapely.get_coordinates(geometries, return_index=True)
     finite = np.isfinite(coordinates).all(axis=1)
     if not finite.all():
         raise NodeError(
             "A ROI has a coordinate that is not a finite number", nodes[int(owners[int(np.argmin(finite))])]
         )
-    records: Sequence[BaseGeometry] = geometries.tolist()
-    return records
+    return geometries
+
+
+def _rounded(geometries: NDArray[Any]) -> NDArray[Any]:
+    """Geometries at QuPath's precision; parts that fall together there are dissolved."""
+    rounded: NDArray[Any] = shapely.transform(geometries, precise)
+    broken = ~shapely.is_valid(rounded) & shapely.is_valid(geometries)
+    if broken.any():
+        rounded[broken] = shapely.transform(shapely.set_precision(geometries[broken], 0.01), precise)
+    return rounded
 
 
 def _check_wkb(blob: bytes, node: JavaObject) -> None:
@@ -495,11 +526,14 @@ def spec_of(geometry: BaseGeometry, wanted: RoiKind | None = None) -> RoiSpec:
     AnnotationError
         If the geometry is empty, invalid, of mixed types, or not finite.
     """
-    geometry = shapely.force_2d(geometry)
     if geometry.is_empty or not np.isfinite(shapely.get_coordinates(geometry)).all():
         raise AnnotationError(
             f"An object cannot have the {geometry.geom_type} {_short(geometry)}: it has no finite extent"
         )
+    _check_valid(geometry)
+    geometry = _rounded(np.array([shapely.force_2d(geometry)]))[0]
+    if geometry.is_empty:
+        raise AnnotationError("An object is too small: nothing is left of it at QuPath's precision of 0.01 px")
     if wanted != "Geometry" and geometry.geom_type.startswith("Multi") and len(geometry.geoms) == 1:
         geometry = geometry.geoms[0]
     if wanted == "Geometry" and geometry.geom_type not in ("GeometryCollection", "LinearRing"):
@@ -523,7 +557,6 @@ def _check_valid(geometry: BaseGeometry) -> None:
 
 
 def _wkb_spec(geometry: BaseGeometry, _: RoiKind | None = None) -> RoiSpec:
-    _check_valid(geometry)
     blob = shapely.to_wkb(geometry, byte_order=0, output_dimension=2)
     return RoiSpec(f"{_ROI}GeometryROI$WKBSerializationProxy", {}, {"wkb": blob})
 
@@ -540,7 +573,6 @@ def _bounds_spec(shape: str, x: float, y: float, x2: float, y2: float) -> RoiSpe
 def _polygon_spec(polygon: BaseGeometry, wanted: RoiKind | None) -> RoiSpec:
     if len(polygon.interiors):
         return _wkb_spec(polygon)
-    _check_valid(polygon)
     vertices = shapely.get_coordinates(polygon)[:-1]
     left, top, right, bottom = polygon.bounds
     if wanted in (None, "Rectangle") and _is_box(vertices):
