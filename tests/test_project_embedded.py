@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -407,6 +409,50 @@ def test_what_neither_project_nor_file_says_is_none(project: EmbeddedProject, tm
 def test_a_project_file_of_another_name_is_found(project: EmbeddedProject) -> None:
     other = project.path.rename(project.folder / "study.qpproj")
     assert EmbeddedProject(project.folder).path == other
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """A copy that is cut short, has bytes changed, or has one value of its JSON exchanged for another."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return data[: rng.randrange(len(data))]
+    if kind == 1:
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 8)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        return bytes(changed)
+    values = list(re.finditer(rb'(?<=:) ?("[^"]*"|-?[0-9.]+|true|false|\{|\[)', data))
+    found = rng.choice(values)
+    odd = (
+        b"null",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b'"\\u0000"',
+        b'"\\ud800"',
+        b"[[]]",
+        b'{"a": {}}',
+        b'"../../.."',
+        b"9" * 400,
+    )
+    return data[: found.start(1)] + rng.choice(odd) + data[found.end(1) :]
+
+
+@pytest.mark.parametrize("name", ["project.qpproj", "classifiers/classes.json", "data/1/summary.json"])
+def test_a_damaged_json_file_is_an_error_that_names_it_or_read(project: EmbeddedProject, name: str) -> None:
+    path = project.folder / name
+    data, rng = path.read_bytes(), random.Random(5)
+    refused = 0
+    for _ in range(150):
+        path.write_bytes(mutated(data, rng))
+        try:
+            again = EmbeddedProject(project.path)
+            assert again.classes is not None
+            assert len(again.images) <= 2
+        except ProjectFormatError as error:
+            refused += 1
+            assert path.name in str(error)  # noqa: PT017 - the error is one of two right outcomes
+    assert refused > 50 or name.endswith("summary.json")
 
 
 # -- the project file

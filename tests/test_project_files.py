@@ -172,6 +172,7 @@ def uri_builder(**more: object) -> dict[str, Any]:
         ({"builderType": "brandNew", "builder": uri_builder()}, "'brandNew'.*not known here"),
         ({"builderType": "pyramidize", "builder": {"builderType": "cropped", "builder": uri_builder()}}, "'cropped'"),
         ({"uri": "file:/a.tif"}, "no builderType"),
+        ({"builderType": [], "uri": "file:/a.tif"}, "no builderType"),
         (uri_builder(args=["--series", "2"]), "image number 3 of a file"),
         (uri_builder(args=["--series=1"]), "image number 2 of a file"),
         (uri_builder(args=["--name", "macro image"]), "'macro image' of a file"),

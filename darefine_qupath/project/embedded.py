@@ -545,8 +545,9 @@ class EmbeddedProject(Project):
 
     def _raw_entry(self, document: files.JsonObject, image: ImageEntry) -> files.JsonObject:
         self._check_known(image)
-        for entry in document["images"]:
-            if str(entry.get("entryID")) == image.id:
+        records = files.entry_records(document, self.path)
+        for entry, record in zip(document["images"], records, strict=True):
+            if str(record.id) == image.id:
                 found: files.JsonObject = entry
                 return found
         raise ProjectChangedError(f"{image.name!r} (entry {image.id}) was taken out of {self.path} meanwhile")

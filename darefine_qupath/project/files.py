@@ -339,7 +339,7 @@ _WRAPPERS = {
     "z_concatenated": "a stack put together from several images",
 }
 # Neither changes a level-0 pixel: a rotation by nothing, and levels computed on the fly for a file that has none.
-_TRANSPARENT = frozenset({"rotated", "pyramidize"})
+_TRANSPARENT = ("rotated", "pyramidize")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
