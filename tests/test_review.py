@@ -323,7 +323,7 @@ def test_a_damaged_run_is_named(project: FakeProject) -> None:
         assert str(path) in str(caught.value)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(choice=st.data())
 def test_nothing_a_pathologist_did_is_ever_changed(
     choice: st.DataObject, tmp_path_factory: pytest.TempPathFactory

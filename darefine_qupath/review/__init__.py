@@ -1,6 +1,10 @@
 """What was written to a project, what the pathologist did with it, and where to look next."""
 
+from darefine_qupath.review.compare import ImageReview, ObjectReview, ReviewReport, compare
+from darefine_qupath.review.labels import ReviewedLabels, manual_annotations, reviewed_annotations
 from darefine_qupath.review.ours import Reviewed, Survey, survey
+from darefine_qupath.review.page import write_page
+from darefine_qupath.review.places import MapLayers, Place, clear_places, mark_places, next_places
 from darefine_qupath.review.runs import Run, RunObject, list_runs
 from darefine_qupath.review.writeback import (
     RunResult,
@@ -13,7 +17,13 @@ from darefine_qupath.review.writeback import (
 )
 
 __all__ = [
+    "ImageReview",
+    "MapLayers",
+    "ObjectReview",
+    "Place",
+    "ReviewReport",
     "Reviewed",
+    "ReviewedLabels",
     "Run",
     "RunObject",
     "RunResult",
@@ -21,9 +31,16 @@ __all__ = [
     "WriteOptions",
     "WritePlan",
     "apply_plan",
+    "clear_places",
+    "compare",
     "list_runs",
+    "manual_annotations",
+    "mark_places",
+    "next_places",
     "plan_write",
+    "reviewed_annotations",
     "survey",
     "undo",
     "write_back",
+    "write_page",
 ]

@@ -132,13 +132,17 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
     found = [Reviewed(item, now.get(item.id), _status(item, now.get(item.id), used)) for item in written]
     known = {item.written.id for item in found}
     found += [Reviewed(item, None, "rejected") for item in _rejections(runs) if item.id not in known]
+    # A container that was given a class is an annotation like any other.
+    found = [item for item in found if item.written.role == "region" or not _is_classified(item.current)]
     ids = {item.written.id for item in found}
-    places = tuple(record for record in objects if PLACE in record.metadata)
+    # One that was given a class is an annotation like any other.
+    places = tuple(record for record in objects if PLACE in record.metadata and record.path_class is None)
+    ids.update(record.id for record in places)
     return Survey(
         run=run,
         ours=tuple(item for item in found if item.written.role == "region"),
         containers=tuple(item for item in found if item.written.role == "container"),
-        theirs=tuple(record for record in objects if record.id not in ids and PLACE not in record.metadata),
+        theirs=tuple(record for record in objects if record.id not in ids),
         places=places,
     )
 
@@ -170,6 +174,10 @@ def settled(run: Run, objects: Iterable[Annotation]) -> Run:
 
 def _is_ours(record: Annotation) -> bool:
     return RUN in record.metadata and record.metadata.get(DIGEST) is not None
+
+
+def _is_classified(record: Annotation | None) -> bool:
+    return record is not None and record.path_class is not None
 
 
 def _unrecorded(record: Annotation) -> RunObject:

@@ -1,0 +1,351 @@
+"""What a pathologist did with the predictions, counted and measured."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from uuid import UUID
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import is_ignored
+from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.review.giveway import areal
+from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, survey
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.project import ImageEntry, Project
+
+__all__ = ["NOTHING", "OUTCOMES", "ImageReview", "ObjectReview", "Outcome", "ReviewReport", "compare"]
+
+Outcome: TypeAlias = Status | Literal["drawn"]
+
+OUTCOMES: tuple[Outcome, ...] = (
+    "accepted", "reshaped", "reclassified", "edited", "rejected", "drawn", "untouched",
+)  # fmt: skip
+NOTHING = "(nothing)"
+"""Where one side has no object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectReview:
+    """What became of one object, or one that the pathologist drew.
+
+    Attributes
+    ----------
+    id : UUID
+        Identity in the project.
+    outcome : str
+        ``"accepted"``, ``"reshaped"``, ``"reclassified"``, ``"edited"`` (name, colour, description), ``"rejected"``,
+        ``"drawn"`` or ``"untouched"``.
+    model : str
+        Model that predicted it; empty for what was drawn.
+    predicted, final : str or None
+        Class before and after.
+    predicted_px2, final_px2 : float
+        Areas in square level-0 pixels, 0 where there is none.
+    iou : float or None
+        Of the outlines before and after; None where one of them is missing.
+    confidence : float or None
+        Of the prediction.
+    """
+
+    id: UUID
+    outcome: Outcome
+    model: str
+    predicted: str | None
+    final: str | None
+    predicted_px2: float
+    final_px2: float
+    iou: float | None
+    confidence: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReview:
+    """The review of one image.
+
+    Attributes
+    ----------
+    image, image_name : str
+        Entry id and name.
+    run : str
+        The last run.
+    mpp : float or None
+        Micrometres per level-0 pixel.
+    objects : tuple of ObjectReview
+        All that we wrote, and what was drawn since the first run.
+    classes : tuple of str
+        Rows and columns of `confusion`; the last is `NOTHING`.
+    confusion : ConfusionMatrix
+        Square level-0 pixels by final and predicted class, of what was reviewed; nobody vouches for the rest.
+    """
+
+    image: str
+    image_name: str
+    run: str
+    mpp: float | None
+    objects: tuple[ObjectReview, ...]
+    classes: tuple[str, ...]
+    confusion: ConfusionMatrix
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Objects per outcome."""
+        return _counts(self.objects)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewReport:
+    """The review of a project.
+
+    Attributes
+    ----------
+    project : str
+        Its name.
+    images : tuple of ImageReview
+        Every image that has a run.
+    classes : tuple of str
+        Rows and columns of `confusion`; the last is `NOTHING`.
+    confusion : ConfusionMatrix
+        Sum over the images.
+    """
+
+    project: str
+    images: tuple[ImageReview, ...]
+    classes: tuple[str, ...]
+    confusion: ConfusionMatrix
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Objects per outcome."""
+        return _counts(item for image in self.images for item in image.objects)
+
+    @property
+    def by_class(self) -> dict[str, dict[str, int]]:
+        """Objects per class (predicted, or drawn) and outcome."""
+        found: dict[str, list[ObjectReview]] = {}
+        for image in self.images:
+            for item in image.objects:
+                found.setdefault(item.predicted or item.final or NOTHING, []).append(item)
+        return {name: _counts(found[name]) for name in sorted(found)}
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """Agreement per class over what was reviewed; None for a class that was not."""
+        values = self.confusion.iou
+        pairs = zip(self.classes[:-1], values, strict=False)
+        return {name: None if math.isnan(value) else float(value) for name, value in pairs}
+
+    def areas_mm2(self) -> dict[str, dict[str, float]]:
+        """Square millimetres per class, predicted and final; images of unknown pixel size are left out."""
+        found: dict[str, dict[str, float]] = {}
+        for image in self.images:
+            scale = 0.0 if image.mpp is None else (image.mpp / 1000) ** 2
+            for item in image.objects:
+                for name, side, area in (
+                    (item.predicted, "predicted", item.predicted_px2),
+                    (item.final, "final", item.final_px2),
+                ):
+                    if name is not None:
+                        row = found.setdefault(name, {"predicted": 0.0, "final": 0.0})
+                        row[side] += area * scale
+        return dict(sorted(found.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "project": self.project,
+            "counts": self.counts,
+            "by_class": self.by_class,
+            "areas_mm2": self.areas_mm2(),
+            "agreement": {
+                "classes": list(self.classes),
+                "iou": self.iou,
+                "confusion_px2": self.confusion.counts.tolist(),
+            },
+            "images": [
+                {"image": image.image, "name": image.image_name, "run": image.run, "counts": image.counts}
+                for image in self.images
+            ],
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row per object, for a table."""
+        for image in self.images:
+            for item in image.objects:
+                yield {
+                    "image": image.image_name,
+                    "entry": image.image,
+                    "object": str(item.id),
+                    "outcome": item.outcome,
+                    "predicted": item.predicted or "",
+                    "final": item.final or "",
+                    "predicted_um2": _um2(item.predicted_px2, image.mpp),
+                    "final_um2": _um2(item.final_px2, image.mpp),
+                    "predicted_px2": round(item.predicted_px2, 2),
+                    "final_px2": round(item.final_px2, 2),
+                    "iou": "" if item.iou is None else round(item.iou, 4),
+                    "confidence": "" if item.confidence is None else round(item.confidence, 4),
+                    "model": item.model,
+                    "run": image.run,
+                }
+
+    def write_csv(self, path: Path) -> None:
+        """Write one line per object."""
+        rows = list(self.rows())
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["image", "entry", "object", "outcome"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def compare(project: Project, images: Iterable[ImageEntry] | None = None) -> ReviewReport:
+    """Compare what was written with what is there now.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    images : iterable of ImageEntry, optional
+        Which; all by default. Images without a run are left out.
+
+    Returns
+    -------
+    ReviewReport
+        Counts, areas and agreement.
+
+    Raises
+    ------
+    ReviewError
+        If a run's file is damaged.
+    """
+    found = [(image, survey(project, image)) for image in (project.images if images is None else images)]
+    reviews = tuple(_image_review(image, state) for image, state in found if state.run is not None)
+    names = dict.fromkeys(name for review in reviews for name in review.classes[:-1])
+    classes = (*sorted(names), NOTHING)
+    total = ConfusionMatrix.merged([ConfusionMatrix.empty(len(classes)), *(_spread(item, classes) for item in reviews)])
+    return ReviewReport(project=project.name, images=reviews, classes=classes, confusion=total)
+
+
+def _image_review(image: ImageEntry, state: Survey) -> ImageReview:
+    assert state.run is not None
+    known = set(state.run.known)
+    drawn = [record for record in state.theirs if record.id not in known and _is_drawn(record)]
+    classes, confusion = _agreement(state.ours, drawn)
+    return ImageReview(
+        image=image.id,
+        image_name=image.name,
+        run=state.run.id,
+        mpp=image.mpp if state.run.mpp is None else state.run.mpp,
+        objects=(*(_object_review(item) for item in state.ours), *(_drawn_review(record) for record in drawn)),
+        classes=classes,
+        confusion=confusion,
+    )
+
+
+def _is_drawn(record: Annotation) -> bool:
+    classified = record.path_class is not None and not is_ignored(record.path_class)
+    return record.kind == "annotation" and classified and areal(record.geometry) is not None
+
+
+def final_class(item: Reviewed) -> str | None:
+    """Class of an object now, without the suffix that it may have been written with."""
+    if item.current is None or item.status == "rejected":
+        return None
+    name = item.current.path_class
+    suffix = (item.written.record.path_class or "").removeprefix(item.written.training_class)
+    return name if name is None or not suffix else name.removesuffix(suffix)
+
+
+def _object_review(item: Reviewed) -> ObjectReview:
+    before, after = areal(item.written.record.geometry), None
+    if item.current is not None and item.status != "rejected":
+        after = areal(item.current.geometry)
+    return ObjectReview(
+        id=item.written.id,
+        outcome=item.status,
+        model=item.written.record.metadata.get(MODEL, ""),
+        predicted=item.written.training_class,
+        final=final_class(item),
+        predicted_px2=0.0 if before is None else before.area,
+        final_px2=0.0 if after is None else after.area,
+        iou=None if before is None or after is None else _iou(before, after),
+        confidence=item.written.record.measurements.get("DA-RefineNet: confidence"),
+    )
+
+
+def _drawn_review(record: Annotation) -> ObjectReview:
+    return ObjectReview(
+        id=record.id,
+        outcome="drawn",
+        model="",
+        predicted=None,
+        final=record.path_class,
+        predicted_px2=0.0,
+        final_px2=record.area,
+        iou=None,
+        confidence=None,
+    )
+
+
+def _iou(first: BaseGeometry, second: BaseGeometry) -> float:
+    common = shapely.intersection(first, second).area
+    return float(common / (first.area + second.area - common))
+
+
+def _agreement(ours: Sequence[Reviewed], drawn: Sequence[Annotation]) -> tuple[tuple[str, ...], ConfusionMatrix]:
+    """Areas by final and predicted class, over what somebody looked at."""
+    reviewed = [item for item in ours if item.status != "untouched"]
+    before = _unions((item.written.training_class, item.written.record.geometry) for item in reviewed)
+    after = _unions(
+        [
+            *((final_class(item), item.current.geometry) for item in reviewed if item.current is not None),
+            *((record.path_class, record.geometry) for record in drawn),
+        ]
+    )
+    classes = (*sorted({*before, *after}), NOTHING)
+    areas = np.zeros((len(classes), len(classes)))
+    for row, truth in enumerate(classes[:-1]):
+        for column, prediction in enumerate(classes[:-1]):
+            if truth in after and prediction in before:
+                areas[row, column] = shapely.intersection(after[truth], before[prediction]).area
+        areas[row, -1] = after[truth].area - areas[row, :-1].sum() if truth in after else 0
+    for column, prediction in enumerate(classes[:-1]):
+        areas[-1, column] = before[prediction].area - areas[:-1, column].sum() if prediction in before else 0
+    return classes, ConfusionMatrix(np.rint(np.maximum(areas, 0)).astype(np.int64))
+
+
+def _unions(shapes: Iterable[tuple[str | None, BaseGeometry | None]]) -> dict[str, BaseGeometry]:
+    found: dict[str, list[BaseGeometry]] = {}
+    for name, geometry in shapes:
+        area = areal(geometry)
+        if name is not None and area is not None and not is_ignored(name):
+            found.setdefault(name, []).append(area)
+    return {name: shapely.union_all(parts) for name, parts in found.items()}
+
+
+def _spread(review: ImageReview, classes: Sequence[str]) -> ConfusionMatrix:
+    """Matrix of an image over the classes of all."""
+    places = [classes.index(name) for name in review.classes]
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    counts[np.ix_(places, places)] = review.confusion.counts
+    return ConfusionMatrix(counts)
+
+
+def _counts(items: Iterable[ObjectReview]) -> dict[str, int]:
+    found: Mapping[str, int] = Counter(item.outcome for item in items)
+    return {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
+
+
+def _um2(area_px2: float, mpp: float | None) -> float | str:
+    return "" if mpp is None else round(area_px2 * mpp * mpp, 2)

@@ -1,0 +1,313 @@
+"""Where a look helps most: uncertain, large, near class borders, unlike the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid5
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.errors import ReviewError
+from darefine_qupath.geometry import Box
+from darefine_qupath.project import Changes
+from darefine_qupath.review.giveway import areal
+from darefine_qupath.review.ours import PLACE, survey
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.project import ImageEntry, Project
+
+__all__ = ["MapLayers", "Place", "clear_places", "mark_places", "next_places"]
+
+_NAMESPACE = UUID("c2b0f2f4-55d7-5a0e-9a07-2a7cf0d6a3b1")
+_PREFIX = "Review"
+_BORDER_SHARE = 0.05
+_PREDICTED_SHARE = 0.25
+_WEIGHTS = (2.0, 1.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A place that is worth a look.
+
+    Attributes
+    ----------
+    image, image_name : str
+        Entry id and name.
+    box : Box
+        In level-0 pixels.
+    path_class : str
+        What is predicted there, for the most part.
+    score : float
+        Mean of the four below, of which uncertainty and unlikeness count twice; higher is more worth a look.
+    uncertainty : float
+        1 minus the margin between the first and second class, 0 to 1.
+    size : float
+        0 for a speck, 1 for the largest regions.
+    border : float
+        How much of it lies near a border between classes, 0 to 1.
+    unlike : float
+        How unlike the training data, 0 to 1; 0 where the caller does not know.
+    object : UUID or None
+        The predicted object; None for a place in a score map.
+    """
+
+    image: str
+    image_name: str
+    box: Box
+    path_class: str
+    score: float
+    uncertainty: float
+    size: float
+    border: float
+    unlike: float
+    object: UUID | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in ("box", "object")}
+        where = {"x": self.box.x, "y": self.box.y, "width": self.box.width, "height": self.box.height}
+        return {**values, **where, "object": None if self.object is None else str(self.object)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLayers:
+    """What a network said about an image, pixel by pixel.
+
+    Attributes
+    ----------
+    labels : ndarray of uint8, shape (height, width)
+        Label per map pixel, `IGNORE` where nothing is predicted.
+    margin : ndarray of uint8, shape (height, width)
+        First score minus second, 255 for 1.
+    box : Box
+        What the map covers, in level-0 pixels.
+    names : sequence of str
+        Classes in label order.
+    """
+
+    labels: NDArray[np.uint8]
+    margin: NDArray[np.uint8]
+    box: Box
+    names: Sequence[str]
+
+
+def next_places(
+    project: Project,
+    images: Iterable[ImageEntry] | None = None,
+    *,
+    count: int = 10,
+    side_um: float = 500.0,
+    side_px: int = 1000,
+    maps: Mapping[str, MapLayers] | None = None,
+    unlike: Mapping[UUID, float] | None = None,
+) -> tuple[Place, ...]:
+    """Find the places where a look helps most.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    images : iterable of ImageEntry, optional
+        Which; all by default.
+    count : int, optional
+        How many places at most, over all images.
+    side_um, side_px : float, int, optional
+        Side of a place, in micrometres, and in level-0 pixels where the pixel size is unknown.
+    maps : mapping of str to MapLayers, optional
+        By entry id. With its map an image is searched window by window; without it, object by object.
+    unlike : mapping of UUID to float, optional
+        How unlike the training data a predicted object is, 0 to 1.
+
+    Returns
+    -------
+    tuple of Place
+        Best first; no two overlap by more than a quarter.
+
+    Raises
+    ------
+    ReviewError
+        If `count` is below 1.
+    """
+    if count < 1:
+        raise ReviewError(f"{count} places to look at next make no sense; ask for 1 or more")
+    found: list[Place] = []
+    for image in project.images if images is None else images:
+        side = side_px if image.mpp is None else max(1, round(side_um / image.mpp))
+        layers = (maps or {}).get(image.id)
+        if layers is not None:
+            found.extend(_places_of_map(image, layers, side, _looked_at(project, image)))
+        else:
+            found.extend(_places_of_objects(project, image, side, unlike or {}))
+    found.sort(key=lambda place: (-place.score, place.image, place.box))
+    return _apart(found, count)
+
+
+def _apart(places: Sequence[Place], count: int) -> tuple[Place, ...]:
+    chosen: list[Place] = []
+    for place in places:
+        if len(chosen) == count:
+            break
+        if not any(other.image == place.image and _overlap(other.box, place.box) > 0.25 for other in chosen):
+            chosen.append(place)
+    return tuple(chosen)
+
+
+def _overlap(first: Box, second: Box) -> float:
+    common = first.intersection(second)
+    return 0.0 if common is None else common.area / min(first.area, second.area)
+
+
+def _places_of_objects(project: Project, image: ImageEntry, side: int, unlike: Mapping[UUID, float]) -> list[Place]:
+    items = [item for item in survey(project, image).ours if item.status == "untouched" and item.current is not None]
+    shapes = np.array([item.written.record.geometry for item in items], np.object_)
+    if not len(items):
+        return []
+    areas, lengths = shapely.area(shapes), shapely.length(shapes)
+    sizes = areas / (areas + np.median(areas))
+    borders = np.minimum(1.0, lengths * side * _BORDER_SHARE / np.maximum(areas, 1.0))
+    centres = shapely.get_coordinates(shapely.point_on_surface(shapes))
+    places = []
+    for index, item in enumerate(items):
+        values = item.written.record.measurements
+        sure = values.get("DA-RefineNet: margin", values.get("DA-RefineNet: confidence", 1.0))
+        parts = (1.0 - sure, float(sizes[index]), float(borders[index]), unlike.get(item.written.id, 0.0))
+        places.append(
+            _place(image, _window(image, centres[index], side), item.written.training_class, parts, item.written.id)
+        )
+    return places
+
+
+def _place(
+    image: ImageEntry,
+    box: Box,
+    path_class: str,
+    parts: tuple[float, float, float, float],
+    identity: UUID | None = None,
+) -> Place:
+    uncertainty, size, border, unlike = parts
+    score = sum(weight * part for weight, part in zip(_WEIGHTS, parts, strict=True)) / sum(_WEIGHTS)
+    return Place(
+        image=image.id, image_name=image.name, box=box, path_class=path_class, score=score,
+        uncertainty=uncertainty, size=size, border=border, unlike=unlike, object=identity,
+    )  # fmt: skip
+
+
+def _window(image: ImageEntry, centre: NDArray[np.float64], side: int) -> Box:
+    """Square around a point, moved into the image."""
+    corner = []
+    for value, limit in zip(centre.tolist(), (image.width, image.height), strict=True):
+        start = round(value - side / 2)
+        corner.append(max(0, start if limit is None else min(start, limit - side)))
+    box = Box(corner[0], corner[1], side, side)
+    if image.width is None or image.height is None:
+        return box
+    return box.intersection(Box(0, 0, image.width, image.height)) or box
+
+
+def _looked_at(project: Project, image: ImageEntry) -> list[Any]:
+    """Where a pathologist has been already."""
+    found = survey(project, image)
+    records = [record for record in found.theirs if record.kind == "annotation" and record.path_class is not None]
+    records += [item.current or item.written.record for item in found.ours if item.status != "untouched"]
+    shapes = [areal(record.geometry) for record in records]
+    return [shape for shape in shapes if shape is not None]
+
+
+def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: Sequence[Any]) -> list[Place]:
+    height, width = layers.labels.shape
+    scale = layers.box.width / width
+    step = max(1, round(side / scale))
+    predicted = layers.labels != IGNORE
+    edge = np.zeros_like(predicted)
+    edge[:, 1:] |= (layers.labels[:, 1:] != layers.labels[:, :-1]) & predicted[:, 1:] & predicted[:, :-1]
+    edge[1:] |= (layers.labels[1:] != layers.labels[:-1]) & predicted[1:] & predicted[:-1]
+    num_pixels = _cell_sums(predicted, step)
+    doubt = _cell_sums(np.where(predicted, 255 - layers.margin, 0), step) / 255 / np.maximum(num_pixels, 1)
+    # A border that crosses a cell from side to side counts as much as one can.
+    border = np.minimum(1.0, _cell_sums(edge, step) / step)
+    seen = shapely.union_all(list(looked_at))
+    shapely.prepare(seen)
+    places = []
+    for row, column in np.argwhere(num_pixels >= _PREDICTED_SHARE * step * step).tolist():
+        window = Box(column * step, row * step, min(step, width - column * step), min(step, height - row * step))
+        centre = np.array([window.x + window.width / 2, window.y + window.height / 2]) * scale
+        centre += (layers.box.x, layers.box.y)
+        if shapely.intersects_xy(seen, *centre):
+            continue
+        cell = layers.labels[window.y : window.bottom, window.x : window.right]
+        label = int(np.bincount(cell[cell != IGNORE]).argmax())
+        share = float(num_pixels[row, column]) / (step * step)
+        parts = (float(doubt[row, column]), share, float(border[row, column]), 0.0)
+        places.append(_place(image, _window(image, centre, side), layers.names[label], parts))
+    return places
+
+
+def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
+    rows, columns = (np.arange(0, length, step) for length in values.shape)
+    across = np.add.reduceat(values, columns, axis=1, dtype=np.float64)
+    return np.asarray(np.add.reduceat(across, rows, axis=0), np.float64)
+
+
+def mark_places(project: Project, places: Sequence[Place]) -> int:
+    """Put places into the project as small unclassified annotations, named in order: ``Review 01``, ``Review 02`` ...
+
+    Those of an earlier call go. They train nothing, nothing gives way to them, and `clear_places` removes them.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    places : sequence of Place
+        Best first.
+
+    Returns
+    -------
+    int
+        Annotations made.
+    """
+    clear_places(project)
+    digits = max(2, len(str(len(places))))
+    by_image: dict[str, list[Annotation]] = {}
+    for number, place in enumerate(places, 1):
+        record = Annotation(
+            id=uuid5(_NAMESPACE, f"{place.image}/{number}/{place.box}"),
+            geometry=shapely.box(*place.box.bounds),
+            name=f"{_PREFIX} {number:0{digits}d}",
+            metadata={PLACE: f"{place.score:.4f}", "ANNOTATION_DESCRIPTION": _description(place)},
+        )
+        by_image.setdefault(place.image, []).append(record)
+    for image, records in by_image.items():
+        project.apply(project.image(image), Changes(add=records))
+    return sum(map(len, by_image.values()))
+
+
+def _description(place: Place) -> str:
+    return (
+        f"{place.path_class}: uncertainty {place.uncertainty:.2f}, size {place.size:.2f}, border {place.border:.2f}, "
+        f"unlike {place.unlike:.2f}"
+    )
+
+
+def clear_places(project: Project, images: Iterable[ImageEntry] | None = None) -> int:
+    """Remove the annotations of `mark_places`; one that was given a class or was locked is somebody's and stays.
+
+    Returns
+    -------
+    int
+        Annotations removed.
+    """
+    removed = 0
+    for image in project.images if images is None else images:
+        places = survey(project, image).places
+        gone = [record.id for record in places if record.path_class is None and not record.locked]
+        if gone:
+            project.apply(image, Changes(remove=gone))
+            removed += len(gone)
+    return removed

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import shapely
+
+from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.classes import IGNORE, PathClass
+from darefine_qupath.geometry import Box
+from darefine_qupath.polygons import ClassPolygon, vectorise
+from darefine_qupath.project import Changes, ImageEntry, Project, open_project
+from darefine_qupath.review import (
+    RunResult,
+    WriteOptions,
+    compare,
+    manual_annotations,
+    reviewed_annotations,
+    survey,
+    undo,
+    write_back,
+    write_page,
+)
+from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, overlaps, polygon, square, write
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> FakeProject:
+    return FakeProject(tmp_path)
+
+
+def review(project: FakeProject) -> Annotation:
+    """One each: locked, reshaped, reclassified, deleted, drawn; one left alone."""
+    write(project, [polygon(1 + index % 2, square(1000 * index, 1000)) for index in range(5)])
+    locked, moved, other, gone, _ = ours(project)
+    project.edit(locked.id, locked=True)
+    project.edit(moved.id, geometry=square(1100, 1000))
+    project.edit(other.id, path_class="Normal")
+    project.delete(gone.id)
+    return project.draw(square(0, 6000), "Invasive")
+
+
+def outcomes(project: Project) -> dict[str, int]:
+    return {name: count for name, count in compare(project).counts.items() if count}
+
+
+ONE_EACH = {"accepted": 1, "reshaped": 1, "reclassified": 1, "rejected": 1, "drawn": 1, "untouched": 1}
+
+
+def test_review_survives_the_next_prediction_and_its_undo(project: FakeProject) -> None:
+    project.draw(square(9000, 7000), "Benign")
+    review(project)
+    before = project.objects(SLIDE)
+    assert outcomes(project) == ONE_EACH
+    write(project, grid(5, shift=30), model="m2")
+    after = project.objects(SLIDE)
+    assert [repr(record) for record in before[:4]] == [repr(record) for record in after[:4]]
+    assert overlaps(after) == 0
+    assert not any(record.geometry.intersects(square(3000, 1000)) for record in after if record.geometry)
+    assert outcomes(project) == {**ONE_EACH, "untouched": len(ours(project)) - 3}
+    undo(project)
+    assert set(map(repr, project.objects(SLIDE))) == set(map(repr, before))
+    assert outcomes(project) == ONE_EACH
+
+
+def test_report_measures_agreement(project: FakeProject) -> None:
+    review(project)
+    report = compare(project)
+    by_outcome = {item.outcome: item for item in report.images[0].objects}
+    assert by_outcome["reshaped"].iou == pytest.approx(3 / 5)
+    assert (by_outcome["reclassified"].predicted, by_outcome["reclassified"].final) == ("Benign", "Normal")
+    assert by_outcome["rejected"].final is None
+    assert by_outcome["drawn"].predicted is None
+    assert by_outcome["accepted"].confidence == 0.75
+    assert report.classes == ("Benign", "Invasive", "Normal", "(nothing)")
+    unit = 400 * 100
+    assert (report.confusion.counts / unit).tolist() == [
+        [4, 0, 0, 0],
+        [0, 3, 0, 1 + 4],
+        [4, 0, 0, 0],
+        [0, 1 + 4, 0, 0],
+    ]
+    assert report.iou == {"Benign": 0.5, "Invasive": pytest.approx(3 / 13), "Normal": 0.0}
+    assert report.by_class["Benign"]["untouched"] == 1
+    assert report.areas_mm2()["Normal"] == {"predicted": 0.0, "final": pytest.approx(0.04)}
+
+
+def test_report_is_a_table_and_a_page(project: FakeProject, tmp_path: Path) -> None:
+    review(project)
+    report = compare(project)
+    report.write_csv(tmp_path / "review.csv")
+    with (tmp_path / "review.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["outcome"] for row in rows) == sorted(ONE_EACH)
+    assert {row["predicted_um2"] for row in rows} == {"40000.0", "0.0"}
+    assert json.loads(json.dumps(report.to_json()))["counts"]["rejected"] == 1
+    write_page(report, tmp_path / "review.html", classes=[PathClass("Benign")])
+    page = (tmp_path / "review.html").read_text(encoding="utf-8")
+    assert "#808080" in page
+    assert "src=" not in page
+    assert "href=" not in page
+    HTMLParser().feed(page)
+
+
+def test_names_are_escaped_on_the_page(project: FakeProject, tmp_path: Path) -> None:
+    write(project, grid(1))
+    project.draw(square(0, 6000), "<b>&")
+    write_page(compare(project), tmp_path / "review.html")
+    page = (tmp_path / "review.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+
+
+def test_a_project_without_runs_has_an_empty_review(project: FakeProject, tmp_path: Path) -> None:
+    project.draw(square(0, 0), "Benign")
+    report = compare(project)
+    assert (report.images, set(report.counts.values())) == ((), {0})
+    report.write_csv(tmp_path / "review.csv")
+    write_page(report, tmp_path / "review.html")
+    assert "Nothing has been reviewed yet" in (tmp_path / "review.html").read_text(encoding="utf-8")
+
+
+def test_unreviewed_predictions_never_train(project: FakeProject) -> None:
+    mine = project.draw(square(9000, 7000), "Benign")
+    write(project, grid(4), options=WriteOptions(class_suffix=" (predicted)", container=True))
+    assert manual_annotations(project, SLIDE) == (mine,)
+    assert reviewed_annotations(project, SLIDE).annotations == (mine,)
+
+
+def test_reviewed_labels_are_in_their_final_class(project: FakeProject) -> None:
+    write(project, grid(4), options=WriteOptions(class_suffix=" (predicted)", kind="detection"))
+    first, second, *_ = ours(project)
+    project.edit(first.id, metadata={**first.metadata, "darefine.review": "accepted"})
+    project.edit(second.id, path_class="Normal")
+    labels = manual_annotations(project, SLIDE)
+    assert [(record.id, record.path_class, record.kind) for record in labels] == [
+        (first.id, "Benign", "annotation"),
+        (second.id, "Normal", "annotation"),
+    ]
+    assert manual_annotations(project, SLIDE, taken_over=False) == ()
+
+
+def test_rejected_areas_are_ignored_unless_redrawn(project: FakeProject) -> None:
+    drawn = review(project)
+    redrawn = project.draw(square(3000, 1000, 200), "Normal")
+    labels = reviewed_annotations(project, SLIDE)
+    assert labels.drawn == (drawn.id, redrawn.id)
+    assert (len(labels.reviewed), len(labels.rejected)) == (3, 1)
+    mask = LabelPainter(labels.annotations, CLASSES).paint(Box(3000, 1000, 400, 400), (4, 4))
+    assert mask.tolist() == [[0, 0, IGNORE, IGNORE]] * 2 + [[IGNORE] * 4] * 2
+    ignored = [record for record in labels.annotations if record.path_class == "Ignore*"]
+    assert ignored[0].geometry is not None
+    assert ignored[0].geometry.area == 400**2 - 200**2
+
+
+def predicted(columns: range, shift: int) -> tuple[ClassPolygon, ...]:
+    """Five squares of a network's map of the fixtures' image, and a stripe over what QuPath's user drew."""
+    labels = np.full((192, 256), IGNORE, np.uint8)
+    for number, column in enumerate(columns):
+        labels[70 + shift : 82 + shift, column : column + 12] = number % 3
+    labels[20:40] = 1
+    return vectorise(labels, box=Box(0, 0, 2048, 1536), mpp=0.5, confidence=np.full_like(labels, 51))
+
+
+def by_place(project: Project, image: ImageEntry) -> list[Annotation]:
+    found = [item.current for item in survey(project, image).ours if item.current is not None]
+    return sorted((r for r in found if r.geometry.bounds[1] > 500), key=lambda r: r.geometry.bounds)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
+@pytest.mark.parametrize("kind", ["annotation", "detection"])
+def test_scenario_on_a_project_that_qupath_wrote(
+    data: Path, tmp_path: Path, version: str, kind: Literal["annotation", "detection"]
+) -> None:
+    shutil.copytree(data / "qupath" / f"qupath-{version}" / "annotated", tmp_path / "project")
+    project = open_project(tmp_path / "project", engine="embedded")
+    image = project.images[0]
+    theirs = project.objects(image)
+    options = WriteOptions(kind=kind, container=True)
+
+    def predict(model: str, shift: int) -> RunResult:
+        polygons = predicted(range(90, 240, 30), shift)
+        return write_back(project, image, polygons, model=model, classes=CLASSES, options=options)
+
+    for _ in range(3):
+        predict("m1", 0)
+    assert len(project.objects(image)) == len(theirs) + 1 + len(survey(project, image).ours)
+    locked, moved, other, gone, _ = by_place(project, image)
+    assert moved.geometry is not None
+    assert gone.geometry is not None
+    changed = [
+        replace(locked, locked=True),
+        replace(moved, geometry=shapely.affinity.translate(moved.geometry, 40.5, 10.25)),
+        replace(other, path_class="Normal" if other.path_class != "Normal" else "Benign"),
+    ]
+    drawn = Annotation(geometry=shapely.box(1800, 900, 1990, 1000), path_class="Invasive")
+    project.apply(image, Changes(replace=changed, remove=[gone.id], add=[drawn]))
+    before = project.objects(image)
+    assert {**outcomes(project), "untouched": 1} == ONE_EACH
+
+    result = predict("m2", 1)
+    assert (result.adopted, result.rejected, result.suppressed) == (3, 1, 2)
+    now = {record.id: replace(record, parent=None) for record in project.objects(image)}
+    kept = {
+        record.id: replace(record, parent=None) for record in before if record.metadata.get("darefine.model") != "m1"
+    }
+    kept |= {record.id: replace(now[record.id], parent=None) for record in changed}
+    assert all(repr(now[key]) == repr(record) for key, record in kept.items())
+    assert [repr(now[r.id].geometry) for r in changed] == [repr(r.geometry) for r in changed]
+    new = [record for key, record in now.items() if key not in kept and record.name != "DA-RefineNet m2"]
+    assert not any(record.geometry.intersects(gone.geometry) for record in new if record.geometry)
+    standing = [r for r in now.values() if r.kind == "annotation" and r.path_class and r.id in kept and r.plane.z == 0]
+    assert sum(overlaps([a, b]) for a in new for b in [*standing, *(now[r.id] for r in changed)] if b.area) == 0
+
+    undo(project)
+    assert {record.id for record in project.objects(image)} == {record.id for record in before}
+    assert {**outcomes(project), "untouched": 1} == ONE_EACH
+    undo(project), undo(project), undo(project)
+    left = {record.id: replace(record, parent=None) for record in project.objects(image)}
+    assert set(left) == {record.id for record in theirs} | {record.id for record in changed} | {drawn.id}
+    assert all(repr(left[record.id]) == repr(replace(record, parent=None)) for record in theirs)
