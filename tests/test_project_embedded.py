@@ -655,7 +655,7 @@ def test_paquo_that_is_not_installed_is_said(project: EmbeddedProject, monkeypat
     with pytest.raises(EngineError, match="paquo cannot be loaded"):
         create_project(project.folder / "new", engine="paquo")
     with pytest.raises(EngineError, match="There is no engine 'java'"):
-        open_project(project.folder, engine="java")  # type: ignore[arg-type]
+        open_project(project.folder, engine="java")
 
 
 def test_a_project_loads_without_what_it_does_not_need() -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
@@ -34,7 +34,7 @@ _PAQUO_MODULE = "darefine_qupath.project.paquo"
 _GET_QUPATH = "run `paquo get_qupath --install-path FOLDER` and set PAQUO_QUPATH_DIR to what it prints"
 
 
-def open_project(path: Path | str, engine: Literal["auto", "embedded", "paquo"] = "auto") -> Project:
+def open_project(path: Path | str, engine: str = "auto") -> Project:
     """Open a QuPath project.
 
     Parameters
@@ -67,7 +67,7 @@ def create_project(
     path: Path | str,
     *,
     classes: Sequence[PathClass] = (),
-    engine: Literal["auto", "embedded", "paquo"] = "auto",
+    engine: str = "auto",
 ) -> Project:
     """Make a QuPath project without images.
 
