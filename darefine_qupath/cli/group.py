@@ -73,13 +73,13 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="darefine")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
 def darefine(verbose: int) -> None:
-    r"""Train DA-RefineNet on a QuPath project, predict its slides, put polygons back for review.
+    """Train DA-RefineNet on a QuPath project, predict its slides, put polygons back for review.
 
     \b
     darefine train PROJECT -o RUN
     darefine predict PROJECT --model RUN/model.safetensors
     darefine review PROJECT
-    """
+    """  # noqa: D301 - click wants the backspace
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if not verbose:

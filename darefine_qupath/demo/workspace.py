@@ -107,7 +107,7 @@ def make_project(
         for number in range(num_train + num_test):
             role = "train" if number < num_train else "test"
             drawn = draw_slide(slides / f"{role}-{number + 1}.tif", seed=seed + number, size=size, quality=quality)
-            image = project.add_image(drawn.path, mpp=MPP, metadata={"split": role})
+            image = project.add_image(drawn.path, mpp=MPP, metadata={"darefine.role": "test"} if role == "test" else {})
             if role == "train":
                 project.apply(image, Changes(add=drawn.annotations))
             else:

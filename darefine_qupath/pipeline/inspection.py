@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -158,11 +158,6 @@ class Finding:
     message: str
 
 
-@dataclass
-class _Tally:
-    pixels: Counter[str] = field(default_factory=Counter)
-
-
 def check_project(project: Project, settings: Settings, *, mpp: float | None = None) -> tuple[Finding, ...]:
     """Look for what would spoil training.
 
@@ -181,21 +176,21 @@ def check_project(project: Project, settings: Settings, *, mpp: float | None = N
         Errors and warnings, image by image, then those of the whole project.
     """
     findings: list[Finding] = []
-    tally = _Tally()
+    areas: dict[str, float] = {}
     for entry in project.images:
-        findings += _check_image(project, entry, settings, mpp, tally)
+        findings += _check_image(project, entry, settings, mpp, areas)
     findings += _check_duplicates(project.images)
-    for name, pixels in sorted(tally.pixels.items()):
-        if pixels < _FEW_PIXELS and not is_ignored(name):
+    for name, area in sorted(areas.items()):
+        if area < _FEW_PIXELS and not is_ignored(name):
             findings.append(
                 Finding(
                     level="warning",
                     image="",
-                    message=f"Class {name!r} has {pixels:.0f} level-0 pixels in all, little to learn from",
+                    message=f"Class {name!r} has {area:.0f} level-0 pixels in all, little to learn from",
                 )
             )
     try:
-        settings.class_map(project.classes, dict.fromkeys(tally.pixels, 1)).check(dict.fromkeys(tally.pixels, 1))
+        settings.class_map(project.classes, dict.fromkeys(areas, 1)).check(dict.fromkeys(areas, 1))
     except DarefineError as error:
         findings.append(Finding(level="error", image="", message=str(error)))
     return tuple(findings)
@@ -216,7 +211,7 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
 
 
 def _check_image(
-    project: Project, entry: ImageEntry, settings: Settings, mpp: float | None, tally: _Tally
+    project: Project, entry: ImageEntry, settings: Settings, mpp: float | None, areas: dict[str, float]
 ) -> Iterator[Finding]:
     def error(message: str) -> Finding:
         return Finding(level="error", image=entry.name, message=message)
@@ -227,7 +222,8 @@ def _check_image(
         yield error(str(damage))
         return
     for name in class_counts(annotations):
-        tally.pixels[name] += sum(record.area for record in annotations if record.path_class == name)
+        area = sum(record.area for record in annotations if record.path_class == name)
+        areas[name] = areas.get(name, 0.0) + area
     _, skipped = choose_images(project, [entry.id])
     if skipped:
         yield error(skipped[0].why)

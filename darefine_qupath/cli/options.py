@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["engine_option", "image_option", "mpp_option", "project_argument", "setting", "settings_option"]
+
+project_argument = click.argument("project", type=click.Path(path_type=Path))
+"""A project file or its folder; the engine says what is wrong with it."""
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["auto", "embedded", "paquo"]),
+    default="auto",
+    show_default=True,
+    help="auto takes QuPath through paquo where it is installed, else the embedded engine.",
+)
+image_option = click.option(
+    "--image", "images", multiple=True, metavar="NAME", help="Only this image (name or entry id); may be repeated."
+)
+mpp_option = click.option(
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Micrometres per pixel of every slide, over project and file.",
+)
+settings_option = click.option(
+    "--settings", type=click.Path(path_type=Path), help="Settings file; darefine.toml beside the project by default."
+)
+
+
+def setting(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Turn ``key=value`` words into a table, numbers and true/false into what they mean."""
+    table: dict[str, Any] = {}
+    for word in values:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{word!r} is not key=value")
+        table[key.strip().replace("-", "_")] = _value(text.strip())
+    return table
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - what TOML would make of it
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if "," in text:
+        return [_value(part) for part in text.split(",") if part]
+    return text

@@ -1,0 +1,280 @@
+"""Commands on projects: create, info, check, import, export, restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from darefine_qupath.cli.options import engine_option, image_option, mpp_option, project_argument, settings_option
+from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, table
+from darefine_qupath.pipeline.exchanging import (
+    Import,
+    create_from_slides,
+    export_geojson,
+    export_labels,
+    import_file,
+    match_files,
+)
+from darefine_qupath.pipeline.inspection import ImageSummary, ProjectSummary, check_project, summarise
+from darefine_qupath.pipeline.settings import read_settings
+from darefine_qupath.project import list_backups, open_project
+from darefine_qupath.project import restore as restore_backup
+
+__all__ = ["check", "create", "export", "import_", "info", "restore"]
+
+Engine = Literal["auto", "embedded", "paquo"]
+
+
+@click.command(short_help="Make a QuPath project of slides and their annotation files.")
+@click.argument("project", type=click.Path(path_type=Path))
+@click.argument("slides", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--annotations",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of files named like the slides: Aperio or ASAP XML, GeoJSON, label masks.",
+)
+@mpp_option
+@engine_option
+@json_option
+def create(
+    project: Path, slides: tuple[Path, ...], annotations: Path | None, mpp: float | None, engine: Engine, as_json: bool
+) -> None:
+    """Make the QuPath project PROJECT (a new folder) of SLIDES: image files, or folders of them.
+
+    \b
+    darefine create bach WSI/*.svs --annotations WSI
+    """  # noqa: D301 - click wants the backspace
+    with progress_bar("Adding images") as report:
+        opened, imports = create_from_slides(
+            project, slides, annotations=annotations, mpp=mpp, engine=engine, progress=report
+        )
+    with opened:
+        summary = summarise(opened)
+    if as_json:
+        echo_json(
+            {"project": summary.path, "images": len(summary.images), "imports": [_import_json(i) for i in imports]}
+        )
+        return
+    _show_imports(imports)
+    _show_project(summary)
+
+
+@click.command(short_help="Show the images, classes and annotations of a project.")
+@project_argument
+@engine_option
+@json_option
+def info(project: Path, engine: Engine, as_json: bool) -> None:
+    """Show the images, classes and annotations of PROJECT (a .qpproj or its folder)."""
+    with open_project(project, engine=engine) as opened:
+        summary = summarise(opened)
+    if as_json:
+        echo_json(_summary_json(summary))
+    else:
+        _show_project(summary)
+
+
+def _summary_json(summary: ProjectSummary) -> dict[str, Any]:
+    return {
+        "path": summary.path,
+        "version": summary.version,
+        "engine": summary.engine,
+        "classes": list(summary.class_names),
+        "images": [
+            {
+                "id": image.entry.id,
+                "name": image.entry.name,
+                "path": image.entry.path,
+                "uri": image.entry.uri,
+                "exists": image.entry.exists,
+                "width": image.entry.width,
+                "height": image.entry.height,
+                "mpp": image.entry.mpp,
+                "image_type": image.entry.image_type,
+                "metadata": dict(image.entry.metadata),
+                "objects": image.num_objects,
+                "problem": image.problem,
+                "annotations": {item.name: item.num_annotations for item in image.classes},
+                "area_px": {item.name: item.area_px for item in image.classes},
+            }
+            for image in summary.images
+        ],
+    }
+
+
+def _show_project(summary: ProjectSummary) -> None:
+    title = f"{summary.path}  QuPath {summary.version}, {summary.engine} engine, {len(summary.images)} images"
+    rows = [
+        (image.entry.id, image.entry.name, _size(image), _mpp(image), str(image.num_objects), _annotated(image))
+        for image in summary.images
+    ]
+    table(["id", "image", "size", "µm/px", "objects", "annotations"], rows, title=title)
+    note(f"Classes: {', '.join(summary.class_names) or 'none'}")
+    for image in summary.images:
+        if image.problem is not None:
+            note(f"{image.entry.name}: {image.problem}")
+
+
+def _size(image: ImageSummary) -> str:
+    return "-" if image.entry.width is None else f"{image.entry.width} x {image.entry.height}"
+
+
+def _mpp(image: ImageSummary) -> str:
+    return "-" if image.entry.mpp is None else f"{image.entry.mpp:.4g}"
+
+
+def _annotated(image: ImageSummary) -> str:
+    return ", ".join(f"{item.name} {item.num_annotations}" for item in image.classes) or "-"
+
+
+@click.command(short_help="Look for what would spoil training: misfits, bad shapes, missing files.")
+@project_argument
+@mpp_option
+@settings_option
+@json_option
+def check(project: Path, mpp: float | None, settings: Path | None, as_json: bool) -> None:
+    """Look for what would spoil training on PROJECT, or put its annotations in the wrong place.
+
+    Exit code 1 when there is an error among the findings.
+    """
+    with open_project(project, engine="embedded") as opened:
+        findings = check_project(opened, read_settings(opened.folder, settings), mpp=mpp)
+    if as_json:
+        echo_json({"findings": [vars(finding) for finding in findings]})
+    elif findings:
+        table(["level", "image", "finding"], [(f.level, f.image or "-", f.message) for f in findings])
+    else:
+        note("Nothing found.")
+    if any(finding.level == "error" for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+@click.command("import", short_help="Add annotation files of other programs to a project.")
+@project_argument
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--image", metavar="NAME", help="Image of the annotations; by default the one with the file's name.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="N=CLASS", help="Class of a label of a mask; may be repeated."
+)
+@click.option("--dry-run", is_flag=True, help="Only read the files.")
+@engine_option
+@json_option
+def import_(
+    project: Path,
+    files: tuple[Path, ...],
+    image: str | None,
+    labels: tuple[str, ...],
+    dry_run: bool,
+    engine: Engine,
+    as_json: bool,
+) -> None:
+    """Add the annotations of FILES to PROJECT: Aperio ImageScope or ASAP XML, GeoJSON, label masks (PNG, TIFF).
+
+    A file that was imported before changes nothing.
+    """
+    known = dict(_label(text) for text in labels) or None
+    with open_project(project, engine=engine) as opened:
+        imports = [
+            import_file(opened, file, entry, labels=known, dry_run=dry_run)
+            for file, entry in match_files(opened, files, image)
+        ]
+    if as_json:
+        echo_json({"imports": [_import_json(item) for item in imports]})
+    else:
+        _show_imports(imports)
+
+
+def _label(text: str) -> tuple[int, str]:
+    value, equals, name = text.partition("=")
+    if not equals or not value.strip().isdigit() or not name.strip():
+        raise click.BadParameter(f"{text!r} is not N=CLASS", param_hint="--label")
+    return int(value), name.strip()
+
+
+def _import_json(item: Import) -> dict[str, Any]:
+    return {
+        "file": item.file.path,
+        "format": item.file.format,
+        "image": item.image.name,
+        "added": item.added,
+        "already": item.already,
+        "repaired": [str(each) for each in item.file.repaired],
+        "refused": [str(each) for each in item.file.refused],
+        "warnings": list(item.file.warnings),
+    }
+
+
+def _show_imports(imports: list[Import] | tuple[Import, ...]) -> None:
+    for item in imports:
+        click.echo(f"{item.file} -> {item.image.name}: {item.added} added, {item.already} there already")
+        for each in (*item.file.repaired, *item.file.refused):
+            note(f"  {each}")
+        for warning in item.file.warnings:
+            note(f"  {warning}")
+
+
+@click.command(short_help="Write the annotations as GeoJSON or label images.")
+@project_argument
+@click.option("--geojson", type=click.Path(path_type=Path), metavar="DIR", help="One FeatureCollection per image.")
+@click.option("--labels", type=click.Path(path_type=Path), metavar="DIR", help="One label TIFF per annotated image.")
+@click.option("--downsample", type=click.IntRange(1), default=8, show_default=True, help="Of the label images.")
+@image_option
+@settings_option
+@engine_option
+@json_option
+def export(
+    project: Path,
+    geojson: Path | None,
+    labels: Path | None,
+    downsample: int,
+    images: tuple[str, ...],
+    settings: Path | None,
+    engine: Engine,
+    as_json: bool,
+) -> None:
+    """Write the annotations of PROJECT: GeoJSON in QuPath's form (<entry id>.geojson), label TIFFs in class colours."""
+    if geojson is None and labels is None:
+        raise click.UsageError("Give --geojson DIR or --labels DIR")
+    found: dict[str, Any] = {}
+    with open_project(project, engine=engine) as opened:
+        if geojson is not None:
+            found["geojson"] = export_geojson(opened, geojson, images)
+        if labels is not None:
+            table_settings = read_settings(opened.folder, settings)
+            found["labels"] = export_labels(opened, table_settings, labels, downsample=downsample, names=images)
+    if as_json:
+        echo_json(found)
+        return
+    for entry, count in found.get("geojson", {}).items():
+        click.echo(f"{geojson}/{entry}.geojson: {count} features")
+    for entry, size in found.get("labels", {}).items():
+        click.echo(f"{labels}/{entry}.tif: {size[0]} x {size[1]}")
+
+
+@click.command(short_help="Bring back an earlier state of an image's annotations.")
+@project_argument
+@click.argument("image")
+@click.option("--list", "list_only", is_flag=True, help="Only list the backups.")
+@click.option("--which", default="1", show_default=True, help="1 = the newest, or the beginning of a backup's name.")
+@json_option
+def restore(project: Path, image: str, list_only: bool, which: str, as_json: bool) -> None:
+    """Bring back an earlier state of the objects of IMAGE (name or entry id) in PROJECT.
+
+    Every write keeps the former file; the last five are kept. What is replaced now becomes a backup itself.
+    """
+    if list_only:
+        names = [backup.path.name for backup in list_backups(project, image)]
+        if as_json:
+            echo_json({"backups": names})
+        else:
+            click.echo("\n".join(names) or "There are no backups.")
+        return
+    applied = restore_backup(project, image, int(which) if len(which) < 4 and which.isdigit() else which)
+    if as_json:
+        echo_json({"objects": applied.num_objects, "backup": applied.backup, "warnings": list(applied.warnings)})
+        return
+    click.echo(f"{image} has {applied.num_objects} objects now; what was there is in {applied.backup}")
+    for warning in applied.warnings:
+        note(f"Warning: {warning}")

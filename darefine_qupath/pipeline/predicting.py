@@ -1,0 +1,599 @@
+"""From a model and a project to score maps, polygons and objects in QuPath."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.checkpoint import CheckpointHeader, load_checkpoint, read_header
+from darefine_qupath.classes import IGNORE, ClassMap
+from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
+from darefine_qupath.geometry import Box, Size, fit_within
+from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.pipeline.scoring import SlideScore, score_context, score_slide, truth_labels, truth_of
+from darefine_qupath.pipeline.selection import Skipped, choose_images
+from darefine_qupath.pipeline.settings import read_settings
+from darefine_qupath.polygons import ClassPolygon, vectorise
+from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
+from darefine_qupath.prediction.cluster import SlideTask, predict_many
+from darefine_qupath.project import ImageEntry, Project, open_project
+from darefine_qupath.report import Panel, draw_panels
+from darefine_qupath.review import RunResult, WriteOptions, write_back
+from darefine_qupath.slides import open_slide
+from darefine_qupath.training import ContextMode
+
+__all__ = [
+    "Evaluation",
+    "ImageOutcome",
+    "PolygonOptions",
+    "PredictRequest",
+    "Prediction",
+    "draw_overlays",
+    "evaluate_project",
+    "map_folder",
+    "predict_project",
+    "write_summary",
+]
+
+_log = logging.getLogger(__name__)
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolygonOptions:
+    """How a score map becomes polygons.
+
+    Attributes
+    ----------
+    simplify_um : float or None
+        Detail left out of borders; None = 1.5 map pixels.
+    min_area_um2 : float
+        Smaller regions go to their surroundings.
+    min_hole_um2 : float or None
+        Smaller holes are filled; None = as `min_area_um2`.
+    max_vertices : int
+        Larger regions are split on a coarse grid.
+    background : bool
+        Also draw the class of unlabelled pixels (Normal, say).
+    classes : tuple of str
+        Only these classes; all by default.
+    min_confidence : float
+        Leave out where the network is less sure, 0 to 1.
+    """
+
+    simplify_um: float | None = None
+    min_area_um2: float = 1000.0
+    min_hole_um2: float | None = None
+    max_vertices: int = 20_000
+    background: bool = False
+    classes: tuple[str, ...] = ()
+    min_confidence: float = 0.0
+
+    def left_out(self, class_map: ClassMap) -> frozenset[int]:
+        """Labels that give no polygons.
+
+        Raises
+        ------
+        ClassMapError
+            If a class of `classes` is not the model's.
+        """
+        unknown = [name for name in self.classes if name not in class_map.names]
+        if unknown:
+            raise ClassMapError(f"The model does not know the classes {unknown}; it knows {list(class_map.names)}")
+        labels = {label for label, name in enumerate(class_map.names) if self.classes and name not in self.classes}
+        if not self.background and not self.classes and class_map.unlabelled_label != IGNORE:
+            labels.add(class_map.unlabelled_label)
+        return frozenset(labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest:
+    """What to predict and how to write it back.
+
+    Attributes
+    ----------
+    project, model : Path
+        Project file or folder, and model file.
+    settings : Path or None
+        Settings file; the project's ``darefine.toml`` by default.
+    engine : str
+        Engine that writes.
+    images : tuple of str
+        Names or entry ids; all by default.
+    mpp : float or None
+        Micrometres per pixel of every slide.
+    within : str or None
+        Only inside annotations of this class.
+    options : PredictOptions
+        Of the network.
+    polygons : PolygonOptions
+        Of the polygons.
+    write : WriteOptions or None
+        Of the objects; None leaves the project as it is (score maps only).
+    scheduler : str or None
+        Address of a Dask scheduler, or ``"local"``.
+    dry_run : bool
+        Say what would change in the project, and change nothing.
+    """
+
+    project: Path
+    model: Path
+    settings: Path | None = None
+    engine: Literal["auto", "embedded", "paquo"] = "auto"
+    images: tuple[str, ...] = ()
+    mpp: float | None = None
+    within: str | None = None
+    options: PredictOptions = field(default_factory=PredictOptions)
+    polygons: PolygonOptions = field(default_factory=PolygonOptions)
+    write: WriteOptions | None = field(default_factory=WriteOptions)
+    scheduler: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOutcome:
+    """What became of one image.
+
+    Attributes
+    ----------
+    image : ImageEntry
+        The image.
+    score_map : ScoreMap or None
+        None when it failed.
+    num_polygons : int
+        Polygons of the prediction.
+    written : RunResult or None
+        What was written into the project.
+    error : str or None
+        Why it failed; the other images went on.
+    """
+
+    image: ImageEntry
+    score_map: ScoreMap | None = None
+    num_polygons: int = 0
+    written: RunResult | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        found = self.score_map
+        return {
+            "id": self.image.id,
+            "name": self.image.name,
+            "error": self.error,
+            "polygons": self.num_polygons,
+            "written": None if self.written is None else self.written.to_json(),
+            "area_mm2": None if found is None else found.areas_mm2(),
+            "share": None if found is None else found.shares(),
+            "map": None if found is None else str(found.folder),
+            "warnings": [] if found is None else [warning.to_json() for warning in found.warnings],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What became of a prediction.
+
+    Attributes
+    ----------
+    project : Path
+        The project file.
+    engine : str
+        Engine that read and wrote it.
+    model : str
+        Id of the model.
+    classes : ClassMap
+        Its classes.
+    outcomes : tuple of ImageOutcome
+        One per image that was tried.
+    skipped : tuple of Skipped
+        Images that could not be tried.
+    """
+
+    project: Path
+    engine: str
+    model: str
+    classes: ClassMap
+    outcomes: tuple[ImageOutcome, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "project": str(self.project),
+            "engine": self.engine,
+            "model": self.model,
+            "classes": list(self.classes.names),
+            "images": [outcome.to_json() for outcome in self.outcomes],
+            "skipped": [{"name": image.name, "why": image.why} for image in self.skipped],
+        }
+
+
+def map_folder(project: Project, image: ImageEntry) -> Path:
+    """Folder of an image's score map, beside the project's own files."""
+    return project.folder / "darefine" / "maps" / image.id
+
+
+def predict_project(request: PredictRequest, *, progress: Report | None = None) -> Prediction:
+    """Predict images of a project and write polygons back, image by image.
+
+    An image that cannot be read does not stop the others. Each image of the project is whole at any time; a call that
+    was cut off goes on where it stopped when it is made again.
+
+    Parameters
+    ----------
+    request : PredictRequest
+        What, and how.
+    progress : callable, optional
+        Told how far each slide is.
+
+    Returns
+    -------
+    Prediction
+
+    Raises
+    ------
+    CheckpointError
+        If the model file is none.
+    PredictionError
+        If no image of the project can be predicted.
+    """
+    header = read_header(request.model)
+    left_out = request.polygons.left_out(header.classes)
+    with open_project(request.project, engine=request.engine) as project:
+        images, skipped = choose_images(project, request.images)
+        tasks, empty = _tasks(project, images, request)
+        skipped = (*skipped, *empty)
+        if not tasks:
+            reasons = "; ".join(f"{image.name}: {image.why}" for image in skipped) or "it has no images"
+            raise PredictionError(f"No image of {project.path} can be predicted: {reasons}")
+        by_id = {image.id: image for image in images}
+        outcomes: list[ImageOutcome] = []
+        batch: str | None = None
+        for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
+            image = by_id[result.task.key]
+            if result.score_map is None:
+                outcomes.append(ImageOutcome(image=image, error=result.error))
+            else:
+                outcomes.append(_finish(project, image, result.score_map, request, left_out, batch))
+                # The first run lends its id to the others of this call, so that they are undone together.
+                batch = batch or (outcomes[-1].written.run if outcomes[-1].written else None)
+        return Prediction(
+            project=project.path,
+            engine=project.engine,
+            model=header.model_id,
+            classes=header.classes,
+            outcomes=tuple(outcomes),
+            skipped=skipped,
+        )
+
+
+def _tasks(
+    project: Project, images: Sequence[ImageEntry], request: PredictRequest
+) -> tuple[list[SlideTask], tuple[Skipped, ...]]:
+    settings = read_settings(project.folder, request.settings)
+    given = settings.mpp if request.mpp is None else request.mpp
+    tasks, skipped = [], []
+    for image in images:
+        options = replace(request.options, crop_bounds="--no-crop" not in image.server_args)
+        if request.within is not None:
+            area = _area_of(project.annotations(image), request.within)
+            if area is None:
+                skipped.append(Skipped(name=image.name, why=f"it has no annotation of class {request.within!r}"))
+                continue
+            options = replace(options, within=area)
+        assert image.path is not None
+        tasks.append(
+            SlideTask(
+                key=image.id,
+                slide=image.path,
+                model=request.model,
+                out=map_folder(project, image),
+                mpp=image.mpp if given is None else given,
+                options=options,
+            )
+        )
+    return tasks, tuple(skipped)
+
+
+def _area_of(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:
+    shapes = [record.geometry for record in annotations if record.path_class == path_class and record.area > 0]
+    if not shapes:
+        return None
+    return shapely.union_all(shapely.make_valid(np.array(shapes)))
+
+
+def _finish(
+    project: Project,
+    image: ImageEntry,
+    score_map: ScoreMap,
+    request: PredictRequest,
+    left_out: frozenset[int],
+    batch: str | None,
+) -> ImageOutcome:
+    for warning in score_map.warnings:
+        _log.warning("%s: %s", image.name, warning.message)
+    try:
+        polygons = _polygons(image, score_map, request.polygons, left_out)
+        written = None
+        if request.write is not None:
+            written = write_back(
+                project,
+                image,
+                polygons,
+                model=score_map.model_id,
+                classes=score_map.classes,
+                mpp=score_map.mpp,
+                options=request.write,
+                parameters={"prediction": dict(score_map.settings), "fingerprint": score_map.fingerprint},
+                batch=batch,
+                dry_run=request.dry_run,
+            )
+    except ProjectError as error:
+        return ImageOutcome(image=image, score_map=score_map, error=str(error))
+    return ImageOutcome(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
+
+
+def _polygons(
+    image: ImageEntry, score_map: ScoreMap, options: PolygonOptions, left_out: frozenset[int]
+) -> tuple[ClassPolygon, ...]:
+    threshold = round(options.min_confidence * 255)
+
+    def labels(window: Box) -> NDArray[np.uint8]:
+        found = score_map.read("class", window)
+        if threshold:
+            found = np.where(score_map.read("confidence", window) >= threshold, found, np.uint8(IGNORE))
+        return found
+
+    size = None if image.width is None or image.height is None else (image.width, image.height)
+    polygons = vectorise(
+        labels,
+        box=score_map.box,
+        size=score_map.size,
+        mpp=score_map.mpp,
+        image_size=size,
+        simplify_um=options.simplify_um,
+        min_area_um2=options.min_area_um2,
+        min_hole_um2=options.min_hole_um2,
+        max_vertices=options.max_vertices,
+        leave_out=left_out,
+        confidence=lambda window: score_map.read("confidence", window),
+        margin=lambda window: score_map.read("margin", window),
+        runner_up=lambda window: score_map.read("runner_up", window),
+    )
+    # The layers hold 0 to 255 for 0 to 1.
+    return tuple(
+        replace(
+            polygon,
+            confidence=None if polygon.confidence is None else polygon.confidence / 255,
+            margin=None if polygon.margin is None else polygon.margin / 255,
+        )
+        for polygon in polygons
+    )
+
+
+def write_summary(prediction: Prediction, path: Path) -> None:
+    """Write class areas and shares per slide as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        names = prediction.classes.names
+        rows.writerow(["image", "id", *(f"{name} mm^2" for name in names), *(f"{name} share" for name in names)])
+        for outcome in prediction.outcomes:
+            if outcome.score_map is not None:
+                areas = outcome.score_map.areas_mm2() or {}
+                shares = outcome.score_map.shares()
+                found = [*(areas.get(name, "") for name in names), *(shares[name] for name in names)]
+                rows.writerow([outcome.image.name, outcome.image.id, *found])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well a model does.
+
+    Attributes
+    ----------
+    model : str
+        Its id.
+    classes : ClassMap
+        Its classes.
+    slides : tuple of SlideScore
+        One per slide.
+    context : mapping of str to ConfusionMatrix
+        Tile by tile, by context mode; empty unless asked for.
+    seen : tuple of str
+        Slides among them that the model was trained on: their scores flatter.
+    """
+
+    model: str
+    classes: ClassMap
+    slides: tuple[SlideScore, ...]
+    context: Mapping[str, ConfusionMatrix]
+    seen: tuple[str, ...]
+
+    @property
+    def total(self) -> ConfusionMatrix:
+        """All slides together."""
+        return ConfusionMatrix.merged(slide.matrix for slide in self.slides)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        names = self.classes.names
+        return {
+            "model": self.model,
+            "total": self.total.to_json(names),
+            "slides": [
+                {"name": slide.image, "unpredicted": slide.num_unpredicted, **slide.matrix.to_json(names)}
+                for slide in self.slides
+            ],
+            "context": {mode: matrix.to_json(names) for mode, matrix in self.context.items()},
+            "seen": list(self.seen),
+        }
+
+
+def evaluate_project(
+    request: PredictRequest,
+    *,
+    truth: Path | None = None,
+    context: Sequence[ContextMode] = (),
+    progress: Report | None = None,
+) -> Evaluation:
+    """Compare predictions with annotations; the project stays as it is.
+
+    Without named images these are the images that have a truth and that the model was not trained on; if there is
+    none, all that have a truth, and `Evaluation.seen` says so.
+
+    Parameters
+    ----------
+    request : PredictRequest
+        What to predict, and how; what concerns polygons and objects is not used.
+    truth : Path, optional
+        Folder of GeoJSON files; the project's own annotations by default.
+    context : sequence of str, optional
+        Also score tile by tile with these context modes.
+    progress : callable, optional
+        Told how far each slide is.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    PredictionError
+        If there is nothing to compare with, or a slide cannot be predicted.
+    """
+    header = read_header(request.model)
+    with open_project(request.project, engine="embedded") as project:
+        images, _ = choose_images(project, request.images)
+        truths = [(image, truth_of(project, image, truth)) for image in images]
+        truths = [(image, records) for image, records in truths if any(record.path_class for record in records)]
+        if not truths:
+            where = project.path if truth is None else truth
+            raise PredictionError(
+                f"No image has annotations in {where} to compare with; annotate some, or give --truth"
+            )
+        trained = _trained_on(header, project)
+        unseen = [item for item in truths if item[0].id not in trained]
+        chosen = unseen if unseen and not request.images else truths
+        tasks, _ = _tasks(project, [image for image, _ in chosen], request)
+        records_of = {image.id: (image, records) for image, records in chosen}
+        slides = []
+        for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
+            image, records = records_of[result.task.key]
+            if result.score_map is None:
+                raise PredictionError(f"{image.name}: {result.error}")
+            slides.append(score_slide(image, result.score_map, records, _slide_size(image)))
+        scores = {}
+        if context:
+            modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
+            scores = score_context(load_checkpoint(request.model), chosen, modes, mpp=request.mpp)
+    seen = tuple(image.name for image, _ in chosen if image.id in trained)
+    return Evaluation(model=header.model_id, classes=header.classes, slides=tuple(slides), context=scores, seen=seen)
+
+
+def _trained_on(header: CheckpointHeader, project: Project) -> frozenset[str]:
+    """Entry ids that gave the model training tiles, if it was trained on this project."""
+    source = header.provenance.get("project")
+    split = header.provenance.get("split") or {}
+    if source is None or Path(str(source)).name not in (project.path.name, project.folder.name):
+        return frozenset()
+    if split.get("spatial"):
+        return frozenset(header.provenance.get("images") or {})
+    return frozenset(image for image, role in (split.get("images") or {}).items() if role == "train")
+
+
+def _slide_size(image: ImageEntry) -> Size:
+    if image.width is not None and image.height is not None:
+        return Size(image.width, image.height)
+    assert image.path is not None
+    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+        return slide.size
+
+
+def draw_overlays(
+    project: Project, out: Path, *, truth: Path | None = None, names: Sequence[str] = (), side: int = 900
+) -> Iterator[Path]:
+    """Draw every predicted slide: as it is, its truth where there is one, its prediction, and where they differ.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    out : Path
+        Folder for the pictures.
+    truth : Path, optional
+        Folder of GeoJSON files; the project's own annotations by default.
+    names : sequence of str, optional
+        Only these images.
+    side : int, optional
+        Longest side of each panel, in pixels.
+
+    Yields
+    ------
+    Path
+        Each picture, when it is there.
+
+    Raises
+    ------
+    PredictionError
+        If nothing was predicted yet.
+    """
+    images, _ = choose_images(project, names)
+    found = False
+    for image in images:
+        try:
+            score_map = read_score_map(map_folder(project, image))
+        except DarefineError as error:
+            _log.info("%s: %s", image.name, error)
+            continue
+        found = True
+        yield _draw_overlay(project, image, score_map, out, truth, side)
+    if not found:
+        raise PredictionError(f"No image of {project.path} has been predicted; run darefine predict first")
+
+
+def _draw_overlay(
+    project: Project, image: ImageEntry, score_map: ScoreMap, out: Path, truth: Path | None, side: int
+) -> Path:
+    assert image.path is not None
+    size = fit_within(score_map.size, (side, side))
+    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+        thumbnail = slide.read(score_map.box, size)
+    predicted = _shrunk(score_map.read("class"), size)
+    records = truth_of(project, image, truth)
+    panels = [Panel(title=image.name), Panel(title="Prediction", labels=predicted)]
+    compare = None
+    if any(record.path_class in score_map.classes.names for record in records):
+        labels = _truth_map(records, score_map, _slide_size(image), size)
+        panels.insert(1, Panel(title="Truth", labels=labels))
+        compare = (labels, predicted)
+    hidden = score_map.classes.unlabelled_label
+    path = out / f"{image.id}-{Path(image.name).stem}.png"
+    draw_panels(
+        path, thumbnail, panels, score_map.classes, hidden=None if hidden == IGNORE else hidden, compare=compare
+    )
+    return path
+
+
+def _truth_map(records: Sequence[Annotation], score_map: ScoreMap, image_size: Size, size: Size) -> NDArray[np.uint8]:
+    known = [record for record in records if score_map.classes.knows(record.path_class)]
+    labels = truth_labels(LabelPainter(known, score_map.classes), score_map, image_size, (0, score_map.size.height))
+    return _shrunk(labels, size)
+
+
+def _shrunk(labels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """Labels at a smaller size, by the pixel at each centre."""
+    rows = ((np.arange(size.height) + 0.5) * labels.shape[0] / size.height).astype(int)
+    columns = ((np.arange(size.width) + 0.5) * labels.shape[1] / size.width).astype(int)
+    shrunk: NDArray[np.uint8] = labels[rows][:, columns]
+    return shrunk
