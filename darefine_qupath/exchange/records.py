@@ -26,6 +26,9 @@ __all__ = ["Collector", "Imported", "Note", "ellipse", "number", "snapped"]
 _ELLIPSE_CORNERS = 100
 _PRECISION = 0.01
 
+_MAX_CROSSINGS = 50_000
+"""Crossings of a shape with itself up to which it can be repaired in seconds; a scribble has millions."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
@@ -119,11 +122,28 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     if repaired:
         fixed = shapely.make_valid(rounded, method="structure", keep_collapsed=False)
         rounded = shapely.set_precision(fixed, _PRECISION)
-    polygons = [part for part in shapely.get_parts(rounded, return_index=False) if part.geom_type == "Polygon"]
-    polygons = [part for part in polygons if part.area > 0]
+    parts = shapely.get_parts(shapely.get_parts(rounded))
+    polygons = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
     if not polygons:
         return None, repaired
     return (polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)), repaired
+
+
+def _is_tangled(geometry: BaseGeometry) -> bool:
+    """Whether a shape crosses itself so often that a repair would not end; stops counting there."""
+    if geometry.geom_type not in ("Polygon", "MultiPolygon") or geometry.is_valid:
+        return False
+    corners, ring = shapely.get_coordinates(shapely.get_rings(geometry), return_index=True)
+    inside = ring[:-1] == ring[1:]
+    segments = shapely.linestrings(np.stack([corners[:-1][inside], corners[1:][inside]], axis=1))
+    tree = shapely.STRtree(segments)
+    crossings = 0
+    for start in range(0, len(segments), 1000):
+        crossings += tree.query(segments[start : start + 1000], predicate="crosses").shape[1]
+        # Each crossing is found from both its segments.
+        if crossings > 2 * _MAX_CROSSINGS:
+            return True
+    return False
 
 
 def _on_grid(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -173,6 +193,9 @@ class Collector:
             return None
         if geometry.is_empty:
             self.refuse(item, "has no coordinates")
+            return None
+        if _is_tangled(geometry):
+            self.refuse(item, f"crosses itself more than {_MAX_CROSSINGS:,} times; draw it again")
             return None
         usable, repaired = snapped(geometry)
         if usable is None:
@@ -239,6 +262,9 @@ def number(text: str | None, item: str) -> float:
         If it is none.
     """
     try:
-        return float((text or "").strip().replace(",", "."))
+        value = float((text or "").strip().replace(",", "."))
     except ValueError:
-        raise ExchangeError(f"{item} has {text!r} where a number should be") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ExchangeError(f"{item} has {text!r} where a number should be")
+    return value
