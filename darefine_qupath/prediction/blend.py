@@ -79,16 +79,16 @@ def pooled_window(length: int, phase: int, stride: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Windowed scores of one slice on the map's grid.
+    """Scores of one slice on the map's grid.
 
     Attributes
     ----------
     row, column : int
         Map pixel of the upper left corner; may be negative, and the scores may overhang the map.
     scores : ndarray of float32, shape (K, height, width)
-        Softmax scores times window, averaged over each map pixel.
+        Softmax scores.
     weight : ndarray of float32, shape (height, width)
-        The window, averaged likewise.
+        The window, averaged over each map pixel.
     """
 
     row: int
@@ -181,8 +181,9 @@ class RollingBand:
         rows = slice(first_row - score.row, last_row - score.row)
         columns = slice(first_column - score.column, last_column - score.column)
         target = self._sums[:, first_row - self.top : last_row - self.top, first_column:last_column]
-        target[:-1] += score.scores[:, rows, columns]
-        target[-1] += score.weight[rows, columns]
+        weight = score.weight[rows, columns]
+        target[:-1] += score.scores[:, rows, columns] * weight
+        target[-1] += weight
 
     def finish(self, bottom: int) -> Layers:
         """Take out the rows above `bottom` (exclusive) as layers; later slices may not reach them."""

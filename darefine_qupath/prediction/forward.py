@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalisation
-from darefine_qupath.prediction.blend import pooled_length, pooled_window, smooth_window
+from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,7 +130,7 @@ class SliceScores:
     Attributes
     ----------
     scores : tuple of Tensor, each of float32 and shape (part of B, K, height, width)
-        Softmax times window, averaged over each map pixel; on the device, where they may still be computed.
+        Softmax of the logits' mean over each map pixel; on the device, where they may still be computed.
     phases : tuple of (int, int)
         Per slice, input pixels (down, right) from the first map pixel's edge to the slice's.
     size_px : int
@@ -151,7 +152,7 @@ class SliceScores:
         scores : ndarray of float32, shape (K, h, w)
             Of one slice, without the padding of the batch.
         weight : ndarray of float32, shape (h, w)
-            The window, averaged likewise.
+            The blending window, averaged over each map pixel.
         """
         rows_of_scores = (row for part in self.scores for row in part.cpu().numpy())
         for scores, (down, right) in zip(rows_of_scores, self.phases, strict=True):
@@ -171,11 +172,19 @@ class Engine:
         Of the pixels.
     settings : EngineSettings
         How to compute.
+
+    Attributes
+    ----------
+    batch_size : int
+        Slices at once, as long as memory takes them.
+    uses_context : bool
+        Whether the network looks at its context at all.
     """
 
     def __init__(self, model: nn.Module, normalisation: Normalisation, settings: EngineSettings) -> None:
         self.settings = settings
         self.batch_size = settings.batch_size
+        self.uses_context = bool(getattr(getattr(model, "config", None), "uses_context", True))
         self.device = torch.device(settings.device)
         self._normalisation = normalisation
         self._dtype = _DTYPES[settings.precision]
@@ -186,6 +195,11 @@ class Engine:
         if settings.compile:
             self._encode, self._decode = torch.compile(self._encode), torch.compile(self._decode)
         self._symmetries = tuple(range(_SYMMETRIES)) if settings.tta else (0,)
+
+    @property
+    def num_symmetries(self) -> int:
+        """How many symmetries of the square are averaged."""
+        return len(self._symmetries)
 
     def encode(self, contexts: Sequence[NDArray[np.uint8]]) -> list[tuple[ContextFeatures, ...]]:
         """Encode contexts.
@@ -252,17 +266,17 @@ class Engine:
         box_B4 = torch.from_numpy(np.stack(boxes)).to(self.device)
         with torch.inference_mode():
             slice_B3HW = self._upload(slices)
-            total_BKHW: Tensor | None = None
+            scores: list[Tensor] = []
             for number, symmetry in enumerate(self._symmetries):
                 shared = _stack([features[number] for features in contexts])
                 with self._autocast():
                     logits_BKHW = self._decode(
                         _turn(slice_B3HW, symmetry), shared, index_B, _turn_boxes(box_B4, symmetry)
                     )
-                scores_BKHW = _turn_back(logits_BKHW.float().softmax(1), symmetry)
-                total_BKHW = scores_BKHW if total_BKHW is None else total_BKHW + scores_BKHW
-            assert total_BKHW is not None
-            return _pool(total_BKHW / len(self._symmetries), phases, self.settings.map_stride)
+                # Averaged before the softmax: the logits are interpolated from about that resolution anyway.
+                pooled_BKhw = _pool(_turn_back(logits_BKHW.float(), symmetry), phases, self.settings.map_stride)
+                scores.append(pooled_BKhw.softmax(1))
+            return torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
 
     def _upload(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         image_BHW3 = torch.from_numpy(np.stack(images))
@@ -345,17 +359,34 @@ def _turn_boxes(box_B4: Tensor, symmetry: int) -> Tensor:
     return torch.stack([left, top, right, bottom], 1)
 
 
-def _pool(scores_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:
-    """Weight scores by the window and average them over map pixels."""
-    batch, classes, height, width = scores_BKHW.shape
-    window = torch.from_numpy(smooth_window(height)[:, None] * smooth_window(width)[None]).to(scores_BKHW.device)
-    weighted_BKHW = scores_BKHW * window
-    # Room for any phase, so that every batch of a slide has the same shape.
+def _pool(logits_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:
+    """Average logits over map pixels, of each over the part that the slice covers.
+
+    The result has room for any phase, so that every batch of a slide has the same shape.
+    """
+    if stride == 1:
+        return logits_BKHW
+    batch, classes, height, width = logits_BKHW.shape
     down, right = (pooled_length(side, stride - 1, stride) for side in (height, width))
-    padded = weighted_BKHW.new_zeros((batch, classes, down * stride, right * stride))
+    if not np.any(phases) and height % stride == 0 and width % stride == 0:
+        pooled = F.avg_pool2d(logits_BKHW, stride)
+        return F.pad(pooled, (0, right - width // stride, 0, down - height // stride))
+    padded = logits_BKHW.new_zeros((batch, classes, down * stride, right * stride))
+    covered = np.zeros((batch, 1, down, right), np.float32)
     for index, (row, column) in enumerate(phases):
-        padded[index, :, row : row + height, column : column + width] = weighted_BKHW[index]
-    return F.avg_pool2d(padded, stride) if stride > 1 else padded
+        padded[index, :, row : row + height, column : column + width] = logits_BKHW[index]
+        covered[index] = np.outer(_covered(height, row, stride, down), _covered(width, column, stride, right))
+    share_B1hw = torch.from_numpy(np.maximum(covered, 1 / stride**2)).to(logits_BKHW.device)
+    return F.avg_pool2d(padded, stride) / share_B1hw
+
+
+@lru_cache(maxsize=256)
+def _covered(length: int, phase: int, stride: int, num: int) -> NDArray[np.float32]:
+    """Part of each of `num` map pixels, along one axis, that a slice covers."""
+    inside = np.zeros(num * stride, np.float32)
+    inside[phase : phase + length] = 1
+    part: NDArray[np.float32] = inside.reshape(num, stride).mean(axis=1)
+    return part
 
 
 def choose_batch_size(device: torch.device, size_px: int) -> int:

@@ -69,7 +69,7 @@ class BatchPixels:
     damaged: tuple[Box, ...]
 
 
-def batches(parents: Sequence[Parent], size: int) -> Iterator[Batch]:
+def batches(parents: Sequence[Parent], size: int, *, contexts: bool = True) -> Iterator[Batch]:
     """Cut the slices of a row into batches; one batch may hold slices of several parents.
 
     Parameters
@@ -78,6 +78,8 @@ def batches(parents: Sequence[Parent], size: int) -> Iterator[Batch]:
         Of one row.
     size : int
         Slices per batch.
+    contexts : bool
+        Whether contexts are to be read.
 
     Yields
     ------
@@ -89,7 +91,7 @@ def batches(parents: Sequence[Parent], size: int) -> Iterator[Batch]:
     for start in range(0, len(jobs), size):
         part = jobs[start : start + size]
         numbers = tuple(number for number, _ in part)
-        new = tuple(dict.fromkeys(number for number in numbers if number not in opened))
+        new = tuple(dict.fromkeys(number for number in numbers if contexts and number not in opened))
         opened.update(new)
         yield Batch(tuple(box for _, box in part), numbers, tuple((number, parents[number].context) for number in new))
 

@@ -235,7 +235,7 @@ class _Run:
             with ThreadPoolExecutor(workers, thread_name_prefix="darefine-read") as pool:
                 read = partial(read_batch, handles, self.plan.spec)
                 for row in self.plan.rows[state.rows_done :]:
-                    work = batches(row.parents, engine.batch_size)
+                    work = batches(row.parents, engine.batch_size, contexts=engine.uses_context)
                     pixels = read_ahead(work, read, pool, ahead=workers + 2)
                     state = self._predict_row(row, state, engine, band, pixels, report)
         finally:
@@ -290,7 +290,9 @@ class _Run:
         contexts: dict[int, tuple[ContextFeatures, ...]],
     ) -> _Scored | None:
         batch = pixels.batch
-        if batch.opening:
+        if not engine.uses_context:
+            contexts = dict.fromkeys(batch.parents, (ContextFeatures(),) * engine.num_symmetries)
+        elif batch.opening:
             encoded = engine.encode(pixels.contexts)
             contexts.update(zip((number for number, _ in batch.opening), encoded, strict=True))
         for number in [number for number in contexts if number < min(batch.parents)]:

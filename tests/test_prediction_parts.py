@@ -1,0 +1,524 @@
+"""The parts of prediction: window and band, plan, engine, reading ahead, journal, score map, checks."""
+
+# B N slices and contexts, H W pixels
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darefine_qupath import prediction
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.geometry import Box, Size
+from darefine_qupath.models import ContextFeatures, ModelConfig, Normalisation, build_model
+from darefine_qupath.prediction import (
+    PredictOptions,
+    Progress,
+    ScoreMap,
+    predict_slide,
+    read_score_map,
+    stain_statistics,
+)
+from darefine_qupath.prediction.blend import Layers, RollingBand, Score, pooled_length, pooled_window, smooth_window
+from darefine_qupath.prediction.checks import check_slide, stain_distance
+from darefine_qupath.prediction.forward import (
+    Engine,
+    EngineSettings,
+    choose_batch_size,
+    choose_device,
+    choose_precision,
+)
+from darefine_qupath.prediction.journal import Journal, JournalState
+from darefine_qupath.prediction.plan import MapGrid, Parent, context_step, plan_slide, with_overlap
+from darefine_qupath.prediction.reading import Batch, BatchPixels, batches, read_ahead
+from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
+from darefine_qupath.tiles import TileSpec, plan_tiles
+from tests.prediction_stubs import CLASSES, SPEC, ColourNetwork, array_slide, blobs, checkpoint
+
+quick = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@given(length=st.integers(1, 600))
+@quick
+def test_window_is_symmetric_positive_and_highest_in_the_middle(length: int) -> None:
+    window = smooth_window(length)
+    assert window.min() > 0
+    assert window.max() <= 1
+    np.testing.assert_allclose(window, window[::-1], atol=1e-6)
+    assert window.argmax() in (length // 2, (length - 1) // 2)
+
+
+@given(half=st.integers(2, 300))
+@quick
+def test_windows_half_a_slice_apart_weigh_every_pixel_alike(half: int) -> None:
+    window = smooth_window(2 * half)
+    both = window[:half] + window[half:]
+    assert both.max() - both.min() < 1e-5
+
+
+@given(length=st.integers(1, 300), stride=st.sampled_from([1, 2, 4]), data=st.data())
+@quick
+def test_pooling_a_window_keeps_its_sum(length: int, stride: int, data: st.DataObject) -> None:
+    phase = data.draw(st.integers(0, stride - 1))
+    pooled = pooled_window(length, phase, stride)
+    assert len(pooled) == pooled_length(length, phase, stride)
+    assert pooled.sum() * stride == pytest.approx(smooth_window(length).sum(), rel=1e-5)
+
+
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 60), max_size=4))
+@quick
+def test_band_in_pieces_is_the_band_at_once(seed: int, cuts: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    ones = np.ones((9, 7), np.float32)
+    places = rng.integers(-5, (60, 40), (12, 2)).tolist()
+    scores = [Score(row, column, rng.random((3, 9, 7), np.float32), ones) for row, column in places]
+    whole = RollingBand(3, 40)
+    whole.reserve(70)
+    for score in scores:
+        whole.add(score)
+    expected = whole.finish(60)
+    pieces, layers = RollingBand(3, 40), []
+    for cut in [*sorted(cuts), 60]:
+        pieces.reserve(70)
+        for score in [score for score in scores if score.row < cut]:
+            pieces.add(score)
+        scores = [score for score in scores if score.row >= cut]
+        layers.append(pieces.finish(cut))
+        # What a journal stores is all that the next piece needs.
+        follower = RollingBand(3, 40, top=pieces.top)
+        follower.carry = pieces.carry
+        pieces = follower
+    for name in ("label", "confidence", "margin", "runner_up"):
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(layer, name) for layer in layers]), getattr(expected, name)
+        )
+
+
+def test_layers_say_best_second_and_by_how_much() -> None:
+    band = RollingBand(3, 2)
+    band.reserve(1)
+    scores = np.array([[[0.2, 0.1]], [[0.7, 0.1]], [[0.1, 0.8]]], np.float32)
+    band.add(Score(0, 0, scores[:, :, :1], np.full((1, 1), 0.5, np.float32)))
+    layers = band.finish(1)
+    assert layers.label.tolist() == [[1, 255]]
+    assert layers.confidence.tolist() == [[round(0.7 * 255), 0]]
+    assert layers.margin.tolist() == [[round(0.5 * 255), 0]]
+    assert layers.runner_up.tolist() == [[0, 255]]
+
+
+def test_one_class_has_no_runner_up() -> None:
+    band = RollingBand(1, 1)
+    band.reserve(1)
+    band.add(Score(0, 0, np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32)))
+    layers = band.finish(1)
+    assert (layers.label[0, 0], layers.margin[0, 0], layers.runner_up[0, 0]) == (0, 255, 255)
+
+
+SPECS = st.builds(
+    lambda side, times, steps, placement, size: TileSpec(
+        size_px=size, slice_px=side, context_px=side * times, stride_px=max(1, side // steps), placement=placement
+    ),
+    side=st.integers(20, 120),
+    times=st.integers(1, 5),
+    steps=st.integers(1, 4),
+    placement=st.sampled_from(["parent", "centred"]),
+    size=st.sampled_from([16, 20, 30]),
+)
+
+
+@given(spec=SPECS, width=st.integers(1, 900), height=st.integers(1, 900))
+@quick
+def test_plan_covers_the_slide_and_finishes_rows_in_order(spec: TileSpec, width: int, height: int) -> None:
+    plan = plan_slide((width, height), spec.at(None), PredictOptions())
+    covered = np.zeros((height, width), bool)
+    done = 0
+    for row in plan.rows:
+        for parent in row.parents:
+            for box in parent.slices:
+                assert parent.context.contains(box)
+                assert plan.grid.place(box.y)[0] >= done
+                covered[max(0, box.y) : box.bottom, max(0, box.x) : box.right] = True
+        assert row.bottom >= done
+        assert row.reach <= plan.grid.size.height
+        done = row.bottom
+    assert done == plan.grid.size.height
+    assert covered.all()
+
+
+def test_no_slice_border_lies_on_a_parent_border_alone() -> None:
+    # Of every column of the paper's plan, more than the edges of slices must be seen.
+    spec = TileSpec.paper().at(None)
+    plan = plan_slide((14_000, 14_000), spec, PredictOptions())
+    starts = sorted({box.x for row in plan.rows for parent in row.parents for box in parent.slices})
+    assert set(np.diff(starts)) == {500}
+    assert len({(box.x, box.y) for row in plan.rows for p in row.parents for box in p.slices}) == plan.num_slices
+    assert context_step(spec) == 4500
+
+
+def test_first_parent_is_planned_as_in_training() -> None:
+    spec = TileSpec.paper().at(None)
+    trained = plan_tiles((14_000, 14_000), spec)[:81]
+    predicted = plan_slide((14_000, 14_000), spec, PredictOptions()).rows[0].parents[0]
+    assert [pair.slice for pair in trained] == list(predicted.slices)
+    assert {pair.context for pair in trained} == {predicted.context}
+
+
+@pytest.mark.parametrize(("overlap", "stride"), [(None, 375), (0.0, 500), (0.5, 250), (0.75, 125)])
+def test_overlap_sets_the_stride(overlap: float | None, stride: int) -> None:
+    spec = TileSpec(size_px=500, slice_px=500, context_px=2000, stride_px=500).at(None)
+    assert with_overlap(spec, overlap).stride_px == stride
+
+
+def test_overlap_as_trained_is_kept() -> None:
+    assert with_overlap(TileSpec.paper().at(None), None) == TileSpec.paper().at(None)
+
+
+@given(scale=st.floats(0.3, 9), position=st.integers(-5000, 200_000), stride=st.sampled_from([1, 2, 4]))
+@quick
+def test_a_place_on_the_map_is_at_most_half_an_input_pixel_off(scale: float, position: int, stride: int) -> None:
+    grid = MapGrid(scale, stride, Size(1, 1))
+    pixel, phase = grid.place(position)
+    assert 0 <= phase < stride
+    assert abs((pixel * stride + phase) * scale - position) <= scale / 2 + 1e-6
+
+
+def test_batches_run_over_parents_and_open_each_once() -> None:
+    parents = [Parent(Box(10 * n, 0, 10, 10), tuple(Box(10 * n + i, 0, 1, 1) for i in range(3))) for n in range(4)]
+    found = list(batches(parents, 5))
+    assert [len(batch.slices) for batch in found] == [5, 5, 2]
+    assert [batch.parents for batch in found] == [(0, 0, 0, 1, 1), (1, 2, 2, 2, 3), (3, 3)]
+    assert [[number for number, _ in batch.opening] for batch in found] == [[0, 1], [2, 3], []]
+    assert not any(batch.opening for batch in batches(parents, 5, contexts=False))
+
+
+def test_reading_ahead_keeps_order_and_bound() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def read(batch: Batch) -> BatchPixels:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002 * (batch.parents[0] % 3))
+        return BatchPixels(batch, (), (), ())
+
+    work = [Batch((), (number,), ()) for number in range(40)]
+    order = []
+    with ThreadPoolExecutor(8) as pool:
+        for pixels in read_ahead(iter(work), read, pool, ahead=5):
+            order.append(pixels.batch.parents[0])
+            with lock:
+                assert running - len(order) <= 5
+    assert order == list(range(40))
+    assert most > 2
+
+
+def test_reading_ahead_passes_errors_on() -> None:
+    def read(batch: Batch) -> BatchPixels:
+        raise ValueError(f"batch {batch.parents[0]}")
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="batch 0"):
+        list(read_ahead(iter([Batch((), (number,), ()) for number in range(9)]), read, pool, ahead=3))
+
+
+class Located(torch.nn.Module):
+    """Gives back where the network was told each slice lies, painted into the slice's own frame."""
+
+    def encode_context(self, context_N3HW: torch.Tensor) -> ContextFeatures:
+        return ContextFeatures(maps=(context_N3HW,))
+
+    def decode(self, slice_B3HW, context, index_B, box_B4):  # noqa: ANN001, ANN201
+        from_context = []
+        side = context.maps[0].shape[-1]
+        for index, (left, top, right, bottom) in zip(
+            index_B.tolist(), (box_B4 * side).round().int().tolist(), strict=True
+        ):
+            from_context.append(context.maps[0][index, :, top:bottom, left:right])
+        return slice_B3HW - torch.stack(from_context)
+
+
+def test_symmetries_turn_slice_context_and_place_alike() -> None:
+    # If box, slice and context turn together, the slice cut from the context is the slice, in all eight.
+    context = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    boxes = np.array([[4, 8, 20, 24], [20, 0, 36, 16]], np.float32)
+    slices = [context[int(t) : int(b), int(left) : int(r)] for left, t, r, b in boxes]
+    options = EngineSettings(device="cpu", precision="fp32", batch_size=2, tta=True, map_stride=1)
+    engine = Engine(Located(), Normalisation(), options)
+    scored = engine.score(slices, engine.encode([context]), [0, 0], boxes / 40, [(0, 0)] * 2)
+    for scores, _ in scored.fetch():
+        np.testing.assert_allclose(scores, 1 / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("phase", [(0, 0), (1, 3), (2, 2)])
+def test_pooled_scores_are_those_of_the_mean_logits(phase: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (30, 30, 3), np.uint8)
+    scores = []
+    for stride in (1, 4):
+        options = EngineSettings(device="cpu", precision="fp32", batch_size=1, map_stride=stride)
+        engine = Engine(ColourNetwork(sharpness=1.0), Normalisation(mean=(0, 0, 0), std=(1, 1, 1)), options)
+        place = phase if stride == 4 else (0, 0)
+        scored = engine.score([pixels], engine.encode([pixels]), [0], np.zeros((1, 4), np.float32), [place])
+        scores.append(next(iter(scored.fetch())))
+    (fine, _), (coarse, weight) = scores
+    row, column = 8 - phase[0], 12 - phase[1]
+    block = np.log(fine[:, row : row + 4, column : column + 4])
+    expected = np.exp(block.mean((1, 2)))
+    np.testing.assert_allclose(coarse[:, 2, 3], expected / expected.sum(), rtol=1e-4)
+    assert coarse.shape[1:] == weight.shape
+    np.testing.assert_allclose(coarse.sum(0), 1, rtol=1e-5)
+
+
+def test_network_without_context_is_given_none(tmp_path: Path) -> None:
+    config = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3)
+    slide = array_slide(tmp_path, blobs((128, 128)))
+    tiles = TileSpec(size_px=64, slice_px=64, context_px=128, stride_px=64)
+    options = PredictOptions(tissue=False, device="cpu", precision="fp32", overlap=0.0)
+    predict_slide(slide, checkpoint(build_model(config, seed=0), tiles=tiles), out=tmp_path / "map", options=options)
+    assert {read.width for read in slide.reads} == {64}
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"), [((True, False), "bf16"), ((False, True), "bf16"), ((False, False), "fp32")]
+)
+def test_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[bool, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flags[0], raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flags[1], raising=False)
+    assert choose_precision("auto", torch.device("cpu")) == precision
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+def test_batches_are_smaller_for_larger_slices() -> None:
+    cpu = torch.device("cpu")
+    assert [choose_batch_size(cpu, size) for size in (2000, 500, 256, 128)] == [2, 2, 8, 32]
+    assert choose_batch_size(torch.device("meta"), 500) == 32
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def state(**changes: object) -> JournalState:
+    values = {"fingerprint": "f", "settings": EngineSettings(device="cpu", precision="fp32", batch_size=2)} | changes
+    return JournalState(**values)  # type: ignore[arg-type]
+
+
+def test_journal_gives_back_what_was_committed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "partial")
+    journal.start(state())
+    band, carry = Layers.blank(3, 5), np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    warning = SlideWarning(kind="unreadable", message="m", value=1.0, boxes=(Box(1, 2, 3, 4),))
+    committed = state(rows_done=1, slices_done=7, class_pixels=(1, 2), warnings=(warning,))
+    journal.commit(committed, band, carry)
+    again = Journal(tmp_path / "partial")
+    assert again.load("f") == committed
+    np.testing.assert_array_equal(again.carry(0), carry)
+    np.testing.assert_array_equal(next(again.bands(1)).label, band.label)
+    assert again.load("another") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "f"}', '{"format": "x", "settings": {}}'])
+def test_damaged_journal_starts_over(tmp_path: Path, text: str) -> None:
+    journal = Journal(tmp_path / "partial")
+    journal.start(state())
+    (tmp_path / "partial" / "journal.json").write_text(text)
+    assert journal.load("f") is None
+
+
+def test_damaged_band_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "partial")
+    journal.start(state())
+    (tmp_path / "partial" / "band-00000.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(PredictionError, match=r"band-00000\.npz is damaged"):
+        next(journal.bands(1))
+
+
+def a_map(folder: Path, size: tuple[int, int] = (700, 900)) -> ScoreMap:
+    return ScoreMap(
+        folder=folder,
+        size=Size(*size),
+        box=Box(0, 0, size[0] * 8, size[1] * 8),
+        downsample=8.0,
+        mpp=0.25,
+        classes=CLASSES,
+        model_id="m",
+        fingerprint="f",
+        class_pixels=(100, 300, 0),
+        num_slices=3,
+    )
+
+
+def some_bands(size: tuple[int, int], heights: list[int]) -> list[Layers]:
+    rng = np.random.default_rng(0)
+    layers = []
+    for height in heights:
+        label = blobs((size[0], height), seed=height)
+        label[:, :50] = 255
+        shape = (height, size[0])
+        confidence, margin = (rng.integers(0, 255, shape, np.uint8) for _ in range(2))
+        layers.append(Layers(label, confidence, margin, np.full(shape, 2, np.uint8)))
+    return layers
+
+
+@pytest.mark.parametrize("heights", [[900], [1, 511, 300, 88], [512, 388], [100] * 9])
+def test_bands_of_any_height_make_the_same_files(tmp_path: Path, heights: list[int]) -> None:
+    whole = some_bands((700, 900), [900])[0]
+    starts = np.cumsum([0, *heights])
+    pieces = [
+        Layers(
+            *(plane[start : start + height] for plane in (whole.label, whole.confidence, whole.margin, whole.runner_up))
+        )
+        for start, height in zip(starts, heights, strict=False)
+    ]
+    found = a_map(tmp_path)
+    write_score_map(found, pieces)
+    np.testing.assert_array_equal(found.read("class"), whole.label)
+    np.testing.assert_array_equal(found.read("margin", Box(10, 20, 30, 40)), whole.margin[20:60, 10:40])
+    rows = [(row, band["confidence"]) for row, band in found.bands(300)]
+    assert [row for row, _ in rows] == [0, 300, 600]
+    np.testing.assert_array_equal(np.concatenate([band for _, band in rows]), whole.confidence)
+
+
+def test_openslide_opens_the_pyramid_in_class_colours(tmp_path: Path) -> None:
+    found = a_map(tmp_path)
+    band = some_bands((700, 900), [900])[0]
+    write_score_map(found, [band])
+    with openslide.OpenSlide(str(found.class_path)) as slide:
+        assert slide.level_dimensions[0] == (700, 900)
+        assert slide.level_count == 3
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(2.0)
+        pixels = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., :3]
+    for label, colour in enumerate(CLASSES.colours):
+        assert (pixels[band.label == label] == colour).all()
+    with openslide.OpenSlide(str(found.confidence_path)) as slide:
+        grey = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., 0]
+    np.testing.assert_array_equal(grey, band.confidence)
+
+
+def test_map_without_all_rows_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(PredictionError, match="888 rows were given for a score map of 900"):
+        write_score_map(a_map(tmp_path), some_bands((700, 888), [888]))
+    with pytest.raises(PredictionError, match="No finished score map"):
+        read_score_map(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"format": "darefine-score-map/9"}, "has format 'darefine-score-map/9', expected"),
+        ({"size": None}, "is damaged"),
+        ({"classes": {}}, "is damaged"),
+    ],
+)
+def test_damaged_sidecar_is_refused(tmp_path: Path, damage: dict[str, object], message: str) -> None:
+    write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
+    path = tmp_path / "scoremap.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(PredictionError, match=message):
+        read_score_map(tmp_path)
+
+
+def test_missing_layer_is_named(tmp_path: Path) -> None:
+    write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
+    (tmp_path / "margin.tif").unlink()
+    with pytest.raises(PredictionError, match="lacks the layers"):
+        read_score_map(tmp_path)
+
+
+def test_window_outside_the_map_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PredictionError, match="not inside the score map"):
+        a_map(tmp_path).read("class", Box(600, 0, 200, 10))
+
+
+def test_areas_and_shares(tmp_path: Path) -> None:
+    found = a_map(tmp_path)
+    assert found.areas_mm2() == pytest.approx({"A": 0.0004, "B": 0.0012, "C": 0.0})
+    assert found.shares() == {"A": 0.25, "B": 0.75, "C": 0.0}
+
+
+def tissue(mean: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(mean, 20, (64, 64, 3))
+    return noise.clip(0, 255).astype(np.uint8)
+
+
+def test_stain_statistics_leave_glass_out() -> None:
+    stained = tissue((190, 110, 170))
+    glass = np.full((64, 64, 3), 240, np.uint8)
+    alone, with_glass = stain_statistics([stained]), stain_statistics([stained, glass])
+    assert alone == with_glass
+    assert alone is not None
+    assert alone.num_pixels > 4000
+    assert alone.mean[1] > alone.mean[2] > alone.mean[0]
+    assert stain_statistics([glass]) is None
+    assert prediction.StainStatistics.from_json(alone.to_json()) == alone
+    assert stain_distance(alone, alone) == 0
+
+
+def warnings_for(tmp_path: Path, *, mpp: float | None = 0.5, **provenance: object) -> dict[str, SlideWarning]:
+    slide = array_slide(tmp_path, blobs((300, 300)))
+    slide.pixels = np.tile(tissue((190, 110, 170)), (5, 5, 1))[:300, :300]
+    plan = plan_slide(slide.size, SPEC.at(None), PredictOptions())
+    physical = TileSpec(size_px=32, slice_um=16, context_um=64, stride_um=8)
+    found = check_slide(slide, plan, tiles=physical, mpp=mpp, provenance=provenance)
+    return {warning.kind: warning for warning in found}
+
+
+def test_usual_slide_gives_no_warning(tmp_path: Path) -> None:
+    stain = stain_statistics([tissue((190, 110, 170), seed=3)])
+    assert stain is not None
+    assert not warnings_for(tmp_path, stain=stain.to_json())
+    assert not warnings_for(tmp_path)
+
+
+def test_other_stain_and_other_pixel_size_are_told_with_numbers(tmp_path: Path) -> None:
+    stain = stain_statistics([tissue((120, 160, 220))])
+    assert stain is not None
+    found = warnings_for(tmp_path, stain=stain.to_json())
+    assert found["stain"].value > 1
+    assert f"{found['stain'].value:.2f} standard deviations" in found["stain"].message
+    assert warnings_for(tmp_path, mpp=0.8)["mpp"].value == pytest.approx(1.6)
+    assert not warnings_for(tmp_path, mpp=None)
+
+
+@pytest.mark.parametrize(("trained", "ratio"), [(0.25, 2.0), ([0.25, 1.0], 2.0), ([0.45], None), (1.0, 0.5)])
+def test_pixel_size_is_compared_with_the_nearest_of_training(
+    tmp_path: Path, trained: float | list[float], ratio: float | None
+) -> None:
+    slide = array_slide(tmp_path, blobs((200, 200)))
+    plan = plan_slide(slide.size, SPEC.at(None), PredictOptions())
+    found = check_slide(slide, plan, tiles=SPEC, mpp=0.5, provenance={"mpp": trained})
+    assert [warning.value for warning in found] == ([] if ratio is None else [pytest.approx(ratio)])
+
+
+def test_unreadable_places_are_found_before_work_starts(tmp_path: Path) -> None:
+    slide = array_slide(tmp_path, blobs((300, 300)), damage=(Box(0, 0, 300, 120),))
+    plan = plan_slide(slide.size, SPEC.at(None), PredictOptions())
+    (found,) = check_slide(slide, plan, tiles=SPEC, mpp=None, provenance={})
+    assert found.kind == "unreadable"
+    assert 0.2 < found.value < 0.7
+    options = PredictOptions(tissue=False, device="cpu", strict=True)
+    with pytest.raises(PredictionError, match="places looked at cannot be read"):
+        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=options)
+
+
+def test_progress_before_the_first_slice_knows_no_time_left() -> None:
+    assert Progress("s", 0, 10, 0.0, 0).seconds_left is None
+    assert Progress("s", 6, 10, 2.0, 4).seconds_left == 2.0
+
+
+def test_names_that_others_rely_on() -> None:
+    assert set(prediction.__all__) == {
+        "PredictOptions", "Progress", "ScoreMap", "SlideResult", "SlideTask", "SlideWarning", "StainStatistics",
+        "predict_many", "predict_slide", "read_score_map", "stain_statistics",
+    }  # fmt: skip
+    assert len(prediction.__all__) <= 12
