@@ -7,9 +7,8 @@ CUDA devices and gloo between CPUs. Without these variables there is one process
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -104,17 +103,16 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-@contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, and leave them at the end.
+def join_world(device: str) -> World:
+    """Join the processes that ``torchrun`` started; they stay joined until this process ends.
 
     Parameters
     ----------
     device : str
         See `resolve_device`.
 
-    Yields
-    ------
+    Returns
+    -------
     World
         Of one process where the environment names no others.
 
@@ -131,14 +129,9 @@ def join_world(device: str) -> Iterator[World]:
     world = World(rank=rank, size=size, device=resolve_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    joined = size > 1 and not distributed.is_initialized()
-    if joined:
+    if size > 1 and not distributed.is_initialized():
         _join(world)
-    try:
-        yield world
-    finally:
-        if joined:
-            distributed.destroy_process_group()
+    return world
 
 
 def _join(world: World) -> None:
@@ -150,3 +143,5 @@ def _join(world: World) -> None:
             f"Process {world.rank} of {world.size} could not join the others ({error}); start with torchrun, or unset "
             f"WORLD_SIZE to train alone"
         ) from error
+    # Joining a second time would meet the leftovers of the first: the group is left at the very end alone.
+    atexit.register(distributed.destroy_process_group)

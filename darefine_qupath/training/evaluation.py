@@ -74,6 +74,8 @@ def evaluate(
         raise TrainingError(f"There is no context mode {context!r}; use one of {list(get_args(ContextMode))}")
     if not len(data):
         raise TrainingError("There are no tiles to evaluate; check the split and the annotations of its images")
+    if context == "shuffled" and len(data) == 1:
+        raise TrainingError("A single tile has no other tile to take a context from; evaluate at least two")
     device, world = torch.device(device), world or World()
     normalisation = normalisation or Normalisation.of(model.config)
     num_classes = model.config.num_classes
@@ -94,8 +96,9 @@ def _plan(num_tiles: int, context: str, batch_size: int, world: World) -> Iterat
     order = np.arange(num_tiles)
     if context == "shuffled":
         order = np.random.default_rng(num_tiles).permutation(num_tiles)
-        batch_size = max(2, batch_size)
-    num_batches = max(1, round(num_tiles / batch_size)) if context == "shuffled" else -(-num_tiles // batch_size)
+        # With three or more at once, an even cut never leaves a tile alone with its own context.
+        batch_size = max(3, batch_size)
+    num_batches = -(-num_tiles // batch_size)
     for step, rows in enumerate(np.array_split(order, num_batches)):
         if step % world.size == world.rank:
             tiles = tuple(int(row) for row in rows)

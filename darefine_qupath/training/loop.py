@@ -147,7 +147,8 @@ def train(
     )
     _check_data(train_data, settings)
     folder = RunFolder(out)
-    with join_world(config.device) as world, stop_on_signals() as stop, _own_randomness(world):
+    world = join_world(config.device)
+    with stop_on_signals() as stop, _own_randomness(world):
         _check_batch(config, world)
         if resume:
             folder.check(settings)
@@ -190,6 +191,7 @@ class _Run:
         self.environment = environment()
         self.validated: Mapping[str, Any] = {}
         self.learning_rate = 0.0
+        self.must_stop = False
 
     def _stepper(self, init_from: Path | None) -> Stepper:
         config, settings = self.config, self.settings
@@ -247,15 +249,17 @@ class _Run:
         with self._memory_advice():
             outcome = self.stepper.train_on(loaded.batch, draws, factor, stop=bool(self.stop))
             # Looking at the step before this one lets the device work while the next batch is prepared.
-            must_stop = self._look_back()
-        self.pending = (outcome, loaded.ids)
-        if must_stop or (self.stop and self.world.size == 1):
+            self._look_back()
+            self.pending = (outcome, loaded.ids)
+            is_last = loaded.placed.step + 1 == self.steps
+            is_save_due = not is_last and self._is_save_due()
+            if is_last or is_save_due:
+                self._look_back()
+        if self.must_stop or (self.stop and self.world.size == 1):
             self._stop_now()
-        if loaded.placed.step + 1 == self.steps:
-            self._look_back()
+        if is_last:
             self._end_epoch()
-        elif self._is_save_due():
-            self._look_back()
+        elif is_save_due:
             self._save_state()
 
     @contextmanager
@@ -264,10 +268,10 @@ class _Run:
         with memory_advice(at_once, self.settings.tiles.size_px):
             yield
 
-    def _look_back(self) -> bool:
-        """Wait for the step under way, count its loss, report; return whether a process was asked to stop."""
+    def _look_back(self) -> None:
+        """Wait for the step under way, count its loss, report; note whether a process was asked to stop."""
         if self.pending is None:
-            return False
+            return
         (outcome, ids), self.pending = self.pending, None
         loss = float(outcome.loss)
         if not math.isfinite(loss):
@@ -276,8 +280,8 @@ class _Run:
         done = self.counters.step + 1
         self.counters = replace(self.counters, step=done, loss_sum=self.counters.loss_sum + loss)
         self.watch.step()
+        self.must_stop = bool(outcome.num_stops > 0)
         self._tell()
-        return bool(outcome.num_stops > 0)
 
     def _not_a_number(self, loss: float, own_loss: float, ids: tuple[str, ...]) -> str:
         where = f"epoch {self.counters.epoch + 1}, step {self.counters.step + 1}"

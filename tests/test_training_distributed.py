@@ -1,0 +1,122 @@
+"""Two processes against one; each test starts real processes that talk over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.models import ModelConfig
+from darefine_qupath.training import RunFolder
+from darefine_qupath.training.distributed import join_world, resolve_device
+from tests.training_toy import toy_config, toy_data, toy_train
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = toy_config(epochs=1, batch_size=4, loss="ce-dice", freeze_batch_norm="yes", class_weights="inverse")
+MODEL = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
+
+WORKER = """
+import os, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from darefine_qupath.errors import TrainingStoppedError
+from tests.test_training_distributed import run
+out = Path(sys.argv[1])
+run(out / "two")
+try:
+    run(out / "stopped", progress=lambda progress: progress.step == 1 and os.kill(os.getpid(), 15))
+except TrainingStoppedError as error:
+    print("STOPPED", error)
+run(out / "stopped", resume=True)
+"""
+
+
+def run(out: Path, **changes: object) -> None:
+    toy_train(out, CONFIG, model=MODEL, train_data=toy_data(17), **changes)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start_two(out: Path) -> list[str]:
+    """Start two processes as torchrun would; return what each printed."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(out)],
+            env={**os.environ, **common, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+    return [printed for printed, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Folder with the runs ``one``, ``two`` and ``stopped``, and what the two processes printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(folder / "one")
+    return folder, start_two(folder)
+
+
+Runs = tuple[Path, list[str]]
+
+
+def test_two_processes_have_the_loss_of_one(runs: Runs) -> None:
+    one, two = (RunFolder(runs[0] / name).records()[0] for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert sum(map(sum, two["confusion"])) == sum(map(sum, one["confusion"]))
+
+
+def test_two_processes_have_the_weights_of_one(runs: Runs) -> None:
+    one, two = (load_file(runs[0] / name / "last.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(runs: Runs) -> None:
+    assert all(text.startswith("STOPPED") for text in runs[1])
+    whole, parts = (load_file(runs[0] / name / "last.safetensors") for name in ("two", "stopped"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = join_world("cpu")
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.sum(torch.tensor(3)).item() == 3
+
+
+def test_broken_environments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(TrainingError, match="not a number"):
+        join_world("cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(TrainingError, match="could not join the others"):
+        join_world("cpu")
+
+
+def test_devices_by_name() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
