@@ -36,7 +36,7 @@ from darefine_qupath.models import (
     load_imagenet_weights,
     num_parameters,
 )
-from darefine_qupath.models.blocks import ChainedResidualPooling, ResidualConvUnit, resize
+from darefine_qupath.models.blocks import ChainedResidualPooling, ResidualConvUnit, max_pool_5x5, resize
 from darefine_qupath.models.darefinenet import AttentionJoin, DARefineNet, crop
 from darefine_qupath.models.encoders import build_encoder
 from tests.stored_logits import BOX_B4, SMALL, VARIANTS, image, sampled_logits, seeded_state
@@ -227,6 +227,14 @@ def test_chained_residual_pooling_adds_the_maxima_of_growing_windows() -> None:
                 for reach in (0, 2, 4, 6, 8)
             ]
             assert found[row][column] == pytest.approx(sum(float(window) for window in windows), abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (16, 5)], ids=str)
+def test_quick_pooling_gives_the_bits_of_torchs_own(size: tuple[int, int], layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, *size).to(memory_format=layout)
+    assert torch.equal(max_pool_5x5(x), F.max_pool2d(x, 5, 1, 2))
+    assert torch.equal(max_pool_5x5(x.clone().requires_grad_()), F.max_pool2d(x, 5, 1, 2))
 
 
 def straight_line(config: ModelConfig, slice_b3hw: Tensor, context_b3hw: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-__all__ = ["ChainedResidualPooling", "ResidualConvUnit", "conv", "residual_conv_units", "resize"]
+__all__ = ["ChainedResidualPooling", "ResidualConvUnit", "conv", "max_pool_5x5", "residual_conv_units", "resize"]
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, *, bias: bool = False) -> nn.Conv2d:
@@ -53,9 +54,29 @@ class ChainedResidualPooling(nn.Module):
         """Return a feature of the same shape that has seen a larger region."""
         sum_BCHW = top_BCHW = x_BCHW
         for stage in self.convs:
-            top_BCHW = stage(F.max_pool2d(top_BCHW, 5, stride=1, padding=2))
+            top_BCHW = stage(max_pool_5x5(top_BCHW))
             sum_BCHW = sum_BCHW + top_BCHW
         return sum_BCHW
+
+
+def max_pool_5x5(x_BCHW: Tensor) -> Tensor:
+    """5x5 max-pooling with stride 1.
+
+    torch's own kernel takes a third of a paper-sized forward on a CPU. Where no gradient is needed, maxima of shifted
+    copies give the same bits about ten times faster.
+    """
+    if x_BCHW.requires_grad or x_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.max_pool2d(x_BCHW, 5, stride=1, padding=2)
+    return _max_of_five(_max_of_five(x_BCHW, 2), 3)
+
+
+def _max_of_five(x_BCHW: Tensor, dim: int) -> Tensor:
+    """Maximum over every five neighbours along rows (2) or columns (3)."""
+    size = x_BCHW.shape[dim]
+    padded = F.pad(x_BCHW, (2, 2, 0, 0) if dim == 3 else (0, 0, 2, 2), value=float("-inf"))
+    of_two = torch.maximum(padded.narrow(dim, 0, size + 3), padded.narrow(dim, 1, size + 3))
+    of_four = torch.maximum(of_two.narrow(dim, 0, size + 1), of_two.narrow(dim, 2, size + 1))
+    return torch.maximum(of_four.narrow(dim, 0, size), padded.narrow(dim, 4, size))
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
