@@ -44,6 +44,7 @@ __all__ = [
     "decode",
     "encode",
     "modified_utf8",
+    "no_collection",
 ]
 
 MAGIC = b"\xac\xed\x00\x05"
@@ -72,6 +73,7 @@ SC_ENUM = 0x10
 
 _FIRST_HANDLE = 0x7E0000
 _WIDTHS = {"B": 1, "C": 2, "D": 8, "F": 4, "I": 4, "J": 8, "S": 2, "Z": 1}
+_ARRAY_CODES = {*_WIDTHS, "[", "L"}
 _STRUCTS = {code: struct.Struct(f">{fmt}") for code, fmt in zip("BCDFIJSZ", "bHdfiqh?", strict=True)}
 _DTYPES = {"B": "i1", "C": ">u2", "D": ">f8", "F": ">f4", "I": ">i4", "J": ">i8", "S": ">i2", "Z": "?"}
 
@@ -210,11 +212,11 @@ class ClassDesc:
     def steps(self) -> tuple[int, ...]:
         """How the data of an object is laid out, superclass first.
 
-        A positive number is so many bytes of primitives, a negative one so many references, and 0 is content up to an
-        end mark (an annotation of ``writeObject``, or all an externalizable object wrote).
+        A positive number is so many bytes of primitives, a negative one so many references, and 0 is an annotation:
+        content up to an end mark. Externalizable objects have no layout.
         """
         if self._steps is None:
-            self._steps = (0,) if self.is_externalizable else tuple(_layout(self))
+            self._steps = tuple(_layout(self))
         return self._steps
 
     @property
@@ -271,8 +273,8 @@ class JavaObject:
     desc : ClassDesc or ProxyDesc
         Its class.
     data : tuple
-        One item per step of the class (`ClassDesc.steps`), references one by one: `bytes` of primitives, a value, or a
-        tuple of values for an annotation.
+        What an externalizable object wrote. Of others one item per step of the class (`ClassDesc.steps`), references
+        one by one: `bytes` of primitives, a value, or a tuple of values for an annotation.
 
     Notes
     -----
@@ -311,12 +313,11 @@ class JavaObject:
     @property
     def content(self) -> tuple[Content, ...]:
         """What an externalizable object wrote."""
-        content: tuple[Content, ...] = self.data[0]
-        return content
+        return self.data
 
     @content.setter
     def content(self, values: Sequence[Content]) -> None:
-        self.data = (tuple(values),)
+        self.data = tuple(values)
 
     def get(self, name: str) -> Any:  # noqa: ANN401 - a field holds whatever its type says
         """Value of a field, or of an annotation by ``"@class name"``.
@@ -461,6 +462,8 @@ def _lineage(desc: AnyDesc) -> list[AnyDesc]:
 
 
 def _layout(desc: AnyDesc) -> Iterator[int]:
+    if desc.is_externalizable:
+        return
     for part in _lineage(desc):
         if not part.flags & SC_SERIALIZABLE:
             continue
@@ -497,7 +500,7 @@ def _field_index(desc: AnyDesc) -> dict[str, tuple[int, int, str]]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Hold the cycle collector: hundreds of thousands of new nodes would make it walk all of them again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -517,11 +520,9 @@ class _Frame:
         self.node = node
         self.steps = steps
         self.step = 0
-        self.left = left
-        """Values to read in this step; negative = up to the end mark."""
+        self.left = left  # values to read in this step; negative = up to the end mark
         self.data: list[Any] = []
-        self.out = self.data
-        """Where they go."""
+        self.out = self.data  # where they go
 
 
 class _Decoder:
@@ -531,13 +532,18 @@ class _Decoder:
         self.data = data
         self.pos = 0
         self.stream = Stream(())
+        self.stream.offsets = array("I" if len(data) < 1 << 32 else "Q")
         self.nodes = self.stream.nodes
         self.offsets = self.stream.offsets
         self.first = 0
         """Number of the node that has the first handle: moves at a reset."""
         self.annotation_depth = 0
         self.pool: dict[bytes, bytes] = {}
-        self.readers: list[Callable[[_Frame], Any]] = [self._unknown] * 256
+        self.steps: dict[int, tuple[int, ...]] = {}
+        """Layout of the classes that were found fit to have objects, by the descriptor's id."""
+        self.opened: _Frame | None = None
+        """What the reader called last has begun and not finished."""
+        self.readers: list[Callable[[int], Any]] = [self._unknown] * 256
         self.readers[TC_CLASSDESC] = self.readers[TC_PROXYCLASSDESC] = self._desc_value
         self.readers[TC_OBJECT] = self._object
         self.readers[TC_STRING] = self._string
@@ -570,7 +576,7 @@ class _Decoder:
             self.first = len(self.nodes)
             return Aborted(exception)
         if tag in (TC_BLOCKDATA, TC_BLOCKDATALONG):
-            block: bytes = self.readers[tag](_Frame(None, (), -1))
+            block: bytes = self.readers[tag](-1)
             return block
         return self._value()
 
@@ -580,36 +586,35 @@ class _Decoder:
 
     def _values(self, count: int) -> list[Any]:
         """Read `count` values, or up to the end mark when negative."""
-        data, nodes, readers = self.data, self.nodes, self.readers
+        data, readers = self.data, self.readers
         root = frame = _Frame(None, (), count)
         stack: list[_Frame] = []
         while True:
-            while frame.left:
+            out, left = frame.out, frame.left
+            while left:
                 tag = data[self.pos]
                 if tag == TC_REFERENCE:
-                    value = nodes[self._handle()]
+                    out.append(self._referred())
                 elif tag == TC_NULL:
-                    value = None
+                    out.append(None)
                     self.pos += 1
-                elif tag == TC_ENDBLOCKDATA and frame.left < 0:
+                elif tag == TC_ENDBLOCKDATA and left < 0:
                     self.pos += 1
                     break
                 else:
-                    value = readers[tag](frame)
-                    if value.__class__ is _Frame:
+                    out.append(readers[tag](left))
+                    if self.opened is not None:
+                        # Its place is taken already; what it holds comes next.
+                        frame.left = left - 1
                         stack.append(frame)
-                        frame = value
+                        frame, self.opened = self.opened, None
+                        out, left = frame.out, frame.left
                         continue
-                frame.out.append(value)
-                frame.left -= 1
-            if self._next_step(frame):
-                continue
-            if frame is root:
-                return root.data
-            node = frame.node
-            frame = stack.pop()
-            frame.out.append(node)
-            frame.left -= 1
+                left -= 1
+            if not self._next_step(frame):
+                if frame is root:
+                    return root.data
+                frame = stack.pop()
 
     def _next_step(self, frame: _Frame) -> bool:
         """Begin what comes next in an object; False when it is complete."""
@@ -630,12 +635,13 @@ class _Decoder:
             frame.node.data = tuple(data)
         return False
 
-    def _handle(self) -> int:
+    def _referred(self) -> Content:
+        """Node that the handle at this place refers to."""
         number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
         if not self.first <= number < len(self.nodes):
             raise ProjectFormatError(f"Handle {number - self.first} refers to nothing read so far", offset=self.pos)
         self.pos += 5
-        return number
+        return self.nodes[number]
 
     def _take(self, size: int) -> bytes:
         end = self.pos + size
@@ -649,25 +655,25 @@ class _Decoder:
         self.nodes.append(node)
         self.offsets.append(start)
 
-    def _unknown(self, frame: _Frame) -> None:
+    def _unknown(self, left: int) -> None:
         tag = self.data[self.pos]
-        wanted = "a value" if frame.left > 0 else "a value or an end mark"
+        wanted = "a value" if left > 0 else "a value or an end mark"
         raise ProjectFormatError(f"Byte 0x{tag:02x} where {wanted} should begin", offset=self.pos)
 
-    def _nested_mark(self, _: _Frame) -> None:
+    def _nested_mark(self, _: int) -> None:
         what = "a reset" if self.data[self.pos] == TC_RESET else "an exception (the writer failed here)"
         raise ProjectFormatError(f"There is {what} inside an object", offset=self.pos)
 
-    def _block(self, frame: _Frame) -> bytes:
-        if frame.left > 0:
-            self._unknown(frame)
+    def _block(self, left: int) -> bytes:
+        if left > 0:
+            self._unknown(left)
         size = self.data[self.pos + 1]
         self.pos += 2
         return self._take(size)
 
-    def _long_block(self, frame: _Frame) -> bytes:
-        if frame.left > 0:
-            self._unknown(frame)
+    def _long_block(self, left: int) -> bytes:
+        if left > 0:
+            self._unknown(left)
         size = _I4.unpack_from(self.data, self.pos + 1)[0]
         if size < 0:
             raise ProjectFormatError(f"Block data of negative size {size}", offset=self.pos)
@@ -675,13 +681,13 @@ class _Decoder:
         chunk = self._take(size)
         return chunk if size > 255 else LongBlock(chunk)
 
-    def _string(self, _: _Frame | None = None) -> JavaString:
+    def _string(self, _: int = 0) -> JavaString:
         start = self.pos
         size = _U2.unpack_from(self.data, start + 1)[0]
         self.pos = start + 3
         return self._finish_string(start, size, is_long=False)
 
-    def _long_string(self, _: _Frame | None = None) -> JavaString:
+    def _long_string(self, _: int = 0) -> JavaString:
         start = self.pos
         size = _I8.unpack_from(self.data, start + 1)[0]
         if size < 0:
@@ -697,10 +703,25 @@ class _Decoder:
         self.offsets.append(start)
         return string
 
-    def _object(self, _: _Frame) -> JavaObject | _Frame:
+    def _object(self, _: int) -> JavaObject:
         start = self.pos
         self.pos += 1
         desc = self._desc_of("an object", start)
+        steps = self.steps.get(id(desc))
+        if steps is None:
+            steps = self.steps[id(desc)] = self._checked_steps(desc, start)
+        node = JavaObject.__new__(JavaObject)
+        node.desc = desc
+        node.data = ()
+        self.nodes.append(node)
+        self.offsets.append(start)
+        frame = _Frame(node, steps, -1 if desc.flags & SC_EXTERNALIZABLE else 0)
+        if frame.left or self._next_step(frame):
+            self.opened = frame
+        return node
+
+    @staticmethod
+    def _checked_steps(desc: AnyDesc, start: int) -> tuple[int, ...]:
         if not desc.flags & (SC_SERIALIZABLE | SC_EXTERNALIZABLE) or desc.flags & SC_ENUM:
             raise ProjectFormatError(f"{desc.name} is not a class that has serialized objects", offset=start)
         if desc.flags & SC_EXTERNALIZABLE and not desc.flags & SC_BLOCK_DATA:
@@ -708,39 +729,38 @@ class _Decoder:
                 f"{desc.name} is externalized by stream protocol 1, whose objects only their own class can read",
                 offset=start,
             )
-        node = JavaObject(desc)
-        self.nodes.append(node)
-        self.offsets.append(start)
-        frame = _Frame(node, desc.steps, 0)
-        return frame if self._next_step(frame) else node
+        return desc.steps
 
-    def _array(self, _: _Frame) -> JavaArray | _Frame:
+    def _array(self, _: int) -> JavaArray:
         start = self.pos
         self.pos += 1
         desc = self._desc_of("an array", start)
-        name = desc.name
-        if len(name) < 2 or name[0] != "[" or (name[1] not in _WIDTHS and name[1] not in "[L"):
-            raise ProjectFormatError(f"An array of class {name!r}", offset=start)
-        node = JavaArray(desc)
+        code = desc.name[1:2]
+        if desc.name[0:1] != "[" or code not in _ARRAY_CODES:
+            raise ProjectFormatError(f"An array of class {desc.name!r}", offset=start)
+        node = JavaArray.__new__(JavaArray)
+        node.desc = desc
+        node.data = ()
         self.nodes.append(node)
         self.offsets.append(start)
         size = _I4.unpack_from(self.data, self.pos)[0]
         if size < 0:
             raise ProjectFormatError(f"An array of {size} elements", offset=start)
         self.pos += 4
-        if name[1] in _WIDTHS:
-            node.data = self._take(size * _WIDTHS[name[1]])
-            return node
-        return _Frame(node, (), size) if size else node
+        if code in _WIDTHS:
+            node.data = self._take(size * _WIDTHS[code])
+        elif size:
+            self.opened = _Frame(node, (), size)
+        return node
 
-    def _class(self, _: _Frame) -> JavaClass:
+    def _class(self, _: int) -> JavaClass:
         start = self.pos
         self.pos += 1
         node = JavaClass(self._desc_of("a class", start))
         self._register(node, start)
         return node
 
-    def _enum(self, _: _Frame) -> JavaEnum:
+    def _enum(self, _: int) -> JavaEnum:
         start = self.pos
         self.pos += 1
         desc = self._desc_of("an enum constant", start)
@@ -758,12 +778,12 @@ class _Decoder:
             return self._string()
         if tag == TC_LONGSTRING:
             return self._long_string()
-        node = self.nodes[self._handle()] if tag == TC_REFERENCE else None
+        node = self._referred() if tag == TC_REFERENCE else None
         if not isinstance(node, JavaString):
             raise ProjectFormatError("A string should stand here", offset=start)
         return node
 
-    def _desc_value(self, _: _Frame) -> AnyDesc:
+    def _desc_value(self, _: int) -> AnyDesc:
         desc = self._desc()
         if desc is None:
             raise AssertionError  # the tag was that of a descriptor
@@ -772,7 +792,7 @@ class _Decoder:
     def _desc_of(self, what: str, start: int) -> AnyDesc:
         """Descriptor of an object's class; not null, and complete."""
         if self.data[self.pos] == TC_REFERENCE:
-            desc = self.nodes[self._handle()]
+            desc = self._referred()
             if not isinstance(desc, (ClassDesc, ProxyDesc)):
                 raise ProjectFormatError(f"The class of {what} is not a class descriptor", offset=start)
         else:
@@ -812,7 +832,7 @@ class _Decoder:
         if self.data[start] == TC_NULL:
             self.pos += 1
             return None
-        desc = self.nodes[self._handle()] if self.data[start] == TC_REFERENCE else None
+        desc = self._referred() if self.data[start] == TC_REFERENCE else None
         if not isinstance(desc, (ClassDesc, ProxyDesc)) or not desc.is_complete:
             raise ProjectFormatError("A class descriptor should stand here", offset=start)
         if chain and len(chain) + len(_lineage(desc)) > _MAX_SUPERCLASSES:
@@ -909,13 +929,16 @@ def decode(data: bytes, *, path: Path | None = None) -> Stream:
     """
     decoder = _Decoder(bytes(data))
     try:
-        with _no_collection():
+        with no_collection():
             return decoder.run()
     except (IndexError, struct.error):
         raise ProjectFormatError("The object stream ends early", path=path, offset=len(data)) from None
     except ProjectFormatError as error:
         offset = decoder.pos if error.offset is None else error.offset
         raise ProjectFormatError(error.message, path=path, offset=offset) from None
+    finally:
+        # Bound methods make a cycle, which would keep the whole tree until the collector comes round.
+        decoder.readers.clear()
 
 
 class _Encoder:
@@ -1011,6 +1034,10 @@ class _Encoder:
     def _object_data(self, node: JavaObject) -> Iterator[Content]:
         out = self.out
         values = iter(node.data)
+        if node.desc.is_externalizable:
+            yield from values
+            out.append(TC_ENDBLOCKDATA)
+            return
         for step in node.desc.steps:
             if step > 0:
                 out += next(values)
@@ -1098,5 +1125,8 @@ def encode(stream: Stream) -> bytes:
     bytes
         Stream protocol version 2.
     """
-    with _no_collection():
-        return _Encoder().run(stream.contents)
+    encoder = _Encoder()
+    with no_collection():
+        data = encoder.run(stream.contents)
+    encoder.writers.clear()
+    return data

@@ -255,7 +255,7 @@ class NodeBuilder:
 
     def external(self, name: str, content: Sequence[Content] = ()) -> JavaObject:
         """Object of an externalizable class."""
-        return JavaObject(self.desc(name), (tuple(content),))
+        return JavaObject(self.desc(name), content)
 
     def shared_string(self, text: str) -> JavaString:
         """One string node for a text that many objects have: a measurement's name, a metadata key."""

@@ -12,18 +12,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
+from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project import javautil
 from darefine_qupath.project.files import is_since
-from darefine_qupath.project.javastream import Content, JavaArray, JavaEnum, JavaObject, JavaString, Stream, decode
+from darefine_qupath.project.javastream import (
+    Content,
+    JavaArray,
+    JavaEnum,
+    JavaObject,
+    JavaString,
+    Stream,
+    decode,
+    no_collection,
+)
 from darefine_qupath.project.javautil import NodeError, list_items, map_items, text, type_name
-from darefine_qupath.project.rois import RoiBatch, RoiRecord
+from darefine_qupath.project.rois import RoiBatch, RoiError, RoiRecord
 
 __all__ = [
     "OBJECT_ID",
-    "Hierarchy",
+    "Found",
     "ImageData",
     "ObjectParts",
     "Opaque",
@@ -32,8 +41,9 @@ __all__ = [
     "TmaGrid",
     "WorkflowStep",
     "class_of",
-    "hierarchy_of",
+    "objects_of",
     "read",
+    "walk",
 ]
 
 OBJECT_ID = "Object ID"
@@ -328,103 +338,143 @@ def _uuid_of(string: str | None) -> UUID | None:
     return UUID("".join(parts))
 
 
-class _Row(NamedTuple):
-    """An object on its way to a record; its ROI is made later, with all others."""
+class Found(NamedTuple):
+    """An object as the hierarchy is walked: its parts, its identity, and the number of its parent (-1: none)."""
 
     parts: ObjectParts
     id: UUID
+    parent: int
+
+
+def walk(root: JavaObject, salt: str) -> Iterator[Found]:
+    """Every object of a hierarchy, parents before children.
+
+    Parameters
+    ----------
+    root : JavaObject
+        Comes first.
+    salt : str
+        What identities of objects that have none are derived from, beside their position.
+
+    Yields
+    ------
+    Found
+        One for each object.
+
+    Raises
+    ------
+    NodeError
+        If something that is no object stands among them, or one stands there twice.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[Content, int]] = [(root, -1)]
+    while pending:
+        node, parent = pending.pop()
+        if not isinstance(node, JavaObject) or not node.desc.is_externalizable:
+            raise NodeError(f"{type_name(node)} where an object of the hierarchy should be", node)
+        number = len(seen)
+        seen.add(id(node))
+        if len(seen) == number:
+            raise NodeError("An object is in the hierarchy twice", node)
+        parts = ObjectParts(node)
+        identity = parts.id or uuid5(_ID_NAMESPACE, f"{salt}#{number}")
+        yield Found(parts, identity, parent)
+        if parts.num_children:
+            pending.extend([(child, number) for child in reversed(parts.children)])
+
+
+class _Row(NamedTuple):
+    """An object on its way to a record; its ROI is made later, with all others."""
+
+    id: UUID
     kind: Kind
+    name: str | None
+    colour: int | None
     parent: UUID | None
     locked: bool
-    path_class: Content
+    path_class: str | None
+    measurements: dict[str, float]
+    metadata: dict[str, str]
     probability: float
     is_missing: bool
     roi: int
     nucleus: int
 
-
-class Hierarchy:
-    """The objects of a decoded stream, parents before children.
-
-    Parameters
-    ----------
-    root : JavaObject
-        Root of the hierarchy.
-    salt : str
-        What identities of objects that have none are derived from, beside their position.
-
-    Attributes
-    ----------
-    items : list of (ObjectParts, UUID, int)
-        Parts, identity, and index of the parent; the root comes first, with parent -1.
-    has_ids : bool
-        Whether every identity stood in the file.
-    """
-
-    def __init__(self, root: JavaObject, salt: str) -> None:
-        self.items: list[tuple[ObjectParts, UUID, int]] = []
-        self.has_ids = True
-        seen: set[int] = set()
-        pending: list[tuple[Content, int]] = [(root, -1)]
-        while pending:
-            node, parent = pending.pop()
-            if not isinstance(node, JavaObject) or not node.desc.is_externalizable:
-                raise NodeError(f"{type_name(node)} where an object of the hierarchy should be", node)
-            if id(node) in seen:
-                raise NodeError("An object is in the hierarchy twice", node)
-            seen.add(id(node))
-            parts = ObjectParts(node)
-            number = len(self.items)
-            identity = parts.id
-            if identity is None:
-                self.has_ids = False
-                identity = uuid5(_ID_NAMESPACE, f"{salt}#{number}")
-            self.items.append((parts, identity, parent))
-            pending.extend([(child, number) for child in reversed(parts.children)])
+    def record(self, rois: Sequence[RoiRecord]) -> Annotation:
+        roi, plane, geometry = (None, Plane(), None) if self.roi < 0 else rois[self.roi]
+        return Annotation(
+            geometry=geometry,
+            path_class=self.path_class,
+            id=self.id,
+            kind=self.kind,
+            name=self.name,
+            locked=self.locked,
+            parent=self.parent,
+            measurements=self.measurements,
+            metadata=self.metadata,
+            roi=roi,
+            plane=plane,
+            colour=self.colour,
+            class_probability=self.probability,
+            nucleus=None if self.nucleus < 0 else rois[self.nucleus].geometry,
+            is_missing=self.is_missing,
+        )
 
 
 class _Reader:
-    """Turns the hierarchy's nodes into records."""
+    """Takes what records need out of the hierarchy's nodes, so that the nodes can go before the geometries come."""
 
-    def __init__(self, size: int, version: str | None) -> None:
+    def __init__(self, size: int, rois: RoiBatch) -> None:
         self.budget = _Budget(size)
-        self.rois = RoiBatch(8 * size + 1_000_000, rounds_all=is_since(version or "", 0, 6))
+        self.rois = rois
         self.classes: dict[int, str] = {}
         self.colours: dict[str, Colour] = {}
         self.names: dict[int, list[str]] = {}
+        self.ids: list[UUID] = []
+        self.has_ids = True
+        self.cores: dict[int, UUID] = {}
 
-    def rows(self, hierarchy: Hierarchy) -> list[_Row]:
-        ids = [identity for _, identity, _ in hierarchy.items]
+    def rows(self, root: JavaObject, salt: str) -> list[_Row]:
+        """Rows of all objects but the root, parents before children."""
         rows = []
-        for parts, identity, parent in hierarchy.items[1:]:
-            kind = _KINDS.get(parts.node.desc.name)
-            if kind is None:
-                raise NodeError(f"{parts.node.desc.name} is not a kind of object that can be read", parts.node)
-            rows.append(self._row(parts, identity, kind, ids[parent] if parent > 0 else None))
+        for parts, identity, parent in walk(root, salt):
+            self.ids.append(identity)
+            self.has_ids = self.has_ids and parts.id is not None
+            if parent >= 0:
+                rows.append(self._row(parts, identity, self.ids[parent] if parent else None))
         return rows
 
-    def _row(self, parts: ObjectParts, identity: UUID, kind: Kind, parent: UUID | None) -> _Row:
-        content = parts.node.content
+    def _row(self, parts: ObjectParts, identity: UUID, parent: UUID | None) -> _Row:
+        node = parts.node
+        kind = _KINDS.get(node.desc.name)
+        if kind is None:
+            raise NodeError(f"{node.desc.name} is not a kind of object that can be read", node)
+        if kind == "tma core":
+            self.cores[id(node)] = identity
+        content = node.data
         position = parts.tail
         locked = False
         if parts.has_lock:
-            locked = content[position].data[0] != b"\0"  # type: ignore[union-attr]
+            locked = content[position].data[0] != b"\0"
             position += 1
         tail = content[position : position + 4]
         if len(tail) < 3 or not isinstance(tail[2], bytes) or len(tail[2]) < 8:
-            raise NodeError(f"{parts.node.desc.name} ends before its class and ROI", parts.node)
-        nucleus = tail[3] if kind == "cell" and len(tail) > 3 else None
+            raise NodeError(f"{node.desc.name} ends before its class and ROI", node)
+        probability: float = _F8.unpack_from(tail[2])[0]
         return _Row(
-            parts=parts,
             id=identity,
             kind=kind,
+            name=self._text(content[0]),
+            colour=None if content[1] is None else int(javautil.number(content[1])),
             parent=parent,
             locked=locked,
-            path_class=tail[0],
-            probability=_F8.unpack_from(tail[2])[0],
+            path_class=self._path_class(tail[0]),
+            measurements=self._measurements(parts.measurements),
+            metadata=self._metadata(parts),
+            probability=_plain(probability),
             is_missing=kind == "tma core" and tail[2][8:9] not in (b"", b"\0"),
             roi=self._roi(tail[1]),
-            nucleus=self._roi(nucleus),
+            nucleus=self._roi(tail[3]) if kind == "cell" and len(tail) > 3 else -1,
         )
 
     def _roi(self, node: Content) -> int:
@@ -434,36 +484,12 @@ class _Reader:
             raise NodeError(f"{type_name(node)} where a ROI should be", node)
         return self.rois.add(node)
 
-    def record(self, row: _Row, rois: Sequence[RoiRecord]) -> Annotation:
-        content = row.parts.node.content
-        roi_kind: RoiKind | None = None
-        geometry, plane = None, Plane()
-        if row.roi >= 0:
-            roi_kind, plane, geometry = rois[row.roi]
-        return Annotation(
-            geometry=geometry,
-            path_class=self.path_class(row.path_class),
-            id=row.id,
-            kind=row.kind,
-            name=self._text(content[0]),
-            locked=row.locked,
-            parent=row.parent,
-            measurements=self.measurements(row.parts.measurements),
-            metadata=self.metadata(row.parts),
-            roi=roi_kind,
-            plane=plane,
-            colour=None if content[1] is None else int(javautil.number(content[1])),
-            class_probability=math.nan if math.isnan(row.probability) else row.probability,
-            nucleus=None if row.nucleus < 0 else rois[row.nucleus].geometry,
-            is_missing=row.is_missing,
-        )
-
     def _text(self, node: Content) -> str | None:
         if isinstance(node, JavaString):
             self.budget.spend(len(node.raw), node)
         return text(node)
 
-    def path_class(self, node: Content) -> str | None:
+    def _path_class(self, node: Content) -> str | None:
         """Full name of a class."""
         if node is None:
             return None
@@ -476,7 +502,7 @@ class _Reader:
                 self.colours.setdefault(name, colour)
         return name or None
 
-    def metadata(self, parts: ObjectParts) -> dict[str, str]:
+    def _metadata(self, parts: ObjectParts) -> dict[str, str]:
         """Metadata without the identity."""
         if parts.metadata is None:
             return {}
@@ -490,7 +516,7 @@ class _Reader:
             metadata.pop(OBJECT_ID, None)
         return metadata
 
-    def measurements(self, node: Content) -> dict[str, float]:
+    def _measurements(self, node: Content) -> dict[str, float]:
         """Measurements by name, in order."""
         if node is None:
             return {}
@@ -751,27 +777,39 @@ def _tma_grid(hierarchy: JavaObject, ids: Mapping[int, UUID]) -> TmaGrid | None:
     )
 
 
-def hierarchy_of(stream: Stream) -> Hierarchy:
-    """Objects of a decoded file.
+def objects_of(stream: Stream) -> list[Found]:
+    """Objects of a decoded file, parents before children; the root comes first.
 
     Raises
     ------
     NodeError
         If something in it is not what it should be.
     """
-    return _open_hierarchy(_items(stream))
+    items = _items(stream)
+    return list(walk(_root(items), items.server_text))
 
 
-def _open_hierarchy(items: _Items) -> Hierarchy:
+def _root(items: _Items) -> JavaObject:
     if items.hierarchy is None:
         raise NodeError("The file has no object hierarchy", None)
     root = javautil.field(items.hierarchy, "rootObject")
     if not isinstance(root, JavaObject) or root.desc.name != _ROOT:
         raise NodeError(f"{type_name(root)} where the root object should be", items.hierarchy)
-    return Hierarchy(root, items.server_text)
+    return root
 
 
-def _interpret(stream: Stream, data: bytes, path: Path | None) -> ImageData:
+class _Collected(NamedTuple):
+    """All that a file says but for the geometries; no node of its stream."""
+
+    items: _Items
+    reader: _Reader
+    rows: list[_Row]
+    tma_grid: TmaGrid | None
+    qupath_version: str | None
+    server: Mapping[str, Any] | None
+
+
+def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None) -> _Collected:
     items = _items(stream)
     if not items.is_complete:
         raise ProjectFormatError(
@@ -779,33 +817,48 @@ def _interpret(stream: Stream, data: bytes, path: Path | None) -> ImageData:
             path=path,
             offset=len(data),
         )
-    hierarchy = _open_hierarchy(items)
     wrapper = _json(items.server_text) or {}
     version, server = wrapper.get("qupathVersion"), wrapper.get("server")
-    reader = _Reader(len(data), None if version is None else str(version))
-    rows = reader.rows(hierarchy)
-    rois = reader.rois.build()
-    objects = tuple([reader.record(row, rois) for row in rows])
-    ids = {id(parts.node): identity for parts, identity, _ in hierarchy.items}
-    return ImageData(
-        path=path,
-        data=data,
-        data_version=items.data_version,
-        qupath_version=None if version is None else str(version),
-        server_text=items.server_text,
-        server=server if isinstance(server, dict) else None,
-        locale=items.locale,
-        image_type=items.image_type,
-        stains=items.stains,
-        workflow=items.workflow,
-        objects=objects,
-        root_id=hierarchy.items[0][1],
-        tma_grid=_tma_grid(items.hierarchy, ids),  # type: ignore[arg-type]
-        properties=items.properties,
-        colours=reader.colours,
-        duplicates=_duplicates([identity for _, identity, _ in hierarchy.items]),
-        has_ids=hierarchy.has_ids,
-    )
+    version = None if version is None else str(version)
+    if rois is None:
+        rois = RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(version or "", 0, 6))
+    reader = _Reader(len(data), rois)
+    rows = reader.rows(_root(items), items.server_text)
+    grid = _tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
+    items.hierarchy = None
+    return _Collected(items, reader, rows, grid, version, server if isinstance(server, dict) else None)
+
+
+def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
+    stream = decode(data, path=path)
+    try:
+        return _collect(stream, data, path)
+    except NodeError as error:
+        raise ProjectFormatError(error.message, path=path, offset=stream.offset_of(error.node) or 4) from None
+
+
+class _RoiFinder(RoiBatch):
+    """Counts ROIs up to one of them."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def add(self, node: JavaObject) -> int:
+        number = super().add(node)
+        if number == self.slot:
+            raise NodeError("", node)
+        return number
+
+
+def _offset_of_roi(slot: int, data: bytes) -> int | None:
+    """Where a ROI stands; its node is gone when its geometry turns out to be none, so the file is decoded again."""
+    stream = decode(data)
+    try:
+        _collect(stream, data, None, _RoiFinder(slot))
+    except NodeError as error:
+        return stream.offset_of(error.node)
+    return None
 
 
 def _duplicates(ids: Sequence[UUID]) -> frozenset[UUID]:
@@ -835,8 +888,32 @@ def read(data: bytes, *, path: Path | None = None) -> ImageData:
     ProjectFormatError
         If the file is damaged or holds something that cannot be read; names file, offset and class.
     """
-    stream = decode(data, path=path)
-    try:
-        return _interpret(stream, data, path)
-    except NodeError as error:
-        raise ProjectFormatError(error.message, path=path, offset=stream.offset_of(error.node)) from None
+    with no_collection():
+        items, reader, rows, grid, version, server = _decode_and_collect(data, path)
+        try:
+            rois = reader.rois.build()
+        except RoiError as error:
+            raise ProjectFormatError(error.message, path=path, offset=_offset_of_roi(error.slot, data)) from None
+        objects = []
+        rows.reverse()
+        while rows:
+            objects.append(rows.pop().record(rois))
+    return ImageData(
+        path=path,
+        data=data,
+        data_version=items.data_version,
+        qupath_version=version,
+        server_text=items.server_text,
+        server=server,
+        locale=items.locale,
+        image_type=items.image_type,
+        stains=items.stains,
+        workflow=items.workflow,
+        objects=tuple(objects),
+        root_id=reader.ids[0],
+        tma_grid=grid,
+        properties=items.properties,
+        colours=reader.colours,
+        duplicates=_duplicates(reader.ids),
+        has_ids=reader.has_ids,
+    )

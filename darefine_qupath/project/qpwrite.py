@@ -27,6 +27,7 @@ from darefine_qupath.project.javastream import (
     decode,
     encode,
     modified_utf8,
+    no_collection,
 )
 from darefine_qupath.project.javautil import NodeError, hash_order
 from darefine_qupath.project.qpnodes import (
@@ -37,8 +38,8 @@ from darefine_qupath.project.qpnodes import (
     signed,
     uses_wide_list,
 )
-from darefine_qupath.project.qpread import EOF, Hierarchy, ImageData, ObjectParts, hierarchy_of
-from darefine_qupath.project.rois import RoiBatch, spec_of
+from darefine_qupath.project.qpread import EOF, ImageData, ObjectParts, objects_of
+from darefine_qupath.project.rois import RoiBatch, RoiError, spec_of
 
 __all__ = ["create", "edit", "expected", "stored", "stored_geometry", "summary"]
 
@@ -96,7 +97,7 @@ def _round_trip(geometry: BaseGeometry, wanted: RoiKind | None, plane: Plane) ->
     batch.add(_PLAIN_BUILDER.roi(spec_of(geometry, wanted), plane))
     try:
         (roi,) = batch.build()
-    except NodeError as error:
+    except RoiError as error:
         raise AnnotationError(error.message) from None
     return roi.kind, roi.geometry
 
@@ -209,16 +210,16 @@ class _Editor:
 
     def __init__(self, data: ImageData, stream: Stream, colours: Mapping[str, Colour]) -> None:
         self.data = data
-        self.hierarchy: Hierarchy = hierarchy_of(stream)
+        self.items = objects_of(stream)
         is_modern = files.is_since(data.qupath_version or "", 0, 6)
         self.builder = NodeBuilder(stream, is_modern=is_modern, colours=colours)
         self.records = {record.id: record for record in data.objects}
-        self.index = {identity: number for number, (_, identity, _) in enumerate(self.hierarchy.items)}
-        self.numbers = {id(parts.node): number for number, (parts, _, _) in enumerate(self.hierarchy.items)}
+        self.index = {identity: number for number, (_, identity, _) in enumerate(self.items)}
+        self.numbers = {id(parts.node): number for number, (parts, _, _) in enumerate(self.items)}
 
     def apply(self, changes: Changes) -> None:
         for record in changes.replace:
-            self._replace(self.hierarchy.items[self.index[record.id]][0], record, self.records[record.id])
+            self._replace(self.items[self.index[record.id]][0], record, self.records[record.id])
         removed = {self.index[identity] for identity in changes.remove}
         owners = self._owners(removed)
         added = self._new_nodes(changes.add, removed, owners)
@@ -230,12 +231,12 @@ class _Editor:
 
     def _parts(self, number: int) -> ObjectParts:
         # Replacing changes what an object wrote, so the parts are found again.
-        return ObjectParts(self.hierarchy.items[number][0].node)
+        return ObjectParts(self.items[number][0].node)
 
     def _owners(self, removed: set[int]) -> list[int]:
         """For every object the nearest one above it that stays."""
         owners: list[int] = []
-        for _, _, parent in self.hierarchy.items:
+        for _, _, parent in self.items:
             owners.append(owners[parent] if parent in removed else parent)
         return owners
 
@@ -420,12 +421,13 @@ def edit(data: ImageData, changes: Changes, colours: Mapping[str, Colour] | None
     if changes.is_empty:
         return data.data
     _check_changes(data, changes)
-    stream = decode(data.data, path=data.path)
-    try:
-        _Editor(data, stream, colours or {}).apply(changes)
-    except NodeError as error:
-        raise ProjectFormatError(error.message, path=data.path, offset=stream.offset_of(error.node)) from None
-    return encode(stream)
+    with no_collection():
+        stream = decode(data.data, path=data.path)
+        try:
+            _Editor(data, stream, colours or {}).apply(changes)
+        except NodeError as error:
+            raise ProjectFormatError(error.message, path=data.path, offset=stream.offset_of(error.node)) from None
+        return encode(stream)
 
 
 # -- new files

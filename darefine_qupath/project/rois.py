@@ -7,7 +7,9 @@ area that the non-zero winding rule fills. What is written is rounded first, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ from darefine_qupath.project.javautil import NodeError, type_name
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["PROXIES", "RoiBatch", "RoiRecord", "RoiSpec", "fill", "precise", "spec_of"]
+__all__ = ["PROXIES", "RoiBatch", "RoiError", "RoiRecord", "RoiSpec", "fill", "precise", "spec_of"]
 
 _ROI = "qupath.lib.roi."
 _PROXY = "$SerializationProxy"
@@ -46,6 +48,8 @@ _ELLIPSE_CORNERS = 100
 # fill memory.
 _MAX_CROSSINGS = 20_000
 _MAX_WKB_DEPTH = 8
+# ROIs that are made at once.
+_PORTION_ROIS, _PORTION_BYTES = 4096, 2_000_000
 
 
 class RoiRecord(NamedTuple):
@@ -80,16 +84,35 @@ def precise(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
     return rounded
 
 
-class _Kind:
-    """The ROIs of one class descriptor, gathered to be made at once."""
+class RoiError(Exception):
+    """A ROI's numbers make no geometry.
 
-    __slots__ = ("desc", "dtype", "name", "nodes", "slots")
+    Parameters
+    ----------
+    message : str
+        What is wrong.
+    slot : int
+        Which ROI of the batch, as `RoiBatch.add` numbered it.
+    """
+
+    def __init__(self, message: str, slot: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.slot = slot
+
+
+class _Kind:
+    """The ROIs of one class descriptor, gathered to be made at once.
+
+    What they hold is copied into few large buffers, so that the nodes, and the memory between them, can go.
+    """
+
+    __slots__ = ("columns", "dtype", "name", "numbers", "positions", "slots")
 
     def __init__(self, desc: ClassDesc, node: JavaObject) -> None:
-        self.desc = desc
         self.name = desc.name
-        self.nodes: list[JavaObject] = []
-        self.slots: list[int] = []
+        self.slots = array("Q")
+        self.numbers = bytearray()
         if desc.parent is not None:
             raise NodeError(f"{desc.name} has a superclass", node)
         codes = {field.name: field.code for field in desc.fields}
@@ -97,18 +120,94 @@ class _Kind:
         for name, code in wanted.items():
             if codes.get(name) != code:
                 raise NodeError(f"{desc.name} has no field {name!r} of type {code!r}", node)
+        if len(codes) < len(desc.fields):
+            raise NodeError(f"{desc.name} has two fields of one name", node)
+        self.positions = [desc.index[name][0] for name, code in _FIELDS[desc.name] if code == "["]
+        self.columns = [_Column() for _ in self.positions]
         self.dtype = np.dtype(
             [(field.name, _NUMPY_TYPES[field.code]) for field in desc.fields if field.code in _NUMPY_TYPES]
         )
 
-    def numbers(self) -> NDArray[Any]:
-        """Primitive fields of all nodes, one record each."""
-        return np.frombuffer(b"".join([node.data[0] for node in self.nodes]), self.dtype)
+    def take(self, node: JavaObject, slot: int) -> None:
+        self.slots.append(slot)
+        self.numbers += node.data[0]
+        for position, column in zip(self.positions, self.columns, strict=True):
+            column.take(node.data[position], self.name, node)
 
-    def column(self, name: str) -> list[Any]:
-        """Return a reference field of all nodes."""
-        position = self.desc.index[name][0]
-        return [node.data[position] for node in self.nodes]
+    def parts(self) -> Iterator[_Part]:
+        """Yield the ROIs in portions that take little memory."""
+        count = len(self.slots)
+        records = np.frombuffer(self.numbers, self.dtype)
+        size = self.columns[0].ends()[1][1:] if self.columns else np.zeros(count, np.int64)
+        portion = size // _PORTION_BYTES + np.arange(count) // _PORTION_ROIS
+        bounds = [0, *(np.flatnonzero(np.diff(portion)) + 1).tolist(), count]
+        arrays = zip(*(column.portions(bounds) for column in self.columns), strict=True) if self.columns else repeat(())
+        for (first, end), columns in zip(pairwise(bounds), arrays, strict=False):
+            yield _Part(self.name, self.slots[first:end].tolist(), records[first:end], columns)
+
+
+class _Column:
+    """Arrays of one field, one behind the other; the ring arrays of an area ROI are several to an item."""
+
+    __slots__ = ("data", "rings", "sizes")
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.sizes = array("Q")
+        self.rings = array("Q")
+        """Arrays of each item."""
+
+    def take(self, value: Content, owner: str, node: JavaObject) -> None:
+        wanted = "[[F" if owner == _AREA else "[B" if owner.endswith("WKBSerializationProxy") else "[F"
+        if not isinstance(value, JavaArray) or value.desc.name != wanted:
+            raise NodeError(f"{type_name(value)} where the coordinates of a ROI should be", node)
+        parts = value.data if owner == _AREA else (value,)
+        self.rings.append(len(parts))
+        for part in parts:
+            if (
+                not isinstance(part, JavaArray)
+                or not isinstance(part.data, bytes)
+                or part.desc.name not in ("[F", "[B")
+            ):
+                raise NodeError(f"{type_name(value)} without the coordinates of a ROI", node)
+            self.data += part.data
+            self.sizes.append(len(part.data))
+
+    def ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the arrays of each item end: in `sizes`, and in `data`; both begin with 0."""
+        in_sizes = np.concatenate([[0], np.cumsum(np.array(self.rings, np.int64))])
+        in_data = np.concatenate([[0], np.cumsum(np.array(self.sizes, np.int64))])[in_sizes]
+        return in_sizes, in_data
+
+    def portions(self, bounds: Sequence[int]) -> Iterator[_Arrays]:
+        """Arrays of the items between each two of `bounds`."""
+        in_sizes, in_data = self.ends()
+        for first, end in pairwise(bounds):
+            sizes = np.array(self.sizes[in_sizes[first] : in_sizes[end]], np.int64)
+            rings = np.array(self.rings[first:end], np.int64)
+            yield _Arrays(bytes(self.data[in_data[first] : in_data[end]]), sizes, rings)
+
+
+class _Arrays(NamedTuple):
+    """Arrays of one field of some ROIs."""
+
+    data: bytes
+    sizes: NDArray[np.int64]
+    rings: NDArray[np.int64]
+
+    def split(self) -> list[bytes]:
+        """Each array by itself."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [self.data[end - size : end] for end, size in zip(ends, self.sizes.tolist(), strict=True)]
+
+
+class _Part(NamedTuple):
+    """Some ROIs of one kind: their numbers, one record each, and their arrays by field."""
+
+    name: str
+    slots: list[int]
+    numbers: NDArray[Any]
+    arrays: tuple[_Arrays, ...]
 
 
 _FLOATS = (("x", "["), ("y", "["))
@@ -126,7 +225,7 @@ _FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 class RoiBatch:
-    """Turns the ROIs of many objects into geometries, all of a kind at once.
+    """Turns the ROIs of many objects into geometries, many of a kind at once.
 
     Parameters
     ----------
@@ -139,10 +238,11 @@ class RoiBatch:
     def __init__(self, budget: int | None = None, *, rounds_all: bool = True) -> None:
         self._rounds_all = rounds_all
         self._kinds: dict[int, _Kind] = {}
+        self._descs: list[AnyDesc] = []
         self._count = 0
         self._budget = budget
         self._num_vertices = self._crossings = 0
-        self._makers: dict[RoiKind, Callable[[_Kind], Sequence[BaseGeometry]]] = {
+        self._makers: dict[RoiKind, Callable[[_Part], Sequence[BaseGeometry]]] = {
             "Rectangle": self._rectangles,
             "Ellipse": self._ellipses,
             "Line": self._lines,
@@ -161,8 +261,9 @@ class RoiBatch:
             If it is not a ROI that can be read.
         """
         kind = self._kinds.get(id(node.desc)) or self._new_kind(node)
-        kind.nodes.append(node)
-        kind.slots.append(self._count)
+        kind.take(node, self._count)
+        if self._budget is not None and kind.columns and len(kind.columns[0].data) > self._budget:
+            raise NodeError("The ROIs have more coordinates than the file has room for", node)
         self._count += 1
         return self._count - 1
 
@@ -177,6 +278,8 @@ class RoiBatch:
         if desc.name not in PROXIES or not isinstance(desc, ClassDesc) or desc.is_externalizable:
             raise NodeError(f"{desc.name} is not a ROI that can be read", node)
         kind = self._kinds[id(desc)] = _Kind(desc, node)
+        # Kept, so that no other descriptor can come to have its id.
+        self._descs.append(desc)
         return kind
 
     def build(self) -> list[RoiRecord]:
@@ -189,99 +292,79 @@ class RoiBatch:
 
         Raises
         ------
-        NodeError
+        RoiError
             If a ROI has coordinates that are not numbers, or broken ones.
         """
-        records: list[RoiRecord | None] = [None] * self._count
+        records: list[Any] = [None] * self._count
         planes: dict[tuple[int, int, int], Plane] = {}
         for kind in self._kinds.values():
             name = PROXIES[kind.name]
-            geometries = self._makers[name](kind)
-            numbers = kind.numbers()
-            keys = zip(numbers["c"].tolist(), numbers["z"].tolist(), numbers["t"].tolist(), strict=True)
-            for slot, key, geometry in zip(kind.slots, keys, geometries, strict=True):
-                plane = planes.get(key) or planes.setdefault(key, Plane(*key))
-                records[slot] = RoiRecord(name, plane, geometry)
-        return [record for record in records if record is not None]
+            for part in kind.parts():
+                geometries = self._makers[name](part)
+                keys = zip(*(part.numbers[axis].tolist() for axis in "czt"), strict=True)
+                for slot, key, geometry in zip(part.slots, keys, geometries, strict=True):
+                    plane = planes.get(key) or planes.setdefault(key, Plane(*key))
+                    records[slot] = RoiRecord(name, plane, geometry)
+        return records
 
-    def _spend(self, size: int, node: JavaObject) -> None:
-        if self._budget is not None:
-            self._budget -= size
-            if self._budget < 0:
-                raise NodeError("The ROIs have more coordinates than the file has room for", node)
-
-    def _bounds(self, kind: _Kind) -> NDArray[np.float64]:
+    def _bounds(self, part: _Part) -> NDArray[np.float64]:
         """Rows of x, x2, y, y2, not rounded."""
-        numbers = kind.numbers()
-        bounds = np.stack([numbers[name] for name in _BOUNDS_FIELDS], axis=1).astype(np.float64)
-        self._check_finite(kind, bounds, np.arange(len(bounds)))
+        bounds = np.stack([part.numbers[name] for name in _BOUNDS_FIELDS], axis=1).astype(np.float64)
+        _check_finite(bounds, part.slots)
         return bounds
 
-    @staticmethod
-    def _check_finite(kind: _Kind, values: NDArray[np.float64], owner: NDArray[np.intp]) -> None:
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            node = kind.nodes[int(owner[int(np.argmin(finite))])]
-            raise NodeError("A ROI has a coordinate that is not a finite number", node)
-
-    def _rectangles(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        bounds = self._bounds(kind)
+    def _rectangles(self, part: _Part) -> Sequence[BaseGeometry]:
+        bounds = self._bounds(part)
         empty = (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
         left, right, top, bottom = precise(bounds).T
-        boxes = shapely.box(left, top, right, bottom)
-        return _blank(boxes, empty)
+        return _blank(shapely.box(left, top, right, bottom), empty)
 
-    def _ellipses(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        bounds = self._bounds(kind)
+    def _ellipses(self, part: _Part) -> Sequence[BaseGeometry]:
+        bounds = self._bounds(part)
         empty = (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
         corners = precise(_ellipse_corners(bounds))
         polygons = np.empty(len(bounds), object)
         polygons[~empty] = shapely.polygons(corners[~empty])
         return _blank(polygons, empty)
 
-    def _lines(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        ends = precise(self._bounds(kind)[:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
+    def _lines(self, part: _Part) -> Sequence[BaseGeometry]:
+        ends = precise(self._bounds(part)[:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
         lines: Sequence[BaseGeometry] = shapely.linestrings(ends)
         return lines
 
-    def _vertices(self, kind: _Kind) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """Return the rounded vertices of all nodes, and how many each has."""
-        columns = []
-        for name in ("x", "y"):
-            arrays = kind.column(name)
-            for array, node in zip(arrays, kind.nodes, strict=True):
-                if not isinstance(array, JavaArray) or array.desc.name != "[F":
-                    raise NodeError(f"{type_name(array)} where the {name} of a ROI should be", node)
-            columns.append([array.data for array in arrays])
-        sizes = np.array([len(data) for data in columns[0]], np.intp)
-        for size, data, node in zip(sizes.tolist(), columns[1], kind.nodes, strict=True):
-            if len(data) != size:
-                raise NodeError(f"A ROI has {size // 4} x and {len(data) // 4} y coordinates", node)
-            self._spend(size, node)
-        self._num_vertices += int(sizes.sum()) // 4
-        xy = [np.frombuffer(b"".join(column), ">f4") for column in columns]
-        vertices = np.stack(xy, axis=1).astype(np.float64)
-        counts = sizes // 4
-        self._check_finite(kind, vertices, np.repeat(np.arange(len(counts)), counts))
+    def _vertices(self, part: _Part) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Return the rounded vertices of all rings, and how many each has."""
+        x, y = part.arrays
+        owners = np.repeat(np.arange(len(part.slots)), x.rings)
+        if not np.array_equal(x.rings, y.rings):
+            raise RoiError("A ROI has not as many x as y arrays", part.slots[_first(x.rings != y.rings)])
+        if not np.array_equal(x.sizes, y.sizes):
+            ring = _first(x.sizes != y.sizes)
+            message = f"A ROI has {x.sizes[ring] // 4} x and {y.sizes[ring] // 4} y coordinates"
+            raise RoiError(message, part.slots[int(owners[ring])])
+        vertices = np.stack([np.frombuffer(axis.data, ">f4") for axis in part.arrays], axis=1).astype(np.float64)
+        counts = (x.sizes // 4).astype(np.intp)
+        self._num_vertices += len(vertices)
+        _check_finite(vertices, part.slots, np.repeat(owners, counts))
         return precise(vertices), counts
 
-    def _polylines(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        vertices, counts = self._vertices(kind)
+    def _polylines(self, part: _Part) -> Sequence[BaseGeometry]:
+        vertices, counts = self._vertices(part)
         lines = np.full(len(counts), shapely.LineString(), object)
         usable = counts >= 2
-        owners = np.repeat(np.cumsum(usable) - 1, counts)
-        kept = np.repeat(usable, counts)
         if usable.any():
+            owners = np.repeat(np.cumsum(usable) - 1, counts)
+            kept = np.repeat(usable, counts)
             lines[usable] = shapely.linestrings(vertices[kept], indices=owners[kept])
         return lines.tolist()
 
-    def _points(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        vertices, counts = self._vertices(kind)
+    def _points(self, part: _Part) -> Sequence[BaseGeometry]:
+        vertices, counts = self._vertices(part)
         groups = np.split(vertices, np.cumsum(counts)[:-1])
         return [shapely.Point(group[0]) if len(group) == 1 else shapely.MultiPoint(group) for group in groups]
 
-    def _polygons(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        vertices, counts = self._vertices(kind)
+    def _polygons(self, part: _Part) -> Sequence[BaseGeometry]:
+        vertices, counts = self._vertices(part)
         polygons = np.full(len(counts), shapely.Polygon(), object)
         usable = counts >= 3
         kept = np.repeat(usable, counts)
@@ -292,55 +375,50 @@ class RoiBatch:
         ends = np.cumsum(counts)
         for index in np.flatnonzero(~shapely.is_valid(polygons)).tolist():
             ring = vertices[ends[index] - counts[index] : ends[index]]
-            polygons[index] = self._fill([ring], kind.nodes[index])
+            polygons[index] = self._fill([ring], part.slots[index])
         return polygons.tolist()
 
-    def _geometries(self, kind: _Kind) -> Sequence[BaseGeometry]:
-        if kind.name == _AREA:
-            return [self._area(kind, node) for node in kind.nodes]
-        blobs: list[bytes] = []
-        for array, node in zip(kind.column("wkb"), kind.nodes, strict=True):
-            if not isinstance(array, JavaArray) or not isinstance(array.data, bytes) or array.desc.name != "[B":
-                raise NodeError(f"{type_name(array)} where the geometry of a ROI should be", node)
-            self._spend(len(array.data), node)
-            _check_wkb(array.data, node)
-            blobs.append(array.data)
-        geometries = _from_wkb(blobs, kind.nodes)
+    def _geometries(self, part: _Part) -> Sequence[BaseGeometry]:
+        if part.name == _AREA:
+            return self._areas(part)
+        blobs = part.arrays[0].split()
+        for blob, slot in zip(blobs, part.slots, strict=True):
+            _check_wkb(blob, slot)
+        geometries = _from_wkb(blobs, part.slots)
         records: Sequence[BaseGeometry] = (_rounded(geometries) if self._rounds_all else geometries).tolist()
         return records
 
-    def _area(self, kind: _Kind, node: JavaObject) -> BaseGeometry:
-        columns = [node.data[kind.desc.index[name][0]] for name in ("x", "y")]
-        if any(not isinstance(column, JavaArray) or column.desc.name != "[[F" for column in columns):
-            raise NodeError("An area ROI without coordinates", node)
-        xs, ys = (column.data for column in columns)
-        if len(xs) != len(ys):
-            raise NodeError(f"An area ROI has {len(xs)} x and {len(ys)} y arrays", node)
-        return self._fill([ring for x, y in zip(xs, ys, strict=True) if len(ring := self._ring(x, y, node)) >= 3], node)
+    def _areas(self, part: _Part) -> Sequence[BaseGeometry]:
+        vertices, counts = self._vertices(part)
+        rings = [ring if len(ring) >= 3 else ring[:0] for ring in np.split(vertices, np.cumsum(counts)[:-1])]
+        ends = np.cumsum(part.arrays[0].rings).tolist()
+        starts = [0, *ends[:-1]]
+        return [
+            self._fill([ring for ring in rings[start:end] if len(ring)], slot)
+            for start, end, slot in zip(starts, ends, part.slots, strict=True)
+        ]
 
-    def _fill(self, rings: Sequence[NDArray[np.float64]], node: JavaObject) -> BaseGeometry:
+    def _fill(self, rings: Sequence[NDArray[np.float64]], slot: int) -> BaseGeometry:
         if not rings:
             return shapely.Polygon()
         starts, ends = _edges(rings)
-        limit = _MAX_CROSSINGS + self._num_vertices // 2 - self._crossings
-        self._crossings += _count_crossings(starts, ends, limit)
-        if self._crossings > _MAX_CROSSINGS + self._num_vertices // 2:
-            raise NodeError(f"Polygons cross themselves more than {self._crossings} times", node)
+        limit = _MAX_CROSSINGS + self._num_vertices // 2
+        self._crossings += _count_crossings(starts, ends, limit - self._crossings)
+        if self._crossings > limit:
+            raise RoiError(f"Polygons cross themselves more than {limit} times", slot)
         return _fill_edges(starts, ends)
 
-    def _ring(self, x: Content, y: Content, node: JavaObject) -> NDArray[np.float64]:
-        columns = []
-        for array in (x, y):
-            if not isinstance(array, JavaArray) or array.desc.name != "[F":
-                raise NodeError(f"{type_name(array)} where coordinates should be", node)
-            columns.append(array.numpy())
-        if len(columns[0]) != len(columns[1]):
-            raise NodeError(f"A ring has {len(columns[0])} x and {len(columns[1])} y coordinates", node)
-        self._spend(4 * len(columns[0]), node)
-        vertices = np.stack(columns, axis=1).astype(np.float64)
-        if not np.isfinite(vertices).all():
-            raise NodeError("A ROI has a coordinate that is not a finite number", node)
-        return precise(vertices)
+
+def _first(mask: NDArray[np.bool_]) -> int:
+    return int(np.argmax(mask))
+
+
+def _check_finite(values: NDArray[np.float64], slots: Sequence[int], owner: NDArray[np.intp] | None = None) -> None:
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        slot = slots[row if owner is None else int(owner[row])]
+        raise RoiError("A ROI has a coordinate that is not a finite number", slot)
 
 
 def _ellipse_corners(bounds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -430,19 +508,15 @@ def _winding(points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDA
     return numbers
 
 
-def _from_wkb(blobs: Sequence[bytes], nodes: Sequence[JavaObject]) -> NDArray[Any]:
+def _from_wkb(blobs: Sequence[bytes], slots: Sequence[int]) -> NDArray[Any]:
     try:
         geometries: NDArray[Any] = shapely.force_2d(shapely.from_wkb(blobs))
     except shapely.GEOSException as error:
         if len(blobs) == 1:
-            raise NodeError(f"A geometry ROI cannot be read: {error}", nodes[0]) from None
-        return np.concatenate([_from_wkb([blob], [node]) for blob, node in zip(blobs, nodes, strict=True)])
+            raise RoiError(f"A geometry ROI cannot be read: {error}", slots[0]) from None
+        return np.concatenate([_from_wkb([blob], [slot]) for blob, slot in zip(blobs, slots, strict=True)])
     coordinates, owners = shapely.get_coordinates(geometries, return_index=True)
-    finite = np.isfinite(coordinates).all(axis=1)
-    if not finite.all():
-        raise NodeError(
-            "A ROI has a coordinate that is not a finite number", nodes[int(owners[int(np.argmin(finite))])]
-        )
+    _check_finite(coordinates, slots, owners)
     return geometries
 
 
@@ -455,7 +529,7 @@ def _rounded(geometries: NDArray[Any]) -> NDArray[Any]:
     return rounded
 
 
-def _check_wkb(blob: bytes, node: JavaObject) -> None:
+def _check_wkb(blob: bytes, slot: int) -> None:
     """Refuse bytes that a reader in C would follow too deep or beyond their end."""
     position = 0
     pending = [1]
@@ -469,11 +543,11 @@ def _check_wkb(blob: bytes, node: JavaObject) -> None:
             if children:
                 pending.append(children)
                 if len(pending) > _MAX_WKB_DEPTH:
-                    raise NodeError("A geometry ROI is nested too deep", node)
+                    raise RoiError("A geometry ROI is nested too deep", slot)
             if position > len(blob):
                 raise IndexError
     except (IndexError, ValueError):
-        raise NodeError("The geometry of a ROI is damaged", node) from None
+        raise RoiError("The geometry of a ROI is damaged", slot) from None
 
 
 def _wkb_header(blob: bytes, position: int) -> tuple[int, int]:
