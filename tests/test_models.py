@@ -390,6 +390,15 @@ def test_dropout_is_for_training_only() -> None:
         assert not torch.equal(network(image(0), image(1)), network(image(0), image(1)))
 
 
+def test_dropout_is_on_the_two_deepest_features_of_each_encoder_and_before_the_classifier() -> None:
+    network, shapes = build_model(small_resnet()), []
+    assert isinstance(network, DARefineNet)
+    network.dropout.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape[1:])))
+    network(image(0), image(1))
+    assert sorted(shapes) == sorted([(512, 2, 2), (256, 4, 4)] * 2 + [(8, 16, 16)])
+    assert network.dropout.p == 0.5
+
+
 def test_multisize_sees_the_slice_at_half_the_resolution() -> None:
     network, dual = seeded(small(input="multisize")), seeded(small())
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """DA-RefineNet, its ablations, and the networks it was compared with.
 
->>> from darefine_qupath.models import ModelConfig, build_model
+>>> from darefine_qupath.models import ModelConfig, build_model, num_parameters
 >>> network = build_model(ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=64))
 >>> num_parameters(network)
 26383940
