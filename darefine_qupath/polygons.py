@@ -456,7 +456,7 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: _Plan) -> Iterator[_Piec
     """Pieces of a block, or of its quarters where one has more vertices than a polygon may have."""
     window = np.ascontiguousarray(sieved[block.y : block.bottom, block.x : block.right])
     rings = _trace(window)
-    pixels = np.rint(rings.zone_sums(np.ones(window.shape, np.uint8))).astype(np.int64)
+    pixels = rings.pixels
     touching = (rings.bounds == (0, 0, block.width, block.height)).any(axis=1)
     if (~touching & (pixels < plan.min_area_px)).any():
         # A region that is left over: it will be given away, and the block is done again.
@@ -553,8 +553,18 @@ class _Rings:
     @property
     def turn(self) -> NDArray[np.float64]:
         """Per ring, what makes the area to its left positive for an outside and negative for a hole."""
-        areas = np.add.reduceat(self.down * self.points[:, 0].astype(np.int64), self.starts)
-        return np.asarray(np.where(self.first, 1.0, -1.0) * np.sign(areas), np.float64)
+        return np.asarray(np.where(self.first, 1.0, -1.0) * np.sign(self._areas), np.float64)
+
+    @property
+    def pixels(self) -> NDArray[np.int64]:
+        """Pixels per piece."""
+        areas = np.where(self.first, 1, -1) * np.abs(self._areas)
+        return np.add.reduceat(areas, np.flatnonzero(self.first))
+
+    @property
+    def _areas(self) -> NDArray[np.int64]:
+        """Signed area per ring."""
+        return np.add.reduceat(self.down * self.points[:, 0].astype(np.int64), self.starts)
 
 
 def _trace(window: NDArray[np.uint8]) -> _Rings:

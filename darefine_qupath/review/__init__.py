@@ -6,6 +6,7 @@ from darefine_qupath.review.ours import Reviewed, Survey, survey
 from darefine_qupath.review.page import write_page
 from darefine_qupath.review.places import MapLayers, Place, clear_places, mark_places, next_places
 from darefine_qupath.review.runs import Run, RunObject, list_runs
+from darefine_qupath.review.scripts import install_scripts, script_names
 from darefine_qupath.review.writeback import (
     RunResult,
     WriteOptions,
@@ -33,12 +34,14 @@ __all__ = [
     "apply_plan",
     "clear_places",
     "compare",
+    "install_scripts",
     "list_runs",
     "manual_annotations",
     "mark_places",
     "next_places",
     "plan_write",
     "reviewed_annotations",
+    "script_names",
     "survey",
     "undo",
     "write_back",
