@@ -21,7 +21,7 @@ from darefine_qupath.geometry import Box, Size
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["TileGuard", "refuse_beyond_end", "refuse_cut_short"]
+__all__ = ["TileGuard", "refuse_beyond_end", "refuse_cut_short", "refuse_incomplete"]
 
 _UNKNOWN, _WHOLE, _DAMAGED = 0, 1, 2
 
@@ -80,6 +80,35 @@ def refuse_beyond_end(path: Path, pages: Sequence[tifffile.TiffPage]) -> None:
             f"{path}: {lost} of {total} tiles lie beyond the end of the file at byte {size:,}; it was cut short, copy "
             f"it again"
         )
+
+
+def refuse_incomplete(path: Path, levels: Sequence[Size]) -> None:
+    """Refuse a file with tiles beyond its end, as far as it is a TIFF whose levels are pages.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    levels : sequence of Size
+        Width and height of every level by OpenSlide, which opens such a file and fails where it is read.
+
+    Raises
+    ------
+    SlideError
+        With the number of tiles that are lost.
+    """
+    refuse_beyond_end(path, [page for page in _pages(path) if (page.imagewidth, page.imagelength) in levels])
+
+
+def _pages(path: Path) -> list[tifffile.TiffPage]:
+    """Pages of a TIFF; none where the file is something else."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            if tiff.is_ndpi:
+                return []
+            return [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, OSError):
+        return []
 
 
 def _directories(file: BinaryIO) -> list[int]:
@@ -145,14 +174,8 @@ class TileGuard:
         TileGuard or None
             Close it.
         """
-        try:
-            with tifffile.TiffFile(path) as tiff:
-                if tiff.is_ndpi:
-                    return None
-                pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
-                found = [_level(pages, level) for level in levels]
-        except (tifffile.TiffFileError, ValueError, KeyError, IndexError, OSError):
-            return None
+        pages = _pages(path)
+        found = [_level(pages, level) for level in levels]
         whole = [level for level in found if level is not None]
         return cls(path, whole) if len(whole) == len(levels) else None
 
@@ -183,6 +206,9 @@ class TileGuard:
     def close(self) -> None:
         """Give the file back."""
         self._file.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _level(pages: Sequence[tifffile.TiffPage], size: Size) -> _Level | None:

@@ -20,7 +20,7 @@ from darefine_qupath.errors import (
     SlideNotFoundError,
 )
 from darefine_qupath.geometry import Box, FloatBox, Size, best_level, level_box, level_scale, level_window
-from darefine_qupath.slides.integrity import TileGuard
+from darefine_qupath.slides.integrity import TileGuard, refuse_incomplete
 from darefine_qupath.slides.sources import (
     FastSlideSource,
     OpenSlideSource,
@@ -373,12 +373,11 @@ def _open_source(path: Path, reader: str) -> Source:
         return _SOURCES[reader](path)
     if path.is_dir():
         return FastSlideSource(path)
-    try:
-        source = OpenSlideSource(path)
-    except SlideFormatError:
-        return first_that_opens(path, _fallbacks(path))
-    if source.vendor == "generic-tiff":
-        refuse_disguised_tiff(path)
+    source = first_that_opens(path, (OpenSlideSource, *_fallbacks(path)))
+    if isinstance(source, OpenSlideSource):
+        refuse_incomplete(path, source.levels)
+        if source.vendor == "generic-tiff":
+            refuse_disguised_tiff(path)
     return source
 
 

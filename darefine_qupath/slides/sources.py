@@ -109,8 +109,12 @@ def _number(text: object) -> float | None:
         return None
 
 
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _unreadable(error: Exception) -> SlideError:
-    return SlideError(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return SlideError(_reason(error))
 
 
 class OpenSlideSource:
@@ -257,8 +261,10 @@ class FastSlideSource:
         try:
             self._slide = fastslide.FastSlide.from_file_path(path, cache=_FAST_CACHE_BYTES)
         except (RuntimeError, ValueError, OSError) as error:
-            raise SlideFormatError(f"{path}: fastslide does not open it ({str(error).splitlines()[0]})") from error
+            raise SlideFormatError(f"{path}: fastslide does not open it ({_reason(error)})") from error
         slide = self._slide
+        if not slide.level_dimensions:
+            raise SlideFormatError(f"{path}: fastslide finds no image in it")
         _refuse_unless_rgb(
             path, slide.dtype, slide.num_channels, {"z-slices": slide.z_count, "time points": slide.t_count}
         )
@@ -485,7 +491,7 @@ class PillowSource:
                 _refuse_image(path, image)
                 self._pixels = _on_white(image)
         except UnidentifiedImageError:
-            raise SlideFormatError(f"{path}: no reader opens this file") from None
+            raise SlideFormatError(f"{path}: Pillow does not know this format") from None
         except (OSError, SyntaxError, ValueError) as error:
             if isinstance(error, SlideError):
                 raise
@@ -554,16 +560,23 @@ def first_that_opens(path: Path, readers: Sequence[Callable[[Path], Source]]) ->
     Raises
     ------
     SlideFormatError
-        What the last reader said if all refuse; what the first one said that finds something other than RGB.
+        What every reader said; or what the first one said that finds something other than RGB.
     SlideError
         As soon as a reader knows the format and the file is damaged.
     """
-    first, *others = readers
+    refusals = []
+    for reader in readers:
+        source, refusal = _tried(path, reader)
+        if source is not None:
+            return source
+        refusals.append(refusal.removeprefix(f"{path}: "))
+    raise SlideFormatError(f"{path}: no reader opens this file: {'; '.join(refusals)}")
+
+
+def _tried(path: Path, reader: Callable[[Path], Source]) -> tuple[Source | None, str]:
     try:
-        return first(path)
+        return reader(path), ""
     except _WrongPixelsError:
         raise
-    except SlideFormatError:
-        if not others:
-            raise
-    return first_that_opens(path, others)
+    except SlideFormatError as error:
+        return None, str(error)
