@@ -112,7 +112,7 @@ def fingerprint(slide: Slide, checkpoint: Checkpoint, *, mpp: float | None, opti
     Parameters
     ----------
     slide : Slide
-        The image: where it lies, its size, its file's length and time.
+        The image: its name, its size, its file's length and time; not its folder, since projects move.
     checkpoint : Checkpoint
         The model.
     mpp : float or None
@@ -127,7 +127,7 @@ def fingerprint(slide: Slide, checkpoint: Checkpoint, *, mpp: float | None, opti
     """
     stat = slide.path.stat()
     values = {
-        "image": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns, *slide.size],
+        "image": [slide.path.name, stat.st_size, stat.st_mtime_ns, *slide.size],
         "model": checkpoint.model_id,
         "mpp": mpp,
         "options": options.deciding(),
