@@ -17,7 +17,7 @@ __all__ = ["demo", "doctor", "qupath_scripts"]
 
 @click.command(short_help="Make a QuPath project of generated slides.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--train", "num_train", type=click.IntRange(1), default=3, show_default=True, help="Annotated slides.")
+@click.option("--train", "num_train", type=click.IntRange(1), default=4, show_default=True, help="Annotated slides.")
 @click.option("--test", "num_test", type=click.IntRange(0), default=1, show_default=True, help="Slides to predict.")
 @click.option("--side", type=click.IntRange(1600, 40_000), default=6144, show_default=True, help="Side in pixels.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the first slide; the next ones count up.")

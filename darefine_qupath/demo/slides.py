@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid5
@@ -11,6 +12,7 @@ import rasterio
 import shapely
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.shutil import copy as copy_raster
 
 from darefine_qupath.annotations import Annotation
@@ -92,7 +94,9 @@ def write_slide(path: Path, pixels: NDArray[np.uint8], *, mpp: float, quality: i
     height, width = pixels.shape[:2]
     levels = [factor for factor in (2, 4, 8, 16, 32) if min(width, height) // factor >= 128]
     profile = {"driver": "GTiff", "width": width, "height": height, "count": 3, "dtype": "uint8"}
-    with rasterio.MemoryFile() as memory:
+    # A slide has no place on the globe, and rasterio says so every time.
+    with warnings.catch_warnings(), rasterio.MemoryFile() as memory:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with memory.open(**profile) as raw:
             raw.write(np.moveaxis(pixels, 2, 0))
             per_cm = 10_000 / mpp

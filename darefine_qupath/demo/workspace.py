@@ -32,8 +32,16 @@ stride_um = {stride_um}
 slice_encoder = "resnet18"
 context_encoder = "resnet18"
 fusion = "attention"
-# Half of the decoder at 1/32; the paper's is 256.
+# Decoder channels, twice that at 1/32; 256 in the paper.
 width = 64
+
+[train]
+# A few minutes on two cores. The paper's schedule is preset = "paper".
+preset = "modern"
+epochs = 5
+batch_size = 8
+samples_per_epoch = 480
+validate_every = 5
 """
 
 
@@ -60,7 +68,7 @@ class DemoProject:
 def make_project(
     folder: Path,
     *,
-    num_train: int = 3,
+    num_train: int = 4,
     num_test: int = 1,
     size: tuple[int, int] = (6144, 6144),
     seed: int = 1,
@@ -117,6 +125,6 @@ def make_project(
                 progress(image.name)
         path = project.path
     (folder / "darefine.toml").write_text(
-        SETTINGS.format(size_px=128, slice_um=128, context_um=640, stride_um=64), encoding="utf-8"
+        SETTINGS.format(size_px=128, slice_um=128, context_um=640, stride_um=128), encoding="utf-8"
     )
     return DemoProject(path=path, truth=truth, train=tuple(names["train"]), test=tuple(names["test"]))
