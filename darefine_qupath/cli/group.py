@@ -90,8 +90,10 @@ def darefine(verbose: int) -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line; errors become one line on standard error and exit code 2."""
+    code = 0
     try:
-        darefine.main(args=args, prog_name="darefine", standalone_mode=False)
+        # Without its standalone mode click gives the exit code back instead of ending the process.
+        code = darefine.main(args=args, prog_name="darefine", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -105,9 +107,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         _fail(_spoken(error), 2, error)
     except MemoryError as error:
         _fail("Out of memory; use a smaller --batch-size or fewer --workers", 2, error)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    sys.exit(0)
+    sys.exit(code)
 
 
 def _spoken(error: OSError) -> str:
