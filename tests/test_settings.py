@@ -1,0 +1,135 @@
+"""darefine.toml: what it says, what is refused, and what goes over what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.errors import ClassMapError, ConfigError, TileError
+from darefine_qupath.models import ModelConfig
+from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.tiles import TileSpec
+
+LIST = (
+    PathClass("Normal", Colour(1, 2, 3)),
+    PathClass("Tumor", Colour(4, 5, 6)),
+    PathClass("Ignore*", Colour(7, 8, 9)),
+    PathClass("Unused", Colour(0, 0, 0)),
+)
+
+
+def _read(tmp_path: Path, text: str) -> Settings:
+    (tmp_path / "darefine.toml").write_text(text, encoding="utf-8")
+    return read_settings(tmp_path)
+
+
+def test_no_file_is_no_settings(tmp_path: Path) -> None:
+    assert read_settings(tmp_path) == Settings()
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No settings file .*other\.toml"):
+        read_settings(tmp_path, tmp_path / "other.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[classes", "not valid TOML"),
+        ("[clases]", "unknown table 'clases'; did you mean 'classes'"),
+        ("tiles = 3", r"tiles must be a table, \[tiles\]"),
+    ],
+    ids=["syntax", "table", "kind"],
+)
+def test_a_broken_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _read(tmp_path, text)
+
+
+def test_without_a_table_the_classes_are_those_in_use_in_the_order_of_the_project() -> None:
+    found = Settings().class_map(LIST, {"Tumor": 2, "Normal": 1, "Ignore*": 4})
+    assert found.names == ("Normal", "Tumor")
+    assert found.colours == (Colour(1, 2, 3), Colour(4, 5, 6))
+    assert found.unlabelled == "ignore"
+
+
+def test_a_class_that_only_the_unlabelled_have_is_a_class() -> None:
+    found = Settings(classes={"unlabelled": "Normal"}).class_map(LIST, {"Tumor": 2})
+    assert found.names == ("Normal", "Tumor")
+
+
+def test_the_table_orders_maps_and_colours(tmp_path: Path) -> None:
+    settings = _read(
+        tmp_path,
+        """
+        [classes]
+        names = ["Cancer", "Normal"]
+        [classes.map]
+        Tumor = "Cancer"
+        [classes.colours]
+        Cancer = "#0a0b0c"
+        """,
+    )
+    found = settings.class_map(LIST, {"Tumor": 2, "Normal": 1})
+    assert found.names == ("Cancer", "Normal")
+    assert found.colours == (Colour(10, 11, 12), Colour(1, 2, 3))
+    assert found.label("Tumor") == 0
+
+
+def test_a_project_without_a_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no annotation of any class to learn"):
+        Settings().class_map(LIST, {"Ignore*": 3})
+
+
+def test_a_map_to_nowhere_is_refused(tmp_path: Path) -> None:
+    settings = _read(tmp_path, '[classes]\nnames = ["A"]\n[classes.map]\nB = "C"\n')
+    with pytest.raises(ClassMapError, match="'B' is mapped to 'C'"):
+        settings.class_map(LIST, {"A": 1})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "near"),
+    [("classes", "name", "names"), ("tiles", "slice", "slice_um"), ("model", "encoder", "slice_encoder"),
+     ("images", "mp", "mpp")],
+)  # fmt: skip
+def test_an_unknown_key_is_refused(tmp_path: Path, section: str, key: str, near: str) -> None:
+    settings = _read(tmp_path, f"[{section}]\n{key} = 1\n")
+    ask = {
+        "classes": lambda: settings.class_map(LIST, {"Normal": 1}),
+        "tiles": lambda: settings.tile_spec(TileSpec.paper()),
+        "model": lambda: settings.model_config(ModelConfig()),
+        "images": lambda: settings.mpp,
+    }[section]
+    with pytest.raises(ConfigError, match=rf"unknown \[{section}\] key '{key}'; (did you mean '|known are ){near}"):
+        ask()
+
+
+def test_micrometres_take_the_place_of_pixels() -> None:
+    settings = Settings(tiles={"slice_um": 100, "context_um": 500, "stride_um": 50})
+    assert settings.tile_spec(TileSpec.paper()) == TileSpec(size_px=500, slice_um=100, context_um=500, stride_um=50)
+
+
+def test_options_go_over_the_file_and_the_file_over_the_default() -> None:
+    settings = Settings(tiles={"size_px": 256, "slice_um": 100, "context_um": 500, "stride_um": 50})
+    found = settings.tile_spec(TileSpec.paper(), slice_px=1000, context_px=5000, stride_px=250, size_px=None)
+    assert found == TileSpec(size_px=256, slice_px=1000, context_px=5000, stride_px=250)
+    assert settings.tile_spec(TileSpec.paper(), stride_um=25).stride_um == 25
+
+
+def test_half_a_triple_is_refused() -> None:
+    with pytest.raises(TileError, match="all three"):
+        Settings().tile_spec(TileSpec.paper(), slice_um=100)
+
+
+def test_network_settings() -> None:
+    settings = Settings(model={"width": 64, "slice_encoder": "resnet18"})
+    found = settings.model_config(ModelConfig(), slice_encoder="resnet34", fusion=None)
+    assert (found.width, found.slice_encoder, found.fusion) == (64, "resnet34", "attention")
+
+
+@pytest.mark.parametrize("value", [0, -1, "a"])
+def test_a_pixel_size_must_be_positive(value: object) -> None:
+    with pytest.raises(ConfigError, match="must be a positive number"):
+        _ = Settings(images={"mpp": value}).mpp
