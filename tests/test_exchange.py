@@ -22,7 +22,7 @@ from shapely.geometry.base import BaseGeometry
 from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import ClassMap, Colour, PathClass
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange import read_annotations, write_geojson, write_label_tiff
+from darefine_qupath.exchange import read_annotations, write_geojson, write_label_png, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
 
@@ -569,14 +569,22 @@ def test_label_tiff_is_what_the_painter_paints(tmp_path: Path, downsample: int, 
     assert palette[1][:3] == tuple(CLASSES.colours[1])
 
 
-def test_label_tiff_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write_mask", [write_label_tiff, write_label_png])
+def test_label_mask_round_trip(tmp_path: Path, write_mask: Callable[..., Size]) -> None:
     shapes = MultiPolygon([box(8, 8, 80, 40), box(100, 8, 120, 40)])
     painter = LabelPainter([Annotation(geometry=shapes, path_class="Tumor")], ClassMap(names=("Normal", "Tumor")))
-    write_label_tiff(painter, (200, 100), tmp_path / "m.tif", downsample=4)
+    write_mask(painter, (200, 100), tmp_path / "m.tif", downsample=4)
     imported = read_annotations(tmp_path / "m.tif")
     tumor = [a.geometry for a in imported.annotations if a.path_class == "Tumor"]
     assert shapely.union_all(tumor).equals(shapes)
     assert {a.path_class for a in imported.annotations} == {"Tumor", "Ignore*"}
+    assert imported.colours["Tumor"] == painter.class_map.colours[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["m.tif"]
+
+
+def test_label_png_that_would_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ExchangeError, match="too large; take a larger downsample than 1"):
+        write_label_png(LabelPainter([], CLASSES), (100_000, 100_000), tmp_path / "m.png", downsample=1)
 
 
 def test_label_tiff_needs_a_downsample(tmp_path: Path) -> None:

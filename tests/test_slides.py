@@ -212,6 +212,7 @@ def test_level_0_is_not_touched(pyramid: Path, reader: str, x: int, y: int, widt
         Image.fromarray(ramp(1001, 811)).save(path, compress_level=1)
     with open_slide(path, reader=reader) as slide:
         read = slide.read(Box(x, y, width, height), (width, height))
+    assert read.flags.writeable
     assert (read == canvas[y + 300 : y + 300 + height, x + 300 : x + 300 + width]).all()
 
 

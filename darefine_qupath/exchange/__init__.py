@@ -6,8 +6,16 @@ gives annotation records in level-0 pixels together with what was repaired and r
 """
 
 from darefine_qupath.exchange.features import write_geojson
-from darefine_qupath.exchange.labels import read_label_mask, write_label_tiff
+from darefine_qupath.exchange.labels import read_label_mask, write_label_png, write_label_tiff
 from darefine_qupath.exchange.reading import read_annotations
 from darefine_qupath.exchange.records import Imported, Note
 
-__all__ = ["Imported", "Note", "read_annotations", "read_label_mask", "write_geojson", "write_label_tiff"]
+__all__ = [
+    "Imported",
+    "Note",
+    "read_annotations",
+    "read_label_mask",
+    "write_geojson",
+    "write_label_png",
+    "write_label_tiff",
+]

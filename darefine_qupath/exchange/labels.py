@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rasterio
-import rasterio.io
 import shapely
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.features import shapes
 from rasterio.windows import Window
@@ -25,9 +26,11 @@ from darefine_qupath.exchange.records import Collector, Imported
 from darefine_qupath.geometry import Box, Size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
-__all__ = ["read_label_mask", "write_label_tiff"]
+__all__ = ["read_label_mask", "write_label_png", "write_label_tiff"]
 
 _MAX_PIXELS = 500_000_000
 _TAG = "DAREFINE_LABELS"
@@ -162,15 +165,7 @@ def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: P
     ExchangeError
         If the downsample is not positive, or the file cannot be written.
     """
-    if downsample < 1:
-        raise ExchangeError(f"A label mask needs a downsample of at least 1, got {downsample}")
-    size = Size(-(-image_size[0] // downsample), -(-image_size[1] // downsample))
-    notes = {
-        "names": list(painter.class_map.names),
-        "downsample": downsample,
-        "image_size": list(image_size),
-        "ignore": IGNORE,
-    }
+    size = _mask_size(image_size, downsample)
     profile = {
         "driver": "GTiff",
         "width": size.width,
@@ -189,26 +184,77 @@ def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: P
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(temporary, "w", **profile) as dataset:
                 dataset.write_colormap(1, _palette(painter))
-                dataset.update_tags(**{_TAG: json.dumps(notes)})
-                for y in range(0, size.height, _TILE):
-                    for x in range(0, size.width, _TILE):
-                        _write_tile(dataset, painter, image_size, downsample, Window(x, y, _TILE, _TILE))
+                dataset.update_tags(**{_TAG: _described(painter, image_size, downsample)})
+                for window, mask in _tiles(painter, image_size, size, downsample):
+                    dataset.write(mask, 1, window=Window(window.x, window.y, window.width, window.height))
     except RasterioError as error:
         raise ExchangeError(f"{path}: the mask cannot be written ({error})") from error
     return size
 
 
-def _write_tile(
-    dataset: rasterio.io.DatasetWriter,
-    painter: LabelPainter,
-    image_size: tuple[int, int],
-    downsample: int,
-    window: Window,
-) -> None:
-    width, height = min(_TILE, dataset.width - window.col_off), min(_TILE, dataset.height - window.row_off)
-    box = Box(window.col_off * downsample, window.row_off * downsample, width * downsample, height * downsample)
-    mask = painter.paint(box, (width, height), image_size=image_size)
-    dataset.write(mask, 1, window=Window(window.col_off, window.row_off, width, height))
+def write_label_png(painter: LabelPainter, image_size: tuple[int, int], path: Path | str, *, downsample: int) -> Size:
+    """Write the labels of an image as a palette PNG, which any viewer shows in the class colours.
+
+    Parameters
+    ----------
+    painter : LabelPainter
+        Annotations and classes.
+    image_size : tuple of int
+        Width and height of the image in level-0 pixels.
+    path : Path or str
+        The file, ``.png``; replaced as a whole, or not at all.
+    downsample : int
+        Level-0 pixels per pixel of the mask.
+
+    Returns
+    -------
+    Size
+        Of the mask, which is held in memory as a whole.
+
+    Raises
+    ------
+    ExchangeError
+        If the downsample is not positive, the mask is too large for memory, or the file cannot be written.
+    """
+    size = _mask_size(image_size, downsample)
+    if size.width * size.height > _MAX_PIXELS:
+        raise ExchangeError(
+            f"{path}: a PNG of {size.width} x {size.height} pixels is too large; take a larger downsample than "
+            f"{downsample}, or a TIFF"
+        )
+    canvas = np.empty((size.height, size.width), np.uint8)
+    for window, mask in _tiles(painter, image_size, size, downsample):
+        canvas[window.y : window.bottom, window.x : window.right] = mask
+    image = Image.fromarray(canvas, "P")
+    image.putpalette([band for colour in _palette(painter).values() for band in colour])
+    notes = PngInfo()
+    notes.add_text(_TAG, _described(painter, image_size, downsample))
+    with replacing(Path(path)) as temporary:
+        image.save(temporary, "png", pnginfo=notes)
+    return size
+
+
+def _mask_size(image_size: tuple[int, int], downsample: int) -> Size:
+    if downsample < 1:
+        raise ExchangeError(f"A label mask needs a downsample of at least 1, got {downsample}")
+    return Size(-(-image_size[0] // downsample), -(-image_size[1] // downsample))
+
+
+def _described(painter: LabelPainter, image_size: tuple[int, int], downsample: int) -> str:
+    """Describe the mask for `read_label_mask`, as JSON."""
+    names = list(painter.class_map.names)
+    return json.dumps({"names": names, "downsample": downsample, "image_size": list(image_size), "ignore": IGNORE})
+
+
+def _tiles(
+    painter: LabelPainter, image_size: tuple[int, int], size: Size, downsample: int
+) -> Iterator[tuple[Box, NDArray[np.uint8]]]:
+    """Tiles of a mask, each with its place in it."""
+    for y in range(0, size.height, _TILE):
+        for x in range(0, size.width, _TILE):
+            window = Box(x, y, min(_TILE, size.width - x), min(_TILE, size.height - y))
+            box = Box(x * downsample, y * downsample, window.width * downsample, window.height * downsample)
+            yield window, painter.paint(box, window.size, image_size=image_size)
 
 
 def _palette(painter: LabelPainter) -> dict[int, Colour]:

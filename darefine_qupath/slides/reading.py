@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -131,7 +132,7 @@ class PyramidSlide:
 
     @property
     def reader(self) -> str:
-        """What reads the pixels: ``"openslide"``, ``"fastslide"``, ``"tifffile"`` or ``"pillow"``."""
+        """What reads the pixels: ``"openslide"``, ``"fastslide"``, ``"tifffile"`` or ``"pillow"``; probes the file."""
         source, fast = self._opened(), self._fast_path()
         return source.name if fast is None else fast.source.name
 
@@ -149,6 +150,7 @@ class PyramidSlide:
         -------
         ndarray of uint8, shape (height, width, 3)
             RGB, antialiased; white outside the slide. Where `size` is that of `box` these are the pixels of level 0.
+            The array is the caller's to write to.
 
         Raises
         ------
@@ -166,7 +168,7 @@ class PyramidSlide:
         level = best_level(min(box.width / size[0], box.height / size[1]), base, self._file_levels)
         place = level_box(in_file, base, self._file_levels[level])
         try:
-            return self._resampled(level, place, Size(*size))
+            return np.require(self._resampled(level, place, Size(*size)), requirements=("C", "W"))
         except SlideError as error:
             where = f"x {box.x}, y {box.y}, {box.width} x {box.height}"
             raise SlideError(
@@ -200,10 +202,9 @@ class PyramidSlide:
         pixels = self._padded(level, window.box)
         if window.is_whole and window.box.size == part.size:
             return pixels
-        inner = window.inner
-        edges = (inner.x, inner.y, min(inner.x + inner.width, window.box.width), 0.0)
-        edges = (*edges[:3], min(inner.y + inner.height, window.box.height))
-        return np.asarray(Image.fromarray(pixels).resize(part.size, kernel, box=edges))
+        x, y, width, height = window.inner
+        right, bottom = min(x + width, window.box.width), min(y + height, window.box.height)
+        return np.asarray(Image.fromarray(pixels).resize(part.size, kernel, box=(x, y, right, bottom)))
 
     def _padded(self, level: int, window: Box) -> NDArray[np.uint8]:
         """Whole pixels of a level: white outside the frame, the last pixels repeated where the level is cut short."""
@@ -251,11 +252,7 @@ class PyramidSlide:
     def _open_fast_path(self, reference: Source) -> _FastPath | None:
         if not fastslide_works_here() or reference.name != "openslide":
             if self._fast_usable:
-                _log.warning(
-                    "%s: fastslide was used before this process was forked; OpenSlide reads here, more slowly. Start "
-                    "worker processes with 'spawn'",
-                    self.path,
-                )
+                _warn_of_fork(os.getpid())
             self._fast_usable = False
             return None
         guard = TileGuard.of(self.path, reference.levels)
@@ -316,6 +313,15 @@ def _filter(scale: float) -> tuple[Image.Resampling, float]:
     if scale <= 1:
         return Image.Resampling.BICUBIC, 2.0
     return (Image.Resampling.HAMMING, 1.0) if scale < 4 else (Image.Resampling.BOX, 0.5)
+
+
+@cache
+def _warn_of_fork(pid: int) -> None:
+    _log.warning(
+        "Process %d was forked from one that had read slides through fastslide, whose threads do not survive that; "
+        "OpenSlide reads here, more slowly. Start worker processes with 'spawn' or 'forkserver'",
+        pid,
+    )
 
 
 @dataclass(frozen=True)

@@ -502,7 +502,7 @@ class PillowSource:
 
     def read(self, level: int, window: Box) -> NDArray[np.uint8]:  # noqa: ARG002  (there is one level)
         """Pixels of a window of the image."""
-        return self._pixels[window.y : window.bottom, window.x : window.right]
+        return self._pixels[window.y : window.bottom, window.x : window.right].copy()
 
     def close(self) -> None:
         """Give the memory back."""
