@@ -52,7 +52,9 @@ def note(text: str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table; the first column is text, the others are right-aligned."""
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_edge=False)
+    if title is not None:
+        click.echo(title)
+    grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
