@@ -17,6 +17,7 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -87,6 +88,7 @@ _I4 = struct.Struct(">i")
 _U4 = struct.Struct(">I")
 _I8 = struct.Struct(">q")
 _DESC_HEAD = struct.Struct(">qBH")
+_REFERENCE = struct.Struct(">BI")
 
 
 def modified_utf8(text: str) -> bytes:
@@ -539,8 +541,10 @@ class _Decoder:
         """Number of the node that has the first handle: moves at a reset."""
         self.annotation_depth = 0
         self.pool: dict[bytes, bytes] = {}
-        self.steps: dict[int, tuple[int, ...]] = {}
-        """Layout of the classes that were found fit to have objects, by the descriptor's id."""
+        self.steps: dict[AnyDesc, tuple[int, ...]] = {}
+        """Layout of the classes that were found fit to have objects."""
+        self.described: dict[int, AnyDesc] = {}
+        """Descriptors that were found complete, by the number of the node."""
         self.opened: _Frame | None = None
         """What the reader called last has begun and not finished."""
         self.readers: list[Callable[[int], Any]] = [self._unknown] * 256
@@ -567,18 +571,22 @@ class _Decoder:
         tag = self.data[self.pos]
         if tag == TC_RESET:
             self.pos += 1
-            self.first = len(self.nodes)
+            self._forget()
             return Reset()
         if tag == TC_EXCEPTION:
             self.pos += 1
-            self.first = len(self.nodes)
+            self._forget()
             exception = self._value()
-            self.first = len(self.nodes)
+            self._forget()
             return Aborted(exception)
         if tag in (TC_BLOCKDATA, TC_BLOCKDATALONG):
             block: bytes = self.readers[tag](-1)
             return block
         return self._value()
+
+    def _forget(self) -> None:
+        self.first = len(self.nodes)
+        self.described.clear()
 
     def _value(self) -> Content:
         value: Content = self._values(1)[0]
@@ -619,6 +627,10 @@ class _Decoder:
     def _next_step(self, frame: _Frame) -> bool:
         """Begin what comes next in an object; False when it is complete."""
         data, steps = frame.data, frame.steps
+        if not steps:
+            if frame.node is not None:
+                frame.node.data = tuple(data)
+            return False
         if frame.out is not data:
             data.append(tuple(frame.out))
         while frame.step < len(steps):
@@ -707,9 +719,9 @@ class _Decoder:
         start = self.pos
         self.pos += 1
         desc = self._desc_of("an object", start)
-        steps = self.steps.get(id(desc))
+        steps = self.steps.get(desc)
         if steps is None:
-            steps = self.steps[id(desc)] = self._checked_steps(desc, start)
+            steps = self.steps[desc] = self._checked_steps(desc, start)
         node = JavaObject.__new__(JavaObject)
         node.desc = desc
         node.data = ()
@@ -791,7 +803,13 @@ class _Decoder:
 
     def _desc_of(self, what: str, start: int) -> AnyDesc:
         """Descriptor of an object's class; not null, and complete."""
+        number = -1
         if self.data[self.pos] == TC_REFERENCE:
+            number = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
+            known = self.described.get(number)
+            if known is not None:
+                self.pos += 5
+                return known
             desc = self._referred()
             if not isinstance(desc, (ClassDesc, ProxyDesc)):
                 raise ProjectFormatError(f"The class of {what} is not a class descriptor", offset=start)
@@ -799,6 +817,8 @@ class _Decoder:
             desc = self._desc()
         if desc is None or not desc.is_complete:
             raise ProjectFormatError(f"The class of {what} is null or not yet described", offset=start)
+        if number >= self.first:
+            self.described[number] = desc
         return desc
 
     def _desc(self) -> AnyDesc | None:
@@ -941,12 +961,20 @@ def decode(data: bytes, *, path: Path | None = None) -> Stream:
         decoder.readers.clear()
 
 
+class _End:
+    """Stands behind what an externalizable object wrote."""
+
+
+_END: tuple[Any, ...] = (_End(),)
+
+
 class _Encoder:
-    """Writes values; nesting stands on a list of generators, not on Python's stack."""
+    """Writes values; nesting stands on a list of iterators, not on Python's stack."""
 
     def __init__(self) -> None:
         self.out = bytearray(MAGIC)
         self.handles: dict[int, int] = {}
+        self.leading: dict[AnyDesc, int | None] = {}
         self.writers: dict[type, Callable[[Any], Iterator[Content] | None]] = {
             bytes: self._block,
             LongBlock: self._long_block,
@@ -957,6 +985,7 @@ class _Encoder:
             JavaClass: self._class,
             ClassDesc: self._desc_value,
             ProxyDesc: self._desc_value,
+            _End: self._end,
         }
 
     def run(self, contents: Iterable[TopLevel]) -> bytes:
@@ -983,7 +1012,7 @@ class _Encoder:
                     continue
                 handle = handles.get(id(value))
                 if handle is not None:
-                    out += b"q" + _U4.pack(handle)
+                    out += _REFERENCE.pack(TC_REFERENCE, handle)
                     continue
                 nested = writers[value.__class__](value)
                 if nested is not None:
@@ -1023,21 +1052,30 @@ class _Encoder:
         if handle is None:
             self._string(string)
         else:
-            self.out += b"q" + _U4.pack(handle)
+            self.out += _REFERENCE.pack(TC_REFERENCE, handle)
+
+    def _end(self, _: _End) -> None:
+        self.out.append(TC_ENDBLOCKDATA)
 
     def _object(self, node: JavaObject) -> Iterator[Content]:
         self.out.append(TC_OBJECT)
-        self._desc(node.desc)
+        desc, data = node.desc, node.data
+        self._desc(desc)
         self._register(node)
-        return self._object_data(node)
+        if desc.flags & SC_EXTERNALIZABLE:
+            return chain(data, _END)
+        if desc not in self.leading:
+            self.leading[desc] = _leading_numbers(desc)
+        leading = self.leading[desc]
+        if leading is None:
+            return self._object_data(node)
+        if leading:
+            self.out += data[0]
+        return iter(data[leading:])
 
     def _object_data(self, node: JavaObject) -> Iterator[Content]:
         out = self.out
         values = iter(node.data)
-        if node.desc.is_externalizable:
-            yield from values
-            out.append(TC_ENDBLOCKDATA)
-            return
         for step in node.desc.steps:
             if step > 0:
                 out += next(values)
@@ -1077,7 +1115,7 @@ class _Encoder:
         while desc is not None:
             handle = self.handles.get(id(desc))
             if handle is not None:
-                self.out += b"q" + _U4.pack(handle)
+                self.out += _REFERENCE.pack(TC_REFERENCE, handle)
                 return
             if isinstance(desc, ClassDesc):
                 self._class_desc(desc)
@@ -1110,6 +1148,13 @@ class _Encoder:
         raw = modified_utf8(text)
         self.out += _U2.pack(len(raw))
         self.out += raw
+
+
+def _leading_numbers(desc: AnyDesc) -> int | None:
+    """How many parts of numbers stand before nothing but references; None for any other layout."""
+    steps = desc.steps
+    leading = int(bool(steps) and steps[0] > 0)
+    return leading if all(step < 0 for step in steps[leading:]) else None
 
 
 def encode(stream: Stream) -> bytes:

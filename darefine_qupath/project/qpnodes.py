@@ -207,25 +207,26 @@ class NodeBuilder:
         self._classes: dict[str, JavaObject] = {}
         self._strings: dict[str, JavaString] = {}
         self._lists: dict[tuple[str, ...], tuple[JavaObject, JavaObject]] = {}
+        for node in stream.nodes:
+            if isinstance(node, ClassDesc):
+                self._note_desc(node)
+        self._note_objects(stream)
+
+    def _note_objects(self, stream: Stream) -> None:
         object_id = OBJECT_ID.encode()
         for node in stream.nodes:
-            if isinstance(node, JavaObject):
-                self._note_object(node)
-            elif isinstance(node, ClassDesc):
-                self._note_desc(node)
-            elif isinstance(node, JavaString) and node.raw == object_id:
-                self._strings.setdefault(OBJECT_ID, node)
-
-    def _note_object(self, node: JavaObject) -> None:
-        name = node.desc.name
-        if name == "java.lang.Integer":
-            value = int(javautil.number(node))
-            if value in _SHARED_INTEGERS:
-                self._integers.setdefault(value, node)
-        elif name == "java.lang.Boolean":
-            self._booleans.setdefault(bool(javautil.number(node)), node)
-        elif name == _PATH_CLASS:
-            self._classes.setdefault(class_of(node)[0], node)
+            if node.__class__ is JavaString and node.raw == object_id:
+                self._strings[OBJECT_ID] = node
+                break
+        integer, boolean, path_class = map(self._descs.get, ("java.lang.Integer", "java.lang.Boolean", _PATH_CLASS))
+        wanted = {integer, boolean, path_class}
+        for found in [node for node in stream.nodes if isinstance(node, JavaObject) and node.desc in wanted]:
+            if found.desc is path_class:
+                self._classes.setdefault(class_of(found)[0], found)
+            elif found.desc is boolean:
+                self._booleans.setdefault(bool(javautil.number(found)), found)
+            elif (value := int(javautil.number(found))) in _SHARED_INTEGERS:
+                self._integers.setdefault(value, found)
 
     def _note_desc(self, desc: ClassDesc) -> None:
         self._descs.setdefault(desc.name, desc)

@@ -310,11 +310,11 @@ class ObjectParts:
 
 
 def _stored_id(metadata: JavaObject) -> UUID | None:
-    content = metadata.content
+    content = metadata.data
     if len(content) != 3 or not all(isinstance(part, JavaArray) for part in content[1:]):
         raise NodeError("Object metadata is not laid out as a map of strings", metadata)
-    keys: Any = content[1].data  # type: ignore[union-attr]
-    values: Any = content[2].data  # type: ignore[union-attr]
+    keys: Any = content[1].data
+    values: Any = content[2].data
     if isinstance(keys, bytes) or isinstance(values, bytes) or len(keys) != len(values):
         raise NodeError("Object metadata has not as many values as keys", metadata)
     for position in range(len(keys) - 1, -1, -1):
@@ -324,15 +324,18 @@ def _stored_id(metadata: JavaObject) -> UUID | None:
     return None
 
 
+_UUID_SHAPE = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}").fullmatch
 _UUID_PARTS = re.compile(r"[0-9a-fA-F]{1,16}(-[0-9a-fA-F]{1,16}){4}")
 
 
 def _uuid_of(string: str | None) -> UUID | None:
     """UUID as Java's ``UUID.fromString`` understands it; None where it would not."""
-    if string is None or not _UUID_PARTS.fullmatch(string):
+    if string is None:
         return None
-    if len(string) == 36 and string[8] == string[13] == string[18] == string[23] == "-":
-        return UUID(string)
+    if _UUID_SHAPE(string):
+        return UUID(int=int(string.replace("-", ""), 16))
+    if not _UUID_PARTS.fullmatch(string):
+        return None
     widths = (8, 4, 4, 4, 12)
     parts = [part[-width:].rjust(width, "0") for part, width in zip(string.split("-"), widths, strict=True)]
     return UUID("".join(parts))
@@ -535,15 +538,19 @@ class _Reader:
         return self._text(javautil.field(item, "name")) or "", _plain(float(javautil.number(item)))
 
     def _numeric(self, node: JavaObject, array_class: str, width: int, code: str) -> dict[str, float]:
-        values = javautil.field(node, "values")
-        names = self._names(javautil.field(node, "names"))
+        index = node.desc.index
+        if "values" not in index or "names" not in index:
+            raise NodeError(f"{node.desc.name} has no names or no values", node)
+        values, names_node = node.data[index["values"][0]], node.data[index["names"][0]]
+        names = self.names.get(id(names_node)) or self._names(names_node)
         if not isinstance(values, JavaArray) or values.desc.name != array_class:
             raise NodeError(f"{type_name(values)} where measured values should be", node)
-        if len(values.data) < width * len(names):
-            raise NodeError(f"{len(names)} measurements have {len(values.data) // width} values", node)
-        self.budget.spend(16 * len(names), node)
-        numbers = struct.unpack_from(f">{len(names)}{code}", values.data)  # type: ignore[arg-type]
-        return dict(zip(names, [_plain(value) for value in numbers], strict=True))
+        count = len(names)
+        if len(values.data) < width * count:
+            raise NodeError(f"{count} measurements have {len(values.data) // width} values", node)
+        self.budget.spend(16 * count, node)
+        numbers = struct.unpack_from(f">{count}{code}", values.data)  # type: ignore[arg-type]
+        return dict(zip(names, [value if value == value else math.nan for value in numbers], strict=True))
 
     def _names(self, node: Content) -> list[str]:
         names = self.names.get(id(node))

@@ -92,14 +92,18 @@ def _is_wide(record: Annotation, former: Annotation | None) -> bool:
 _PLAIN_BUILDER = NodeBuilder(Stream(()), is_modern=True, colours={})
 
 
-def _round_trip(geometry: BaseGeometry, wanted: RoiKind | None, plane: Plane) -> tuple[RoiKind, BaseGeometry]:
+_Shape = tuple[BaseGeometry, RoiKind | None, Plane]
+
+
+def _round_trips(shapes: Sequence[_Shape]) -> list[tuple[RoiKind, BaseGeometry]]:
+    """ROI types and geometries as they will be read back."""
     batch = RoiBatch()
-    batch.add(_PLAIN_BUILDER.roi(spec_of(geometry, wanted), plane))
+    for geometry, wanted, plane in shapes:
+        batch.add(_PLAIN_BUILDER.roi(spec_of(geometry, wanted), plane))
     try:
-        (roi,) = batch.build()
+        return [(roi.kind, roi.geometry) for roi in batch.build()]
     except RoiError as error:
         raise AnnotationError(error.message) from None
-    return roi.kind, roi.geometry
 
 
 def _stored_numbers(measurements: Mapping[str, float], *, is_wide: bool) -> dict[str, float]:
@@ -136,25 +140,48 @@ def stored(record: Annotation, former: Annotation | None = None) -> Annotation:
     AnnotationError
         If it cannot be stored.
     """
-    roi, geometry, plane, nucleus = None, None, record.plane, None
-    if _same_roi(record, former):
-        roi, geometry = former.roi, former.geometry  # type: ignore[union-attr]
-    elif record.geometry is not None:
-        roi, geometry = _round_trip(record.geometry, record.roi, record.plane)
-    if geometry is None:
-        plane = Plane()
-    if record.kind == "cell" and record.nucleus is not None:
-        is_kept = former is not None and _same_geometry(record.nucleus, former.nucleus)
-        nucleus = record.nucleus if is_kept else _round_trip(record.nucleus, None, record.plane)[1]
+    return _stored([(record, former)])[0]
+
+
+def _stored(pairs: Sequence[tuple[Annotation, Annotation | None]]) -> list[Annotation]:
+    """Make of records, with what they replace, those that will be read back."""
+    shapes = [_new_shapes(record, former) for record, former in pairs]
+    made = iter(_round_trips([shape for own in shapes for shape in own if shape is not None]))
+    stored_records = []
+    for (record, former), (roi_shape, nucleus_shape) in zip(pairs, shapes, strict=True):
+        roi, geometry = (record.roi, record.geometry) if former is None else (former.roi, former.geometry)
+        if roi_shape is not None:
+            roi, geometry = next(made)
+        nucleus = record.nucleus if nucleus_shape is None else next(made)[1]
+        stored_records.append(
+            replace(
+                _stored_values(record, former),
+                geometry=geometry if record.geometry is not None else None,
+                roi=roi if record.geometry is not None else None,
+                plane=Plane() if record.geometry is None else record.plane,
+                nucleus=nucleus if record.kind == "cell" else None,
+            )
+        )
+    return stored_records
+
+
+def _new_shapes(record: Annotation, former: Annotation | None) -> tuple[_Shape | None, _Shape | None]:
+    """ROI and nucleus, where they are to be written."""
+    is_kept = _same_roi(record, former)
+    roi = None if record.geometry is None or is_kept else (record.geometry, record.roi, record.plane)
+    if record.kind != "cell" or record.nucleus is None:
+        return roi, None
+    if is_kept and former is not None and _same_geometry(record.nucleus, former.nucleus):
+        return roi, None
+    return roi, (record.nucleus, None, record.plane)
+
+
+def _stored_values(record: Annotation, former: Annotation | None) -> Annotation:
     measurements = record.measurements
     if former is None or not _same_numbers(measurements, former.measurements):
         measurements = _stored_numbers(measurements, is_wide=_is_wide(record, former))
     return replace(
         record,
-        geometry=geometry,
-        roi=roi,
-        plane=plane,
-        nucleus=nucleus,
         path_class=class_name(record.path_class),
         measurements=measurements,
         colour=None if record.colour is None else signed(record.colour),
@@ -186,7 +213,9 @@ def expected(data: ImageData, changes: Changes) -> list[Annotation]:
     """
     parents = {record.id: record.parent for record in data.objects}
     gone = set(changes.remove)
-    new = {record.id: record for record in changes.replace}
+    former = {record.id: record for record in data.objects}
+    replaced = zip(changes.replace, _stored([(record, former[record.id]) for record in changes.replace]), strict=True)
+    new = {record.id: kept for record, kept in replaced}
 
     def above(parent: UUID | None) -> UUID | None:
         while parent in gone:
@@ -196,10 +225,10 @@ def expected(data: ImageData, changes: Changes) -> list[Annotation]:
     objects = []
     for record in data.objects:
         if record.id not in gone:
-            kept = stored(new[record.id], record) if record.id in new else record
-            parent = above(record.parent)
+            kept, parent = new.get(record.id, record), above(record.parent)
             objects.append(kept if kept.parent == parent else replace(kept, parent=parent))
-    return objects + [replace(stored(record), parent=above(record.parent)) for record in changes.add]
+    added = _stored([(record, None) for record in changes.add])
+    return objects + [replace(record, parent=above(record.parent)) for record in added]
 
 
 # -- edits

@@ -39,6 +39,7 @@ PROXIES: dict[str, RoiKind] = {
     f"{_ROI}AreaROI{_PROXY}": "Geometry",
 }
 _AREA = f"{_ROI}AreaROI{_PROXY}"
+_ARRAY_CLASSES = {_AREA: "[[F", f"{_ROI}GeometryROI$WKBSerializationProxy": "[B"}
 _LEGACY_JTS = f"{_ROI}GeometryROI{_PROXY}"
 
 _NUMPY_TYPES = {"B": "i1", "C": ">u2", "D": ">f8", "F": ">f4", "I": ">i4", "J": ">i8", "S": ">i2", "Z": "?"}
@@ -80,8 +81,10 @@ class RoiSpec(NamedTuple):
 
 def precise(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to QuPath's 0.01 px, halves upwards as Java does."""
-    rounded: NDArray[np.float64] = np.floor(coordinates * 100 + 0.5) / 100
-    return rounded
+    with np.errstate(over="ignore"):
+        rounded: NDArray[np.float64] = np.floor(coordinates * 100 + 0.5) / 100
+    # Numbers as large as that are whole anyway.
+    return np.where(np.abs(coordinates) < 1e13, rounded, coordinates)
 
 
 class RoiError(Exception):
@@ -158,17 +161,21 @@ class _Column:
         """Arrays of each item."""
 
     def take(self, value: Content, owner: str, node: JavaObject) -> None:
-        wanted = "[[F" if owner == _AREA else "[B" if owner.endswith("WKBSerializationProxy") else "[F"
+        wanted = _ARRAY_CLASSES.get(owner, "[F")
         if not isinstance(value, JavaArray) or value.desc.name != wanted:
             raise NodeError(f"{type_name(value)} where the coordinates of a ROI should be", node)
-        parts = value.data if owner == _AREA else (value,)
+        if wanted != "[[F":
+            self.rings.append(1)
+            self.data += value.data  # type: ignore[arg-type]
+            self.sizes.append(len(value.data))
+            return
+        self._take_rings(value, node)
+
+    def _take_rings(self, value: JavaArray, node: JavaObject) -> None:
+        parts = value.data
         self.rings.append(len(parts))
         for part in parts:
-            if (
-                not isinstance(part, JavaArray)
-                or not isinstance(part.data, bytes)
-                or part.desc.name not in ("[F", "[B")
-            ):
+            if not isinstance(part, JavaArray) or not isinstance(part.data, bytes) or part.desc.name != "[F":
                 raise NodeError(f"{type_name(value)} without the coordinates of a ROI", node)
             self.data += part.data
             self.sizes.append(len(part.data))
@@ -295,6 +302,10 @@ class RoiBatch:
         RoiError
             If a ROI has coordinates that are not numbers, or broken ones.
         """
+        with np.errstate(all="ignore"):
+            return self._build()
+
+    def _build(self) -> list[RoiRecord]:
         records: list[Any] = [None] * self._count
         planes: dict[tuple[int, int, int], Plane] = {}
         for kind in self._kinds.values():
