@@ -15,7 +15,7 @@ from uuid import UUID
 import numpy as np
 import shapely
 
-from darefine_qupath.review.runs import Run, RunObject, digest_of, latest, list_runs, save_run
+from darefine_qupath.review.runs import Run, RunObject, digest_of, latest, recent_runs, save_run
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -122,7 +122,7 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
         If a run's file is damaged.
     """
     objects = project.objects(image) if objects is None else objects
-    runs = tuple(settled(run, objects) for run in list_runs(project, image))
+    runs = tuple(settled(run, objects) for run in recent_runs(project, image))
     run = latest(runs)
     now = {record.id: record for record in objects}
     used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
@@ -149,7 +149,7 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
 
 def settle(project: Project, image: ImageEntry, objects: Sequence[Annotation]) -> None:
     """Write down how runs ended that were cut off between the project and their file."""
-    for run in list_runs(project, image):
+    for run in recent_runs(project, image):
         now = settled(run, objects)
         if now is not run:
             save_run(project, now)

@@ -41,6 +41,7 @@ __all__ = [
     "latest",
     "list_runs",
     "new_run_id",
+    "recent_runs",
     "runs_folder",
     "save_run",
 ]
@@ -195,11 +196,31 @@ def list_runs(project: Project, image: ImageEntry | None = None) -> tuple[Run, .
     ReviewError
         If a file is damaged or of another format; the message names it.
     """
-    paths = sorted(runs_folder(project).glob("*.json"))
-    if image is not None:
-        paths = [path for path in paths if f"Z-{image.id}" in path.stem]
-    runs = [_read_run(path) for path in paths]
+    runs = [_read_run(path) for path in _paths(project, image)]
     return tuple(run for run in runs if image is None or run.image == image.id)
+
+
+def recent_runs(project: Project, image: ImageEntry) -> tuple[Run, ...]:
+    """Read the last run of an image that is done, and all since, oldest first; what came before is in it.
+
+    Raises
+    ------
+    ReviewError
+        If a file is damaged or of another format; the message names it.
+    """
+    found: list[Run] = []
+    for path in reversed(_paths(project, image)):
+        run = _read_run(path)
+        if run.image == image.id:
+            found.insert(0, run)
+            if run.state == "done":
+                break
+    return tuple(found)
+
+
+def _paths(project: Project, image: ImageEntry | None) -> list[Path]:
+    paths = sorted(runs_folder(project).glob("*.json"))
+    return paths if image is None else [path for path in paths if f"Z-{image.id}" in path.stem]
 
 
 def find_run(project: Project, run_id: str) -> tuple[Run, ...]:
