@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import PathClass, default_colour
+from darefine_qupath.classes import Colour, PathClass, default_colour
 from darefine_qupath.errors import (
     ClassMapError,
     ConfigError,
@@ -27,9 +27,11 @@ from darefine_qupath.errors import (
 )
 from darefine_qupath.geometry import Size
 from darefine_qupath.project import files, qpdata, safety, uris
-from darefine_qupath.project.interface import Applied, Changes, ImageEntry, Project
+from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from darefine_qupath.project.imagefile import ImageFile
 
 __all__ = ["PROJECT_FILE", "EmbeddedProject", "project_file"]
@@ -87,7 +89,7 @@ class EmbeddedProject(Project):
         If it is not a QuPath project.
     """
 
-    engine = "embedded"
+    engine: Engine = "embedded"
 
     def __init__(self, path: Path) -> None:
         self.path = project_file(path)
@@ -98,7 +100,7 @@ class EmbeddedProject(Project):
         self._load()
 
     @classmethod
-    def create(cls, path: Path, classes: Sequence[PathClass] = ()) -> EmbeddedProject:
+    def create(cls, path: Path, classes: Sequence[PathClass] = ()) -> Self:
         """Make a project without images.
 
         Parameters
@@ -122,7 +124,7 @@ class EmbeddedProject(Project):
         path = path if path.suffix == ".qpproj" else path / PROJECT_FILE
         if path.exists():
             raise ProjectWriteError(f"There is a project already: {path}; open it or give another folder")
-        document = files.new_project(path, timestamp_ms=_now_ms())
+        document = files.new_project(path, timestamp_ms=_now_ms(), version=cls._new_version())
         with safety.Batch(path.parent) as batch:
             if classes:
                 target = path.parent / "classifiers" / "classes.json"
@@ -131,6 +133,11 @@ class EmbeddedProject(Project):
             batch.stage(path, files.json_bytes(document))
             batch.commit()
         return cls(path)
+
+    @classmethod
+    def _new_version(cls) -> str:
+        """QuPath version in whose form a new project is written."""
+        return files.NEW_PROJECT_VERSION
 
     def _load(self) -> None:
         data, self._stamp = safety.read_stamped(self.path)
@@ -287,7 +294,7 @@ class EmbeddedProject(Project):
                 return Applied(added=0, replaced=0, removed=0, num_objects=len(base.objects), backup=None)
             warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
             classes = self._classes_for(changes, base)
-            content = qpdata.edit(base, changes, {known.name: known.colour for known in classes})
+            content = self._edited(image, base, changes, {known.name: known.colour for known in classes})
             expected = qpdata.expected(base, changes)
             backup = self._store(image.id, content, expected, before, classes)
         return Applied(
@@ -298,6 +305,16 @@ class EmbeddedProject(Project):
             backup=backup,
             warnings=warnings,
         )
+
+    def _edited(
+        self,
+        image: ImageEntry,  # noqa: ARG002 - for engines that open it
+        base: qpdata.ImageData,
+        changes: Changes,
+        colours: Mapping[str, Colour],
+    ) -> bytes:
+        """Make the new ``data.qpdata`` of an image; `colours` are those of the project's classes."""
+        return qpdata.edit(base, changes, colours)
 
     def backups(self, image: ImageEntry) -> tuple[safety.Backup, ...]:
         """Former states of an image's objects, newest first."""
@@ -387,6 +404,10 @@ class EmbeddedProject(Project):
         image = self.image(entry_id)
         return None if image.width is None or image.height is None else Size(image.width, image.height)
 
+    def _first_data(self, record: files.EntryRecord, image_type: str) -> bytes:
+        """Make the ``data.qpdata`` of an image that was just added."""
+        return self._blank(record, image_type)
+
     def _blank(self, record: files.EntryRecord, image_type: str) -> bytes:
         """Make the data of an image without objects, as QuPath would save it first."""
         return qpdata.create(
@@ -465,14 +486,11 @@ class EmbeddedProject(Project):
         ConfigError
             If an argument makes no sense.
         """
-        from darefine_qupath.project import imagefile  # noqa: PLC0415
-
         _check_image_arguments(mpp, metadata or {}, image_type)
         path = Path(path).absolute()
-        found, small = imagefile.probe(path), imagefile.thumbnail(path)
+        builder, size, small = self._opened(path, name or path.name, mpp)
         with self._editing() as (document, batch):
             version = files.version_of(document)
-            builder = _builder(path, name or path.name, found, mpp, version)
             record = files.EntryRecord(
                 id=self._next_id(document),
                 name=name or path.name,
@@ -489,14 +507,21 @@ class EmbeddedProject(Project):
             batch.stage(folder / "thumbnail.jpg", small)
             batch.stage(folder / "server.json", files.server_json(builder, version=version))
             if image_type != _UNSET:
-                self._stage_blank(batch, record, found.size, image_type)
+                self._stage_blank(batch, record, size, image_type)
             batch.commit()
         self._load()
         return self.image(str(record.id))
 
+    def _opened(self, path: Path, name: str, mpp: float | None) -> tuple[files.JsonObject, Size, bytes]:
+        """Open an image file to be added: its server builder, level-0 size and thumbnail."""
+        from darefine_qupath.project import imagefile  # noqa: PLC0415
+
+        found, small = imagefile.probe(path), imagefile.thumbnail(path)
+        return _builder(path, name, found, mpp, self.version), found.size, small
+
     def _stage_blank(self, batch: safety.Batch, record: files.EntryRecord, size: Size, image_type: str) -> None:
         path = self._data_file(str(record.id))
-        content = self._blank(record, image_type)
+        content = self._first_data(record, image_type)
         data = _read_back(batch.stage(path, content), content)
         summary = qpdata.summary(data, size=size, timestamp_ms=_now_ms())
         batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))

@@ -280,7 +280,7 @@ def is_since(version: str, major: int, minor: int) -> bool:
     return _release(version) >= (major, minor)
 
 
-def new_project(path: Path, *, timestamp_ms: int) -> JsonObject:
+def new_project(path: Path, *, timestamp_ms: int, version: str = NEW_PROJECT_VERSION) -> JsonObject:
     """Content of a project without images.
 
     Parameters
@@ -289,6 +289,8 @@ def new_project(path: Path, *, timestamp_ms: int) -> JsonObject:
         The ``project.qpproj``, absolute.
     timestamp_ms : int
         Milliseconds since 1970.
+    version : str, optional
+        QuPath version that it is written for.
 
     Returns
     -------
@@ -296,7 +298,7 @@ def new_project(path: Path, *, timestamp_ms: int) -> JsonObject:
         For `json_bytes`.
     """
     return {
-        "version": NEW_PROJECT_VERSION,
+        "version": version,
         "createTimestamp": timestamp_ms,
         "modifyTimestamp": timestamp_ms,
         "uri": file_uri(path),
