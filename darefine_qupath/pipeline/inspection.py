@@ -15,7 +15,7 @@ from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, SlideError
 from darefine_qupath.geometry import Box, scaled_size
-from darefine_qupath.pipeline.selection import choose_images
+from darefine_qupath.pipeline.selection import choose_images, misfit
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import Slide, open_slide, resolve_mpp
@@ -225,8 +225,9 @@ def _check_image(
         area = sum(record.area for record in annotations if record.path_class == name)
         areas[name] = areas.get(name, 0.0) + area
     _, skipped = choose_images(project, [entry.id])
-    if skipped:
-        yield error(skipped[0].why)
+    why = skipped[0].why if skipped else misfit(entry)
+    if why is not None:
+        yield error(why)
         return
     assert entry.path is not None
     try:
@@ -238,13 +239,6 @@ def _check_image(
 
 
 def _check_slide(entry: ImageEntry, slide: Slide, mpp: float | None) -> Iterator[Finding]:
-    if entry.width is not None and (entry.width, entry.height) != tuple(slide.size):
-        yield Finding(
-            level="error",
-            image=entry.name,
-            message=f"QuPath has it as {entry.width} x {entry.height} px, the file is {slide.size.width} x "
-            f"{slide.size.height}: annotations would be misplaced",
-        )
     try:
         known = resolve_mpp(mpp, entry.mpp, slide)
     except MissingMppError as missing:

@@ -320,7 +320,7 @@ def _train(
 ) -> TrainResult:
     settings = _settings(request.tiles)
     model_wanted = settings.model_config(_default_model(), **request.model)
-    config = TrainConfig.from_mapping({**settings.train, **request.train})
+    config = TrainConfig.from_mapping(_recipe({**settings.train, **request.train}, model_wanted))
     request.out.mkdir(parents=True, exist_ok=True)
     (request.out / _REQUEST).write_text(json.dumps(request.to_json(), indent=2) + "\n", encoding="utf-8")
     tiles = _tiles_of_run(request, resume, tile_progress)
@@ -342,6 +342,19 @@ def _train(
         resume=resume,
         init_from=request.init_from,
     )
+
+
+def _recipe(table: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Complete the recipe where the paper's would not end well.
+
+    Measured on real regions: under the paper's learning rates the loss of EfficientNet-lite0 grows without end within
+    ten steps, that of a ResNet does not; clipping the gradients' norm keeps it.
+    """
+    is_paper = table.get("preset", "paper") == "paper"
+    if is_paper and "clip_norm" not in table and "efficientnet-lite0" in (model.slice_encoder, model.context_encoder):
+        _log.info("Gradients are clipped to norm 1, which the paper's recipe needs with EfficientNet-lite0")
+        return {**table, "clip_norm": 1.0}
+    return dict(table)
 
 
 def _tiles_of_run(request: TrainRequest, resume: bool, progress: CountReport | None) -> Tiles:

@@ -20,7 +20,7 @@ from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError
 from darefine_qupath.geometry import Box, Size, fit_within
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.scoring import SlideScore, score_context, score_slide, truth_labels, truth_of
-from darefine_qupath.pipeline.selection import Skipped, choose_images
+from darefine_qupath.pipeline.selection import Skipped, choose_images, misfit
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
@@ -285,6 +285,10 @@ def _tasks(
     given = settings.mpp if request.mpp is None else request.mpp
     tasks, skipped = [], []
     for image in images:
+        why = misfit(image)
+        if why is not None:
+            skipped.append(Skipped(name=image.name, why=why))
+            continue
         options = replace(request.options, crop_bounds="--no-crop" not in image.server_args)
         if request.within is not None:
             area = _area_of(project.annotations(image), request.within)

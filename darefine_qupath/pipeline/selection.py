@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import ProjectError, TileError
+from darefine_qupath.errors import ProjectError, SlideError, TileError
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
+from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.sources import TileSource
 
-__all__ = ["Corpus", "Skipped", "choose_images", "gather", "source_of"]
+__all__ = ["Corpus", "Skipped", "choose_images", "gather", "misfit", "source_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +99,26 @@ def _unreadable(image: ImageEntry) -> str | None:
     return None
 
 
+def misfit(image: ImageEntry) -> str | None:
+    """Say why an image's file is not what QuPath annotated; None where it is.
+
+    Coordinates are level-0 pixels of the image as QuPath sees it: where the file opens with another size, they would
+    lie elsewhere.
+    """
+    assert image.path is not None
+    try:
+        with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+            size = slide.size
+    except SlideError as error:
+        return str(error)
+    if image.width is None or image.height is None or (image.width, image.height) == tuple(size):
+        return None
+    return (
+        f"QuPath has it as {image.width} x {image.height} px, its file opens as {size.width} x {size.height}; "
+        f"coordinates would be misplaced"
+    )
+
+
 def source_of(image: ImageEntry, annotations: Sequence[Annotation], mpp: float | None) -> TileSource:
     """Image and annotations as the tiles want them.
 
@@ -167,8 +188,13 @@ def gather(
     counts = class_counts(record for record in records if record.kind == "annotation")
     classes = settings.class_map(project.classes, counts)
     classes.check(counts)
-    for image in skipped:
-        _log.warning("%s is left out: %s", image.name, image.why)
+    wrong = {image.id: misfit(image) for image in readable}
+    skipped += tuple(Skipped(name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
+    readable = tuple(image for image in readable if wrong[image.id] is None)
+    if not readable:
+        raise TileError(_nothing_to_learn(project, skipped))
+    for left_out in skipped:
+        _log.warning("%s is left out: %s", left_out.name, left_out.why)
     given = settings.mpp if mpp is None else mpp
     sources = tuple(source_of(image, drawn[image.id], given) for image in readable)
     return Corpus(classes=classes, sources=sources, skipped=skipped)
