@@ -513,6 +513,20 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class _Layout(NamedTuple):
+    """How objects of a class are read: by steps, or at once as numbers and then values."""
+
+    steps: tuple[int, ...]
+    leading: int
+    """Bytes of numbers, where nothing but one run of values follows."""
+    left: int
+    """Values of that run; negative = up to the end mark."""
+
+
+_new_object = JavaObject.__new__
+_new_array = JavaArray.__new__
+
+
 class _Frame:
     """An object or array whose values are being read."""
 
@@ -541,8 +555,8 @@ class _Decoder:
         """Number of the node that has the first handle: moves at a reset."""
         self.annotation_depth = 0
         self.pool: dict[bytes, bytes] = {}
-        self.steps: dict[AnyDesc, tuple[int, ...]] = {}
-        """Layout of the classes that were found fit to have objects."""
+        self.layouts: dict[AnyDesc, _Layout] = {}
+        """Of the classes that were found fit to have objects."""
         self.described: dict[int, AnyDesc] = {}
         """Descriptors that were found complete, by the number of the node."""
         self.opened: _Frame | None = None
@@ -594,7 +608,8 @@ class _Decoder:
 
     def _values(self, count: int) -> list[Any]:
         """Read `count` values, or up to the end mark when negative."""
-        data, readers = self.data, self.readers
+        data, readers, nodes, uint = self.data, self.readers, self.nodes, _U4.unpack_from
+        lowest, offset = self.first, _FIRST_HANDLE - self.first
         root = frame = _Frame(None, (), count)
         stack: list[_Frame] = []
         while True:
@@ -602,7 +617,11 @@ class _Decoder:
             while left:
                 tag = data[self.pos]
                 if tag == TC_REFERENCE:
-                    out.append(self._referred())
+                    number = uint(data, self.pos + 1)[0] - offset
+                    if not lowest <= number < len(nodes):
+                        self._referred()
+                    out.append(nodes[number])
+                    self.pos += 5
                 elif tag == TC_NULL:
                     out.append(None)
                     self.pos += 1
@@ -717,31 +736,47 @@ class _Decoder:
 
     def _object(self, _: int) -> JavaObject:
         start = self.pos
-        self.pos += 1
+        self.pos = start + 1
         desc = self._desc_of("an object", start)
-        steps = self.steps.get(desc)
-        if steps is None:
-            steps = self.steps[desc] = self._checked_steps(desc, start)
-        node = JavaObject.__new__(JavaObject)
+        layout = self.layouts.get(desc)
+        if layout is None:
+            layout = self.layouts[desc] = self._layout_of(desc, start)
+        steps, leading, left = layout
+        node = _new_object(JavaObject)
         node.desc = desc
-        node.data = ()
         self.nodes.append(node)
         self.offsets.append(start)
-        frame = _Frame(node, steps, -1 if desc.flags & SC_EXTERNALIZABLE else 0)
-        if frame.left or self._next_step(frame):
-            self.opened = frame
+        if leading and not left:
+            node.data = (self._take(leading),)
+            return node
+        node.data = ()
+        if left:
+            frame = self.opened = _Frame(node, steps, left)
+            if leading:
+                frame.data.append(self._take(leading))
+        elif steps:
+            frame = _Frame(node, steps, 0)
+            if self._next_step(frame):
+                self.opened = frame
         return node
 
     @staticmethod
-    def _checked_steps(desc: AnyDesc, start: int) -> tuple[int, ...]:
+    def _layout_of(desc: AnyDesc, start: int) -> _Layout:
         if not desc.flags & (SC_SERIALIZABLE | SC_EXTERNALIZABLE) or desc.flags & SC_ENUM:
             raise ProjectFormatError(f"{desc.name} is not a class that has serialized objects", offset=start)
-        if desc.flags & SC_EXTERNALIZABLE and not desc.flags & SC_BLOCK_DATA:
-            raise ProjectFormatError(
-                f"{desc.name} is externalized by stream protocol 1, whose objects only their own class can read",
-                offset=start,
-            )
-        return desc.steps
+        if desc.flags & SC_EXTERNALIZABLE:
+            if not desc.flags & SC_BLOCK_DATA:
+                raise ProjectFormatError(
+                    f"{desc.name} is externalized by stream protocol 1, whose objects only their own class can read",
+                    offset=start,
+                )
+            return _Layout((), 0, -1)
+        steps = desc.steps
+        leading = steps[0] if steps and steps[0] > 0 else 0
+        rest = steps[bool(leading) :]
+        if len(rest) > 1 or rest == (0,):
+            return _Layout(steps, 0, 0)
+        return _Layout((), leading, -rest[0] if rest else 0)
 
     def _array(self, _: int) -> JavaArray:
         start = self.pos
@@ -750,7 +785,7 @@ class _Decoder:
         code = desc.name[1:2]
         if desc.name[0:1] != "[" or code not in _ARRAY_CODES:
             raise ProjectFormatError(f"An array of class {desc.name!r}", offset=start)
-        node = JavaArray.__new__(JavaArray)
+        node = _new_array(JavaArray)
         node.desc = desc
         node.data = ()
         self.nodes.append(node)

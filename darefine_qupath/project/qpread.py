@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from darefine_qupath.project.rois import RoiBatch, RoiError, RoiRecord
 __all__ = [
     "OBJECT_ID",
     "Found",
+    "HeldStream",
     "ImageData",
     "ObjectParts",
     "Opaque",
@@ -179,6 +180,8 @@ class ImageData:
         Identities that more than one object has.
     has_ids : bool
         Whether every object's identity is in the file; otherwise identities are derived from positions.
+    held : list of HeldStream
+        The decoded stream, where `read` was asked to hold it for the next `edit`, which takes it out.
     """
 
     path: Path | None
@@ -198,6 +201,7 @@ class ImageData:
     colours: Mapping[str, Colour]
     duplicates: frozenset[UUID]
     has_ids: bool
+    held: list[HeldStream] = field(default_factory=list, repr=False, compare=False)
 
 
 class _Budget:
@@ -386,6 +390,13 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
             pending.extend([(child, number) for child in reversed(parts.children)])
 
 
+class HeldStream(NamedTuple):
+    """A decoded file and its objects, the root first."""
+
+    stream: Stream
+    objects: list[Found]
+
+
 class _Row(NamedTuple):
     """An object on its way to a record; its ROI is made later, with all others."""
 
@@ -437,10 +448,10 @@ class _Reader:
         self.has_ids = True
         self.cores: dict[int, UUID] = {}
 
-    def rows(self, root: JavaObject, salt: str) -> list[_Row]:
+    def rows(self, objects: Iterable[Found]) -> list[_Row]:
         """Rows of all objects but the root, parents before children."""
         rows = []
-        for parts, identity, parent in walk(root, salt):
+        for parts, identity, parent in objects:
             self.ids.append(identity)
             self.has_ids = self.has_ids and parts.id is not None
             if parent >= 0:
@@ -465,19 +476,19 @@ class _Reader:
             raise NodeError(f"{node.desc.name} ends before its class and ROI", node)
         probability: float = _F8.unpack_from(tail[2])[0]
         return _Row(
-            id=identity,
-            kind=kind,
-            name=self._text(content[0]),
-            colour=None if content[1] is None else int(javautil.number(content[1])),
-            parent=parent,
-            locked=locked,
-            path_class=self._path_class(tail[0]),
-            measurements=self._measurements(parts.measurements),
-            metadata=self._metadata(parts),
-            probability=_plain(probability),
-            is_missing=kind == "tma core" and tail[2][8:9] not in (b"", b"\0"),
-            roi=self._roi(tail[1]),
-            nucleus=self._roi(tail[3]) if kind == "cell" and len(tail) > 3 else -1,
+            identity,
+            kind,
+            self._text(content[0]),
+            None if content[1] is None else int(javautil.number(content[1])),
+            parent,
+            locked,
+            self._path_class(tail[0]),
+            self._measurements(parts.measurements),
+            self._metadata(parts),
+            _plain(probability),
+            kind == "tma core" and tail[2][8:9] not in (b"", b"\0"),
+            self._roi(tail[1]),
+            self._roi(tail[3]) if kind == "cell" and len(tail) > 3 else -1,
         )
 
     def _roi(self, node: Content) -> int:
@@ -814,9 +825,12 @@ class _Collected(NamedTuple):
     tma_grid: TmaGrid | None
     qupath_version: str | None
     server: Mapping[str, Any] | None
+    held: list[HeldStream]
 
 
-def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None) -> _Collected:
+def _collect(
+    stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None, *, holds: bool = False
+) -> _Collected:
     items = _items(stream)
     if not items.is_complete:
         raise ProjectFormatError(
@@ -830,16 +844,18 @@ def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | No
     if rois is None:
         rois = RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(version or "", 0, 6))
     reader = _Reader(len(data), rois)
-    rows = reader.rows(_root(items), items.server_text)
+    found: Iterable[Found] = walk(_root(items), items.server_text)
+    held = [HeldStream(stream, found := list(found))] if holds else []
+    rows = reader.rows(found)
     grid = _tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
     items.hierarchy = None
-    return _Collected(items, reader, rows, grid, version, server if isinstance(server, dict) else None)
+    return _Collected(items, reader, rows, grid, version, server if isinstance(server, dict) else None, held)
 
 
-def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
+def _decode_and_collect(data: bytes, path: Path | None, *, holds: bool) -> _Collected:
     stream = decode(data, path=path)
     try:
-        return _collect(stream, data, path)
+        return _collect(stream, data, path, holds=holds)
     except NodeError as error:
         raise ProjectFormatError(error.message, path=path, offset=stream.offset_of(error.node) or 4) from None
 
@@ -875,7 +891,7 @@ def _duplicates(ids: Sequence[UUID]) -> frozenset[UUID]:
     return frozenset(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]
 
 
-def read(data: bytes, *, path: Path | None = None) -> ImageData:
+def read(data: bytes, *, path: Path | None = None, for_edit: bool = False) -> ImageData:
     """Read a ``data.qpdata`` file.
 
     Parameters
@@ -884,6 +900,8 @@ def read(data: bytes, *, path: Path | None = None) -> ImageData:
         The whole file.
     path : Path, optional
         Named in errors.
+    for_edit : bool, optional
+        Hold the decoded stream, so that the next `edit` need not decode again; takes five times the file in memory.
 
     Returns
     -------
@@ -896,7 +914,7 @@ def read(data: bytes, *, path: Path | None = None) -> ImageData:
         If the file is damaged or holds something that cannot be read; names file, offset and class.
     """
     with no_collection():
-        items, reader, rows, grid, version, server = _decode_and_collect(data, path)
+        items, reader, rows, grid, version, server, held = _decode_and_collect(data, path, holds=for_edit)
         try:
             rois = reader.rois.build()
         except RoiError as error:
@@ -923,4 +941,5 @@ def read(data: bytes, *, path: Path | None = None) -> ImageData:
         colours=reader.colours,
         duplicates=_duplicates(reader.ids),
         has_ids=reader.has_ids,
+        held=held,
     )

@@ -38,7 +38,7 @@ from darefine_qupath.project.qpnodes import (
     signed,
     uses_wide_list,
 )
-from darefine_qupath.project.qpread import EOF, ImageData, ObjectParts, objects_of
+from darefine_qupath.project.qpread import EOF, HeldStream, ImageData, ObjectParts, objects_of
 from darefine_qupath.project.rois import RoiBatch, RoiError, spec_of
 
 __all__ = ["create", "edit", "expected", "stored", "stored_geometry", "summary"]
@@ -237,9 +237,9 @@ def expected(data: ImageData, changes: Changes) -> list[Annotation]:
 class _Editor:
     """One edit of one file's hierarchy."""
 
-    def __init__(self, data: ImageData, stream: Stream, colours: Mapping[str, Colour]) -> None:
+    def __init__(self, data: ImageData, held: HeldStream, colours: Mapping[str, Colour]) -> None:
         self.data = data
-        self.items = objects_of(stream)
+        stream, self.items = held
         is_modern = files.is_since(data.qupath_version or "", 0, 6)
         self.builder = NodeBuilder(stream, is_modern=is_modern, colours=colours)
         self.records = {record.id: record for record in data.objects}
@@ -451,9 +451,10 @@ def edit(data: ImageData, changes: Changes, colours: Mapping[str, Colour] | None
         return data.data
     _check_changes(data, changes)
     with no_collection():
-        stream = decode(data.data, path=data.path)
+        # Editing changes the stream: whoever edits the same data again gets one of their own.
+        stream, objects = data.held.pop() if data.held else HeldStream(decode(data.data, path=data.path), [])
         try:
-            _Editor(data, stream, colours or {}).apply(changes)
+            _Editor(data, HeldStream(stream, objects or objects_of(stream)), colours or {}).apply(changes)
         except NodeError as error:
             raise ProjectFormatError(error.message, path=data.path, offset=stream.offset_of(error.node)) from None
         return encode(stream)
