@@ -180,6 +180,17 @@ def test_overlap_sets_the_stride(overlap: float | None, stride: int) -> None:
     assert with_overlap(spec, overlap).stride_px == stride
 
 
+def test_what_lies_between_tissue_is_finished_in_small_bands() -> None:
+    def keep(boxes: list[Box]) -> np.ndarray:
+        return np.array([40_000 <= box.y < 43_000 or box.y > 95_000 for box in boxes])
+
+    plan = plan_slide((3000, 100_000), TileSpec.paper().at(None), PredictOptions(), keep=keep)
+    bottoms = np.array([0, *(row.bottom for row in plan.rows)])
+    assert bottoms[-1] == 12_500
+    assert 0 < np.diff(bottoms).min() <= np.diff(bottoms).max() <= 625
+    assert max(row.reach - bottom for row, bottom in zip(plan.rows, bottoms, strict=False)) <= 700
+
+
 def test_overlap_as_trained_is_kept() -> None:
     assert with_overlap(TileSpec.paper().at(None), None) == TileSpec.paper().at(None)
 

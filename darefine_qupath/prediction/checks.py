@@ -24,6 +24,10 @@ __all__ = ["StainStatistics", "check_slide", "stain_distance", "stain_statistics
 
 _TISSUE_DENSITY = 0.1
 _STAIN_LIMIT = 1.0
+"""Measured on real slides: regions of one case lie 0.1 to 0.3 apart, another case of the laboratory 0.8, other
+laboratories 0.9 to 1.6."""
+
+_LEAST_SPREAD = 0.05
 _MPP_LIMIT = 1.25
 _PROBES = 32
 _PROBE_PX = 128
@@ -86,7 +90,7 @@ def stain_statistics(images: Iterable[NDArray[np.uint8]]) -> StainStatistics | N
 def stain_distance(found: StainStatistics, trained: StainStatistics) -> float:
     """How far two stains are apart: the largest shift of a channel's mean, in standard deviations of training."""
     channels = zip(found.mean, trained.mean, trained.std, strict=True)
-    return max(abs(here - there) / max(spread, 0.02) for here, there, spread in channels)
+    return max(abs(here - there) / max(spread, _LEAST_SPREAD) for here, there, spread in channels)
 
 
 def check_slide(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["MapGrid", "Parent", "PlanRow", "SlidePlan", "context_step", "plan_slide", "with_overlap"]
 
 _LEAST_OVERLAP = 0.25
+_BLANK_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class PlanRow:
     Attributes
     ----------
     parents : tuple of Parent
-        From left to right.
+        From left to right; none where a stretch of the slide holds nothing to predict.
     bottom : int
         Map row above which everything is finished once this row and those before it are predicted.
     reach : int
@@ -210,11 +211,26 @@ def plan_slide(
 
 
 def _rows(rows: list[tuple[Parent, ...]], grid: MapGrid, spec: PixelSpec) -> tuple[PlanRow, ...]:
-    planned, bottom = [], grid.size.height
-    for parents in reversed(rows):
-        starts = [box.y for parent in parents for box in parent.slices]
-        last, phase = grid.place(max(starts))
-        reach = min(grid.size.height, last - (-(phase + spec.size_px) // grid.stride))
-        planned.append(PlanRow(parents, bottom, reach))
-        bottom = min(bottom, max(0, grid.place(min(starts))[0]))
-    return tuple(reversed(planned))
+    spans = [_span(parents, grid, spec) for parents in rows]
+    planned = []
+    done = 0
+    for number, (parents, (top, reach)) in enumerate(zip(rows, spans, strict=True)):
+        planned.extend(_blank(done, top))
+        following = min((span[0] for span in spans[number + 1 :]), default=grid.size.height)
+        done = max(done, top, min(following, reach))
+        planned.append(PlanRow(parents, done, max(done, reach)))
+    planned.extend(_blank(done, grid.size.height))
+    return tuple(planned)
+
+
+def _span(parents: Sequence[Parent], grid: MapGrid, spec: PixelSpec) -> tuple[int, int]:
+    """Map rows, half-open, that the slices of some parents reach."""
+    starts = [box.y for parent in parents for box in parent.slices]
+    top, (last, phase) = max(0, grid.place(min(starts))[0]), grid.place(max(starts))
+    return top, min(grid.size.height, last - (-(phase + spec.size_px) // grid.stride))
+
+
+def _blank(top: int, bottom: int) -> list[PlanRow]:
+    """Rows without parents, so that a gap is never in memory as a whole."""
+    cuts = [*range(top + _BLANK_ROWS, bottom, _BLANK_ROWS), bottom]
+    return [PlanRow((), cut, cut) for cut in cuts] if bottom > top else []
