@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,28 +221,44 @@ def test_resume_without_steps_saved_goes_back_to_the_epoch(tmp_path: Path) -> No
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(clock))
+@pytest.mark.parametrize(
+    ("minutes", "saved_at"),
+    [(0, [3, 6]), (5, [6]), (0.9, [1, 2, 3, 4, 5, 6]), (1.9, [2, 4, 6])],
+)
+def test_states_are_saved_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, saved_at: list[int]
+) -> None:
+    """Here every step takes a minute."""
     saves: list[int] = []
-    save = loop_module.save_state
-    monkeypatch.setattr(loop_module, "save_state", lambda *args: (saves.append(args[2].step), save(*args)))
-    toy_train(tmp_path, toy_config(epochs=1, batch_size=2, checkpoint_minutes=1.5))
-    assert saves[-1] == 0
-    assert 1 <= len(saves[:-1]) < 4
+    steps = [0]
+    monkeypatch.setattr(loop_module, "save_state", lambda *given: saves.append(given[1].step))
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: 60.0 * steps[0]))
+    step = loop_module.Stepper.train_on
+
+    def counted(*args: object, **kwargs: object) -> object:
+        steps[0] += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(loop_module.Stepper, "train_on", counted)
+    toy_train(tmp_path, toy_config(checkpoint_minutes=minutes))
+    assert saves == saved_at
 
 
-def test_kill_between_metrics_and_state_repeats_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy_train(tmp_path / "whole", toy_config())
-    saved = loop_module.save_state
+def test_kill_between_metrics_and_state_repeats_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Callable[[str], Path]
+) -> None:
+    def dies(*_: object) -> None:
+        raise Killed
+
+    config, model = toy_config(checkpoint_minutes=0), toy_model(dropout=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "save_state", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(loop_module, "save_state", dies)
         with pytest.raises(Killed):
-            toy_train(tmp_path / "parts", toy_config())
-    assert loop_module.save_state is saved
-    toy_train(tmp_path / "parts", toy_config(), resume=True)
-    assert [record["epoch"] for record in RunFolder(tmp_path / "parts").records()] == [1, 2]
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+            toy_train(tmp_path, config, model=model)
+    assert [record["epoch"] for record in RunFolder(tmp_path).records()] == [1]
+    toy_train(tmp_path, config, model=model, resume=True)
+    assert [record["epoch"] for record in RunFolder(tmp_path).records()] == [1, 2]
+    assert_same(weights(unbroken("paper")), weights(tmp_path))
 
 
 def test_killed_write_leaves_the_former_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
 from darefine_qupath.training.recipe import TrainConfig
 from darefine_qupath.training.runfolder import RunFolder, RunSettings
 from darefine_qupath.training.schedule import learning_rate_factor
-from darefine_qupath.training.state import Counters, load_state, read_counters, save_state
+from darefine_qupath.training.state import Counters, load_state, save_state
 from darefine_qupath.training.stepping import StepOutcome, Stepper, memory_advice
 
 __all__ = ["TrainResult", "train"]
@@ -306,6 +306,8 @@ class _Run:
         self.counters = replace(self.counters, epoch=epoch, step=0, loss_sum=0.0, is_finished=is_last)
         if self.world.is_main:
             self._write(record, matrix, is_best=is_best)
+        if is_last or self.config.checkpoint_minutes == 0 or self._is_save_due():
+            self._save_state()
         self.watch.skip()
         self._tell(record)
         self.world.wait()
@@ -351,19 +353,18 @@ class _Run:
         }
 
     def _write(self, record: dict[str, Any], matrix: ConfusionMatrix | None, *, is_best: bool) -> None:
-        """Write everything an epoch leaves; the state comes last, so that a kill before it repeats the epoch."""
+        """Write what an epoch leaves; the state has its own pace, and a resumed run repeats what lies between."""
         folder, classes = self.folder, self.settings.classes
         folder.append(record)
-        checkpoint = self._checkpoint(record)
         # Without a judged validation the last epoch is the best there is.
         if is_best or (self.counters.is_finished and self.counters.best_epoch is None):
-            save_checkpoint(folder.best, checkpoint)
+            save_checkpoint(folder.best, self._checkpoint(record))
             if matrix is not None:
                 folder.save_picture(folder.confusion, draw_confusion(matrix, classes))
-        save_checkpoint(folder.last, checkpoint)
+        if self.counters.is_finished:
+            save_checkpoint(folder.last, self._checkpoint(record))
         folder.save_picture(folder.curves, draw_curves(folder.records(), classes))
         _write_tensorboard(folder.path / "tensorboard", record)
-        self._save_state()
 
     def _checkpoint(self, record: Mapping[str, Any]) -> Checkpoint:
         settings = self.settings
@@ -430,8 +431,7 @@ class _Run:
         )
 
     def _result(self) -> TrainResult:
-        counters = read_counters(self.folder.state) if self.world.is_main else self.counters
-        records = self.folder.records()
+        counters, records = self.counters, self.folder.records()
         chosen = counters.best_epoch or counters.epoch
         metrics = next((record for record in records if record["epoch"] == chosen), {})
         return TrainResult(

@@ -101,10 +101,10 @@ class TrainConfig:
     """`torch.compile` the network: a minute at the start, then faster steps on a GPU."""
     workers: int = -1
     """Processes that read tiles; 0: none; -1: as many as there are cores to spare, none for a set in memory."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between states saved inside an epoch, so that a long one survives; 0: only at its end."""
+    checkpoint_minutes: float = 2.0
+    """Minutes between saved states, inside epochs too: the most that a kill costs; 0: at the end of every epoch."""
     checkpoint_steps: int = 0
-    """Steps between such states, in addition; 0: by the clock alone."""
+    """Steps between saved states, in addition; 0: by the clock alone."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -238,7 +238,7 @@ def _readme(settings: RunSettings) -> str:
 model.safetensors  the model: weights of the validation with the best mIoU, with everything prediction needs.
                    Use it: darefine predict PROJECT --model model.safetensors
                    What it is: darefine show model.safetensors
-last.safetensors   the model after the last epoch, in the same form.
+last.safetensors   the model after the last epoch, in the same form; written at the very end.
 state.safetensors  what training goes on from (darefine train --resume FOLDER); not needed for prediction.
 config.json        every setting the run was started with, and digests of its tiles.
 metrics.jsonl      one line per epoch: loss, learning rate, speed, mIoU, IoU per class and more.

@@ -21,7 +21,7 @@ from torch import Tensor
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.training.stepping import Stepper
 
-__all__ = ["Counters", "load_state", "read_counters", "save_state"]
+__all__ = ["Counters", "load_state", "save_state"]
 
 FORMAT = "darefine-training-state"
 VERSION = 1
@@ -102,22 +102,6 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_counters(path: Path) -> Counters:
-    """Read how far a run is, without its tensors.
-
-    Parameters
-    ----------
-    path : Path
-        What `save_state` wrote.
-
-    Raises
-    ------
-    TrainingError
-        If there is no such file, or it is damaged or of another version.
-    """
-    return Counters(**_read(path)[0]["counters"])
-
-
 def load_state(path: Path, stepper: Stepper) -> Counters:
     """Put a run back where it was.
 
@@ -138,7 +122,7 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
     TrainingError
         If the file is damaged, of another version, or belongs to another network or recipe.
     """
-    header, tensors = _read(path, with_tensors=True)
+    header, tensors = _read(path)
     try:
         stepper.network.load_state_dict(_under("network/", tensors))
         if stepper.average is not None:
@@ -169,14 +153,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _read(path: Path, *, with_tensors: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise TrainingError(f"There is no training state {path} to go on from; train without --resume")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("darefine", "{}"))
-            names = file.keys() if with_tensors else ()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise TrainingError(f"The training state {path} is damaged ({error}); train afresh") from error
     if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
