@@ -71,6 +71,7 @@ _KINDS: dict[str, Kind] = {
     f"{_OBJECTS}PathTileObject": "tile",
     f"{_OBJECTS}TMACoreObject": "tma core",
 }
+_BOOLEAN = "java.lang.Boolean"
 _I4 = struct.Struct(">i")
 _F8 = struct.Struct(">d")
 _MAX_CLASS_DEPTH = 64
@@ -243,13 +244,13 @@ class ObjectParts:
         self.metadata: JavaObject | None = None
         self.measurements: Content = None
         try:
-            self._parse(node.content)
+            self._parse(node.data)
         except (IndexError, struct.error):
             raise NodeError(f"{node.desc.name} ends before its parts do", node) from None
 
     def _parse(self, content: Sequence[Content]) -> None:
         third = content[2]
-        kind = third.desc.name if isinstance(third, JavaObject) else ""
+        kind = third.desc.name if third.__class__ is JavaObject else ""
         if kind == _METADATA:
             self.layout, self.metadata, self.measurements, position = 3, third, content[3], 4  # type: ignore[assignment]
             self.id = _stored_id(third)  # type: ignore[arg-type]
@@ -310,21 +311,20 @@ class ObjectParts:
         if self.tail >= len(content):
             raise NodeError(f"{self.node.desc.name} ends before its class", self.node)
         first = content[self.tail]
-        return isinstance(first, JavaObject) and first.desc.name == "java.lang.Boolean"
+        return isinstance(first, JavaObject) and first.desc.name == _BOOLEAN
 
 
 def _stored_id(metadata: JavaObject) -> UUID | None:
     content = metadata.data
-    if len(content) != 3 or not all(isinstance(part, JavaArray) for part in content[1:]):
+    if len(content) != 3 or content[1].__class__ is not JavaArray or content[2].__class__ is not JavaArray:
         raise NodeError("Object metadata is not laid out as a map of strings", metadata)
     keys: Any = content[1].data
     values: Any = content[2].data
     if isinstance(keys, bytes) or isinstance(values, bytes) or len(keys) != len(values):
         raise NodeError("Object metadata has not as many values as keys", metadata)
-    for position in range(len(keys) - 1, -1, -1):
-        key = keys[position]
+    for key, value in zip(reversed(keys), reversed(values), strict=True):
         if isinstance(key, JavaString) and key.raw == b"Object ID":
-            return _uuid_of(text(values[position]))
+            return _uuid_of(text(value))
     return None
 
 
@@ -466,12 +466,11 @@ class _Reader:
         if kind == "tma core":
             self.cores[id(node)] = identity
         content = node.data
-        position = parts.tail
+        tail = content[parts.tail :]
         locked = False
-        if parts.has_lock:
-            locked = content[position].data[0] != b"\0"
-            position += 1
-        tail = content[position : position + 4]
+        if tail and tail[0].__class__ is JavaObject and tail[0].desc.name == _BOOLEAN:
+            locked = tail[0].data[0] != b"\0"
+            tail = tail[1:]
         if len(tail) < 3 or not isinstance(tail[2], bytes) or len(tail[2]) < 8:
             raise NodeError(f"{node.desc.name} ends before its class and ROI", node)
         probability: float = _F8.unpack_from(tail[2])[0]

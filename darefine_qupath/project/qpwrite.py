@@ -39,7 +39,7 @@ from darefine_qupath.project.qpnodes import (
     uses_wide_list,
 )
 from darefine_qupath.project.qpread import EOF, HeldStream, ImageData, ObjectParts, objects_of
-from darefine_qupath.project.rois import RoiBatch, RoiError, spec_of
+from darefine_qupath.project.rois import RoiBatch, RoiError, specs_of
 
 __all__ = ["create", "edit", "expected", "stored", "stored_geometry", "summary"]
 
@@ -98,8 +98,9 @@ _Shape = tuple[BaseGeometry, RoiKind | None, Plane]
 def _round_trips(shapes: Sequence[_Shape]) -> list[tuple[RoiKind, BaseGeometry]]:
     """ROI types and geometries as they will be read back."""
     batch = RoiBatch()
-    for geometry, wanted, plane in shapes:
-        batch.add(_PLAIN_BUILDER.roi(spec_of(geometry, wanted), plane))
+    specs = specs_of([(geometry, wanted) for geometry, wanted, _ in shapes])
+    for spec, (_, _, plane) in zip(specs, shapes, strict=True):
+        batch.add(_PLAIN_BUILDER.roi(spec, plane))
     try:
         return [(roi.kind, roi.geometry) for roi in batch.build()]
     except RoiError as error:
@@ -308,20 +309,35 @@ class _Editor:
             reached.extend(below.get(record.id, ()))
         if len(reached) < len(records):
             raise AnnotationError("New objects cannot be each other's parents")
-        for record in reached:
-            nodes[record.id].content = self._content(record, [nodes[child.id] for child in below.get(record.id, ())])
+        for record, roi, nucleus in zip(reached, *self._new_rois(reached), strict=True):
+            children = [nodes[child.id] for child in below.get(record.id, ())]
+            is_wide = _is_wide(record, None)
+            nodes[record.id].content = self.builder.path_object(record, roi, nucleus, children, is_wide=is_wide)
         added: dict[int, list[Content]] = {}
         for number, record in tops:
             added.setdefault(number, []).append(nodes[record.id])
         return added
 
-    def _roi(self, geometry: BaseGeometry | None, wanted: RoiKind | None, plane: Plane) -> JavaObject | None:
-        return None if geometry is None else self.builder.roi(spec_of(geometry, wanted), plane)
+    def _new_rois(self, records: Sequence[Annotation]) -> tuple[list[JavaObject | None], list[JavaObject | None]]:
+        """ROIs and nuclei of new objects."""
+        planes = [record.plane for record in records]
+        nuclei = [record.nucleus if record.kind == "cell" else None for record in records]
+        return (
+            self._rois([(record.geometry, record.roi) for record in records], planes),
+            self._rois([(nucleus, None) for nucleus in nuclei], planes),
+        )
 
-    def _content(self, record: Annotation, children: Sequence[Content]) -> tuple[Content, ...]:
-        roi = self._roi(record.geometry, record.roi, record.plane)
-        nucleus = self._roi(record.nucleus, None, record.plane) if record.kind == "cell" else None
-        return self.builder.path_object(record, roi, nucleus, children, is_wide=_is_wide(record, None))
+    def _rois(
+        self, shapes: Sequence[tuple[BaseGeometry | None, RoiKind | None]], planes: Sequence[Plane]
+    ) -> list[JavaObject | None]:
+        specs = iter(specs_of([(geometry, wanted) for geometry, wanted in shapes if geometry is not None]))
+        return [
+            None if geometry is None else self.builder.roi(next(specs), plane)
+            for (geometry, _), plane in zip(shapes, planes, strict=True)
+        ]
+
+    def _roi(self, geometry: BaseGeometry | None, wanted: RoiKind | None, plane: Plane) -> JavaObject | None:
+        return self._rois([(geometry, wanted)], [plane])[0]
 
     def _replace(self, parts: ObjectParts, record: Annotation, former: Annotation) -> None:
         _check_layout(parts, record, former)

@@ -24,7 +24,7 @@ from darefine_qupath.project.javautil import NodeError, type_name
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["PROXIES", "RoiBatch", "RoiError", "RoiRecord", "RoiSpec", "fill", "precise", "spec_of"]
+__all__ = ["PROXIES", "RoiBatch", "RoiError", "RoiRecord", "RoiSpec", "fill", "precise", "specs_of"]
 
 _ROI = "qupath.lib.roi."
 _PROXY = "$SerializationProxy"
@@ -591,32 +591,43 @@ def _wkb_header(blob: bytes, position: int) -> tuple[int, int]:
     raise ValueError(kind)
 
 
-def spec_of(geometry: BaseGeometry, wanted: RoiKind | None = None) -> RoiSpec:
-    """Choose the ROI that QuPath itself would make of a geometry.
+def specs_of(shapes: Sequence[tuple[BaseGeometry, RoiKind | None]]) -> list[RoiSpec]:
+    """Choose the ROIs that QuPath itself would make of geometries.
 
     Parameters
     ----------
-    geometry : shapely geometry
-        In level-0 pixels.
-    wanted : str, optional
-        ROI type to keep where the geometry can be one.
+    shapes : sequence of (shapely geometry, str or None)
+        Geometries in level-0 pixels, and the ROI type to keep where the geometry can be one.
 
     Returns
     -------
-    RoiSpec
+    list of RoiSpec
         What to write.
 
     Raises
     ------
     AnnotationError
-        If the geometry is empty, invalid, of mixed types, or not finite.
+        If a geometry is empty, invalid, of mixed types, or not finite.
     """
-    if geometry.is_empty or not np.isfinite(shapely.get_coordinates(geometry)).all():
+    geometries = np.empty(len(shapes), object)
+    geometries[:] = [geometry for geometry, _ in shapes]
+    coordinates, owners = shapely.get_coordinates(geometries, return_index=True)
+    finite = np.isfinite(coordinates).all(axis=1)
+    unfit = shapely.is_empty(geometries)
+    unfit[owners[~finite]] = True
+    for geometry in geometries[unfit][:1]:
+        message = f"An object cannot have the {geometry.geom_type} {_short(geometry)}: it has no finite extent"
+        raise AnnotationError(message)
+    for geometry in geometries[~shapely.is_valid(geometries)][:1]:
         raise AnnotationError(
-            f"An object cannot have the {geometry.geom_type} {_short(geometry)}: it has no finite extent"
+            f"The {geometry.geom_type} {_short(geometry)} is not valid ({shapely.is_valid_reason(geometry)}); "
+            f"make it valid first"
         )
-    _check_valid(geometry)
-    geometry = _rounded(np.array([shapely.force_2d(geometry)]))[0]
+    rounded = _rounded(shapely.force_2d(geometries))
+    return [_spec_of(geometry, wanted) for geometry, (_, wanted) in zip(rounded.tolist(), shapes, strict=True)]
+
+
+def _spec_of(geometry: BaseGeometry, wanted: RoiKind | None) -> RoiSpec:
     if geometry.is_empty:
         raise AnnotationError("An object is too small: nothing is left of it at QuPath's precision of 0.01 px")
     if wanted != "Geometry" and geometry.geom_type.startswith("Multi") and len(geometry.geoms) == 1:
@@ -631,14 +642,6 @@ def spec_of(geometry: BaseGeometry, wanted: RoiKind | None = None) -> RoiSpec:
 
 def _short(geometry: BaseGeometry) -> str:
     return str(geometry.wkt)[:60]
-
-
-def _check_valid(geometry: BaseGeometry) -> None:
-    if not geometry.is_valid:
-        raise AnnotationError(
-            f"The {geometry.geom_type} {_short(geometry)} is not valid ({shapely.is_valid_reason(geometry)}); "
-            f"make it valid first"
-        )
 
 
 def _wkb_spec(geometry: BaseGeometry, _: RoiKind | None = None) -> RoiSpec:
