@@ -257,13 +257,13 @@ class EmbeddedProject(Project):
             raise ProjectFormatError(f"QuPath stopped while saving; rename {left.name} to {_DATA_FILE}", path=path)
         return False
 
-    def _read(self, entry_id: str) -> _Read:
+    def _read(self, entry_id: str, *, for_edit: bool = False) -> _Read:
         path = self._data_file(entry_id)
         data, stamp = safety.read_stamped(path)
         self._stamps[entry_id] = stamp
         if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
             return self._last[1]
-        read = _Read(stamp, qpdata.read(data, path=path))
+        read = _Read(stamp, qpdata.read(data, path=path, for_edit=for_edit))
         self._last = (entry_id, read)
         return read
 
@@ -288,7 +288,7 @@ class EmbeddedProject(Project):
         with self._writing(image) as path:
             if image.id in self._stamps:
                 safety.check_unchanged(path, self._stamps[image.id])
-            before = self._read(image.id) if self._has_data(image.id) else None
+            before = self._read(image.id, for_edit=True) if self._has_data(image.id) else None
             base = before.data if before else qpdata.read(self._blank(self._record(image), image.image_type), path=path)
             if changes.is_empty:
                 return Applied(added=0, replaced=0, removed=0, num_objects=len(base.objects), backup=None)
