@@ -28,6 +28,7 @@ from darefine_qupath.errors import (
 from darefine_qupath.geometry import Size
 from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
+from darefine_qupath.project.javastream import no_collection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -285,7 +286,7 @@ class EmbeddedProject(Project):
         ProjectWriteError
             If the write failed; the former state stands.
         """
-        with self._writing(image) as path:
+        with no_collection(), self._writing(image) as path:
             if image.id in self._stamps:
                 safety.check_unchanged(path, self._stamps[image.id])
             before = self._read(image.id, for_edit=True) if self._has_data(image.id) else None
