@@ -56,11 +56,12 @@ def ramps(width: int, height: int) -> np.ndarray:
 
 def write_pyramid(path: Path, pixels: np.ndarray, downsamples: tuple[int, ...] = (), mpp: float | None = 0.5) -> Path:
     """Write a tiled TIFF whose levels are means of level 0, cut short where a downsample does not divide it."""
-    levels = [pixels]
+    levels, rng = [pixels], np.random.default_rng(0)
     for step in downsamples:
         height, width = pixels.shape[0] // step, pixels.shape[1] // step
         blocks = pixels[: height * step, : width * step].reshape(height, step, width, step, 3)
-        levels.append(np.round(blocks.mean(axis=(1, 3))).astype(np.uint8))
+        # Halves go up or down by chance: always to even would move a ramp by half a pixel.
+        levels.append(np.floor(blocks.mean(axis=(1, 3)) + rng.random((height, width, 3))).astype(np.uint8))
     resolution = {} if mpp is None else {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
     with tifffile.TiffWriter(path) as tiff:
         for number, level in enumerate(levels):
@@ -72,11 +73,11 @@ def write_pyramid(path: Path, pixels: np.ndarray, downsamples: tuple[int, ...] =
 
 def area_means(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """Mean of the level-0 pixels under each pixel of the result, by area; white beyond the image."""
-    pad = max(box.width, box.height)
-    padded = np.pad(pixels.astype(np.float64), ((pad, pad), (pad, pad), (0, 0)), constant_values=255)
-    rows = _shares(box.y + pad, box.height, size[1], padded.shape[0])
-    columns = _shares(box.x + pad, box.width, size[0], padded.shape[1])
-    return np.einsum("ij,jkc,lk->ilc", rows, padded, columns, optimize=True)
+    rows = _shares(box.y, box.height, size[1], pixels.shape[0])
+    columns = _shares(box.x, box.width, size[0], pixels.shape[1])
+    means = np.stack([rows @ pixels[..., channel] @ columns.T for channel in range(3)], axis=-1)
+    covered = np.outer(rows.sum(axis=1), columns.sum(axis=1))
+    return np.asarray(means + 255 * (1 - covered[..., None]))
 
 
 def _shares(start: int, length: int, number: int, total: int) -> np.ndarray:
@@ -84,4 +85,4 @@ def _shares(start: int, length: int, number: int, total: int) -> np.ndarray:
     edges = start + np.arange(number + 1) * length / number
     pixels = np.arange(total)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return overlap.clip(0) * number / length
+    return np.asarray(overlap.clip(0) * number / length)

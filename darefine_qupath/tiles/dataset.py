@@ -22,7 +22,7 @@ import numpy as np
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import DarefineError, TileError
+from darefine_qupath.errors import DarefineError, SlideNotFoundError, TileError
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
 from darefine_qupath.tiles.screening import (
     Finder,
@@ -218,7 +218,7 @@ def _request(
                 "id": source.id,
                 "name": source.name,
                 "file": source.path.name,
-                "bytes": source.path.stat().st_size,
+                "bytes": _num_bytes(source),
                 "mpp": source.mpp,
                 "crop_bounds": source.crop_bounds,
                 "annotations": _annotations_digest(source.annotations),
@@ -227,6 +227,13 @@ def _request(
             for source in sources
         ],
     }
+
+
+def _num_bytes(source: TileSource) -> int:
+    try:
+        return source.path.stat().st_size
+    except OSError as error:
+        raise SlideNotFoundError(f"{source.name}: there is no slide {source.path} ({error.strerror})") from None
 
 
 def _annotations_digest(annotations: Iterable[Annotation]) -> str:

@@ -112,17 +112,14 @@ class ImagePlan:
         The sizes on it.
     corners : ndarray of int32, shape (N, 4)
         Slice x, y, context x, y.
+    num_skipped : int
+        Annotations that label nothing; see `LabelPainter`.
     """
 
     image: TileImage
     spec: PixelSpec
     corners: NDArray[np.int32]
-
-    @classmethod
-    def of_pairs(cls, image: TileImage, spec: PixelSpec, pairs: Iterable[TilePair]) -> ImagePlan:
-        """Pack what `plan_tiles` gave."""
-        corners = [(pair.slice.x, pair.slice.y, pair.context.x, pair.context.y) for pair in pairs]
-        return cls(image=image, spec=spec, corners=np.array(corners, np.int32).reshape(-1, 4))
+    num_skipped: int = 0
 
     def jobs(self, number: int) -> Iterator[Job]:
         """Cut the plan into jobs: wherever the context changes, if it is shared, and every so many tiles."""
@@ -175,6 +172,9 @@ def plan_sources(
     empty = [plan.image.name for plan in plans if not len(plan.corners)]
     if empty:
         _log.warning("%d of %d images give no tiles: %s", len(empty), len(plans), ", ".join(empty))
+    skipped = sum(plan.num_skipped for plan in plans)
+    if skipped:
+        _log.warning("%d annotations label nothing: lines, points, empty, or not on the plane z = 0, t = 0", skipped)
     return plans
 
 
@@ -185,17 +185,26 @@ def _plan_source(
     with opener(source) as slide:
         image = source.image(slide)
         pixels = spec_on(spec, image)
-        keep = _keeper(slide, painter, screening)
-    return ImagePlan.of_pairs(image, pixels, plan_tiles(image.size, pixels, keep=keep))
+        keep = _keeper(slide, image.mpp, painter, screening)
+    pairs = plan_tiles(image.size, pixels, keep=keep)
+    corners = [(pair.slice.x, pair.slice.y, pair.context.x, pair.context.y) for pair in pairs]
+    return ImagePlan(
+        image=image,
+        spec=pixels,
+        corners=np.array(corners, np.int32).reshape(-1, 4),
+        num_skipped=painter.num_skipped,
+    )
 
 
-def _keeper(slide: Slide, painter: LabelPainter, screening: Screening) -> Callable[[Box], bool] | None:
+def _keeper(
+    slide: Slide, mpp: float | None, painter: LabelPainter, screening: Screening
+) -> Callable[[Box], bool] | None:
     """Whether a slice may hold labels: near an annotation, or on tissue where the unlabelled has a class."""
     if painter.class_map.unlabelled_label == IGNORE or painter.has_regions:
         return painter.touches
     if screening.min_tissue == 0:
         return None
-    tissue = tissue_mask(slide)
+    tissue = tissue_mask(slide, mpp=mpp)
     return lambda box: painter.touches(box) or tissue.fraction(box) >= screening.min_tissue
 
 

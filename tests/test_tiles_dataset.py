@@ -1,0 +1,524 @@
+"""Datasets: what is found, what is written, resumed, read again, and refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from darefine_qupath.annotations import Annotation, LabelPainter, Plane
+from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.errors import MissingMppError, SlideError, SlideNotFoundError, TileError
+from darefine_qupath.geometry import Box
+from darefine_qupath.tiles import TileSpec, plan_tiles, read_pair
+from darefine_qupath.tiles import screening as screening_module
+from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
+from darefine_qupath.tiles.index import TileIndex, case_of
+from darefine_qupath.tiles.loading import TileDataset
+from darefine_qupath.tiles.screening import Screening, index_tiles
+from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
+from darefine_qupath.tiles.storage import Storage, encode_mask, palette
+from tests.tile_slides import ArraySlide, ramps, write_pyramid
+
+CLASSES = ClassMap(names=("A", "B"), colours=(Colour(1, 2, 3), Colour(250, 20, 30)))
+SPEC = TileSpec(size_px=32, slice_px=64, context_px=192, stride_px=32)
+PNG = Storage(pixels="png")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[TileSource, ...]:
+    """Two slides of one size; on the first a square of A with a smaller one of B in it, on the second B alone."""
+    folder = tmp_path_factory.mktemp("slides")
+    path = write_pyramid(folder / "one.tif", ramps(500, 400), (2, 4))
+    shutil.copy(path, folder / "two.tif")
+    first = (
+        Annotation(geometry=shapely.box(40, 40, 300, 300), path_class="A"),
+        Annotation(geometry=shapely.box(100, 100, 164, 164), path_class="B"),
+    )
+    second = (Annotation(geometry=shapely.Point(250, 200).buffer(90), path_class="B"),)
+    return (
+        TileSource(id="1", name="one", path=path, annotations=first, metadata={"Case ID": "c1"}),
+        TileSource(id="2", name="two", path=folder / "two.tif", annotations=second, mpp=0.25),
+    )
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def same(one: TileIndex, other: TileIndex) -> bool:
+    columns = ("image", "slice_xy", "context_xy", "counts")
+    return (one.spec, one.classes, one.images) == (other.spec, other.classes, other.images) and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in columns
+    )
+
+
+def test_counts_are_those_of_the_masks(sources: tuple[TileSource, ...]) -> None:
+    index = index_tiles(sources, SPEC, CLASSES)
+    for record in index:
+        source = sources[0] if record.image.id == "1" else sources[1]
+        mask = LabelPainter(source.annotations, CLASSES).paint(record.pair.slice, (32, 32), image_size=(500, 400))
+        assert record.counts == ((mask == 0).sum(), (mask == 1).sum())
+        assert record.ignored == (mask == IGNORE).sum()
+    assert index.class_pixels.tolist() == [sum(r.counts[0] for r in index), sum(r.counts[1] for r in index)]
+    assert index.class_tiles[1] == sum(r.counts[1] > 0 for r in index)
+    assert index.labelled_fraction.min() >= 0.01
+
+
+def test_tiles_side_by_side_count_every_labelled_pixel_once(sources: tuple[TileSource, ...]) -> None:
+    spec = TileSpec(size_px=50, slice_px=50, context_px=150, stride_px=50)
+    index = index_tiles(sources[:1], spec, CLASSES, screening=Screening(min_labelled=0))
+    assert index.class_pixels.tolist() == [260 * 260 - 64 * 64, 64 * 64]
+
+
+def test_a_record_names_its_image_and_place(sources: tuple[TileSource, ...]) -> None:
+    index = index_tiles(sources, SPEC, CLASSES)
+    record = index[0]
+    assert record.id == f"1/{record.pair.slice.x}_{record.pair.slice.y}"
+    assert [found.id for found in index] == index.ids()
+    assert len(set(index.ids())) == len(index)
+    assert (record.image.name, record.image.size, record.image.mpp) == ("one", (500, 400), pytest.approx(0.5))
+    assert [image.group for image in index.images] == [("case", "c1"), ("image", "2")]
+
+
+def test_a_subset_keeps_order_and_images(sources: tuple[TileSource, ...]) -> None:
+    index = index_tiles(sources, SPEC, CLASSES)
+    chosen = index.subset([3, 1])
+    assert chosen.ids() == [index.ids()[3], index.ids()[1]]
+    assert chosen.images == index.images
+    assert index.subset(index.counts[:, 1] > 0).class_tiles[1] == index.class_tiles[1]
+
+
+def test_columns_that_do_not_fit_are_refused(sources: tuple[TileSource, ...]) -> None:
+    index = index_tiles(sources, SPEC, CLASSES)
+    with pytest.raises(TileError, match="columns of a tile index do not fit"):
+        replace(index, counts=index.counts[:, :-1])
+    with pytest.raises(TileError, match=r"Several images have the id \['1'\]"):
+        replace(index, images=(index.images[0], index.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "case"),
+    [
+        ({"Case ID": " 7 "}, "7"),
+        ({"patient_id": "P"}, "P"),
+        ({"subject": "s", "case": "c"}, "c"),
+        ({"Case": "", "Patient": "p"}, "p"),
+        ({"scanner": "x"}, None),
+    ],
+    ids=str,
+)
+def test_a_case_is_found_under_its_usual_names(metadata: dict[str, str], case: str | None) -> None:
+    assert case_of(metadata) == case
+
+
+def test_only_tiles_with_enough_labels_stay(sources: tuple[TileSource, ...]) -> None:
+    every = index_tiles(sources, SPEC, CLASSES, screening=Screening(min_labelled=0))
+    half = index_tiles(sources, SPEC, CLASSES, screening=Screening(min_labelled=0.5))
+    assert same(half, every.subset(every.labelled_fraction >= 0.5))
+    assert 0 < len(half) < len(every)
+
+
+def half_glass(_: TileSource) -> ArraySlide:
+    pixels = np.full((400, 600, 3), 245, np.uint8)
+    pixels[:, 300:] = np.random.default_rng(0).integers((150, 40, 110), (210, 90, 170), (400, 300, 3))
+    return ArraySlide(pixels, mpp=None)
+
+
+def test_glass_is_left_out_unless_it_is_annotated() -> None:
+    classes = ClassMap(names=("A", "B"), unlabelled="A")
+    note = Annotation(geometry=shapely.box(10, 10, 30, 30), path_class="B")
+    source = TileSource(id="1", name="one", path=Path("x"), annotations=(note,))
+    index = index_tiles([source], SPEC, classes, opener=half_glass)
+    on_glass = {tuple(xy) for xy in index.slice_xy.tolist() if xy[0] + 64 < 280}
+    assert on_glass == {(0, 0)}
+    assert {xy[0] for xy in index.slice_xy.tolist()} >= {320, 384, 416}
+    every = index_tiles([source], SPEC, classes, opener=half_glass, screening=Screening(min_tissue=0))
+    assert len(every) > len(index)
+    assert every.counts[:, -1].max() < 32 * 32
+
+
+@pytest.mark.parametrize("name", ["min_labelled", "min_tissue"])
+def test_a_share_lies_between_0_and_1(name: str) -> None:
+    with pytest.raises(TileError, match=f"{name} is a share between 0 and 1, got 1.5"):
+        Screening(**{name: 1.5})
+
+
+def test_nothing_labelled_is_an_error_that_says_so(sources: tuple[TileSource, ...]) -> None:
+    bare = replace(sources[0], annotations=())
+    with pytest.raises(TileError, match=r"None of 0 tiles on 1 images holds enough labelled pixels; annotate areas"):
+        index_tiles([bare], SPEC, CLASSES)
+
+
+def test_what_is_left_out_is_said_once(sources: tuple[TileSource, ...], caplog: pytest.LogCaptureFixture) -> None:
+    line = Annotation(geometry=shapely.LineString([(0, 0), (9, 9)]), path_class="B")
+    other = Annotation(geometry=shapely.box(0, 0, 9, 9), path_class="B", plane=Plane(z=1))
+    only_a = replace(sources[0], annotations=(sources[0].annotations[0], line, other))
+    index_tiles([only_a, replace(sources[1], annotations=())], SPEC, CLASSES)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "1 of 2 images give no tiles: two",
+        "2 annotations label nothing: lines, points, empty, or not on the plane z = 0, t = 0",
+        "No tile holds a pixel of B",
+    ]
+
+
+def test_two_sources_of_one_id_are_refused(sources: tuple[TileSource, ...]) -> None:
+    with pytest.raises(TileError, match=r"Several images have the id \['1'\]"):
+        index_tiles([sources[0], sources[0]], SPEC, CLASSES)
+
+
+def test_an_image_without_pixel_size_is_named(tmp_path: Path, sources: tuple[TileSource, ...]) -> None:
+    path = write_pyramid(tmp_path / "bare.tif", ramps(64, 64), mpp=None)
+    spec = TileSpec(slice_um=32, context_um=96, stride_um=16)
+    with pytest.raises(MissingMppError, match="one: The tiles are 32 um wide"):
+        index_tiles([replace(sources[0], path=path)], spec, CLASSES)
+
+
+def test_progress_ends_at_the_number_of_planned_tiles(sources: tuple[TileSource, ...]) -> None:
+    calls: list[tuple[int, int]] = []
+    index = index_tiles(sources, SPEC, CLASSES, progress=lambda *call: calls.append(call))
+    assert calls == sorted(calls)
+    assert calls[-1][0] == calls[-1][1] >= len(index)
+
+
+def test_the_folder_holds_every_tile_and_each_context_once(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+    assert same(index, index_tiles(sources, SPEC, CLASSES))
+    assert same(load_index(tmp_path), index)
+    for number, image_id in enumerate(("1", "2")):
+        folder, mine = tmp_path / "images" / image_id, index.image == number
+        names = {kind: {path.stem for path in (folder / kind).iterdir()} for kind in ("slice", "mask", "context")}
+        assert names["slice"] == names["mask"] == {f"{x}_{y}" for x, y in index.slice_xy[mine].tolist()}
+        assert names["context"] == {f"{x}_{y}" for x, y in index.context_xy[mine].tolist()}
+        assert len(names["context"]) < len(names["slice"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.json", "images", "tiles.jsonl"]
+
+
+def test_pixels_are_what_prediction_reads_at_the_same_place(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+    stored, fresh = DatasetReader(tmp_path), SlideReader(sources, CLASSES)
+    for image, source in zip(index.images, sources, strict=True):
+        with open_source(source) as slide:
+            planned = {pair.slice: pair for pair in plan_tiles(slide.size, SPEC.at(image.mpp))}
+            for record in (record for record in index if record.image == image):
+                pixels = read_pair(slide, planned[record.pair.slice], record.spec)
+                for found in (stored.read(record), fresh.read(record)):
+                    assert (found.slice == pixels.slice).all()
+                    assert (found.context == pixels.context).all()
+                assert (stored.read(record).mask == fresh.read(record).mask).all()
+    fresh.close()
+
+
+def test_jpeg_is_near_and_says_so(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path)
+    assert json.loads((tmp_path / "dataset.json").read_text())["storage"] == {"pixels": "jpeg", "quality": 95}
+    with SlideReader(sources, CLASSES) as fresh:
+        for record in index:
+            stored, pixels = DatasetReader(tmp_path).read(record), fresh.read(record)
+            assert np.abs(stored.slice.astype(int) - pixels.slice).mean() < 2
+            assert (stored.mask == pixels.mask).all()
+
+
+def test_masks_show_in_class_colours(tmp_path: Path) -> None:
+    mask = np.array([[0, 1], [1, IGNORE]], np.uint8)
+    (tmp_path / "mask.png").write_bytes(encode_mask(mask, palette(CLASSES)))
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P"
+        assert (np.array(image) == mask).all()
+        shown = np.array(image.convert("RGB"))
+    assert shown.tolist() == [[[1, 2, 3], [250, 20, 30]], [[250, 20, 30], [255, 255, 255]]]
+
+
+def test_the_same_input_gives_the_same_bytes(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "a")
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "b", workers=2)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert dataset_digest(tmp_path / "a") == dataset_digest(tmp_path / "b")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """Let a build die while it writes its n-th slice, half written; or count the slices it writes."""
+    written: list[str] = []
+    limit = [10**9]
+    real = screening_module.PixelFolder.write
+
+    def write(self: screening_module.PixelFolder, image_id: str, kind: str, box: Box, pixels: np.ndarray) -> bytes:
+        if kind == "slice":
+            written.append(f"{image_id}/{box.x}_{box.y}")
+            if len(written) > limit[0]:
+                self.path(image_id, "slice", box).write_bytes(b"half a file")
+                raise Killed
+        return real(self, image_id, kind, box, pixels)  # type: ignore[arg-type]
+
+    def arm(number: int) -> list[str]:
+        limit[0] = number
+        written.clear()
+        return written
+
+    monkeypatch.setattr(screening_module.PixelFolder, "write", write)
+    return arm
+
+
+@pytest.mark.parametrize("after", [0, 1, 30, 75])
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+    sources: tuple[TileSource, ...], tmp_path: Path, kill_after: Callable[[int], list[str]], after: int
+) -> None:
+    written = kill_after(10**9)
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path / "whole")
+    number = len(written)
+    kill_after(after)
+    with pytest.raises(Killed):
+        build_dataset(sources, SPEC, CLASSES, tmp_path / "killed")
+    with pytest.raises(TileError, match="holds no finished dataset"):
+        load_index(tmp_path / "killed")
+    kill_after(10**9)
+    assert same(build_dataset(sources, SPEC, CLASSES, tmp_path / "killed"), index)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert after == 0 or len(written) <= number
+    assert after < 30 or len(written) < number
+
+
+def test_a_torn_line_of_the_journal_is_done_again(
+    sources: tuple[TileSource, ...], tmp_path: Path, kill_after: Callable[[int], list[str]]
+) -> None:
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "whole")
+    kill_after(75)
+    with pytest.raises(Killed):
+        build_dataset(sources, SPEC, CLASSES, tmp_path / "killed")
+    journal = tmp_path / "killed" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    kill_after(10**9)
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"junk\n", b"{}\n"], ids=repr)
+def test_a_journal_that_is_none_is_begun_anew(sources: tuple[TileSource, ...], tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(junk)
+    if junk == b"{}\n":
+        with pytest.raises(TileError, match="holds a dataset of other slides"):
+            build_dataset(sources, SPEC, CLASSES, tmp_path)
+    else:
+        assert len(build_dataset(sources, SPEC, CLASSES, tmp_path)) > 0
+
+
+def test_a_finished_dataset_is_not_built_again(
+    sources: tuple[TileSource, ...], tmp_path: Path, kill_after: Callable[[int], list[str]]
+) -> None:
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path)
+    kill_after(0)
+    assert same(build_dataset(sources, SPEC, CLASSES, tmp_path), index)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, c: (s, replace(c, unlabelled="A")),
+        lambda s, c: (s[:1], c),
+        lambda s, c: ([replace(s[0], annotations=s[0].annotations[:1]), s[1]], c),
+        lambda s, c: ([replace(s[0], annotations=(replace(s[0].annotations[0], path_class="B"),)), s[1]], c),
+        lambda s, c: ([replace(s[0], mpp=0.3), s[1]], c),
+    ],
+    ids=["classes", "images", "annotations", "class", "mpp"],
+)
+def test_a_dataset_of_other_input_is_kept_unless_told(
+    sources: tuple[TileSource, ...], tmp_path: Path, change: Callable[..., tuple[list[TileSource], ClassMap]]
+) -> None:
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "here", storage=PNG)
+    former = files(tmp_path / "here")
+    others, classes = change(list(sources), CLASSES)
+    with pytest.raises(TileError, match="holds a dataset of other slides, annotations or settings; overwrite it"):
+        build_dataset(others, SPEC, classes, tmp_path / "here", storage=PNG)
+    assert files(tmp_path / "here") == former
+    build_dataset(others, SPEC, classes, tmp_path / "here", storage=PNG, overwrite=True)
+    build_dataset(others, SPEC, classes, tmp_path / "new", storage=PNG)
+    assert files(tmp_path / "here") == files(tmp_path / "new")
+
+
+def test_what_is_not_a_mask_does_not_matter(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "a")
+    renamed = tuple(replace(note, id=uuid4(), name="x", locked=True) for note in sources[0].annotations)
+    again = build_dataset([replace(sources[0], annotations=renamed), sources[1]], SPEC, CLASSES, tmp_path / "b")
+    assert len(again) > 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_an_id_cannot_leave_the_folder(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    odd = replace(sources[0], id="../a/b:c")
+    index = build_dataset([odd], SPEC, CLASSES, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert DatasetReader(tmp_path / "out").read(index[0]).slice.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "dataset.json").write_text("{"), "dataset.json is damaged"),
+        (lambda f: (f / "dataset.json").write_text("[]"), "dataset.json is damaged"),
+        (lambda f: (f / "dataset.json").unlink(), "holds no finished dataset; build it"),
+        (lambda f: rewrite(f / "dataset.json", version=99), "is 'darefine-tiles' version 99, not"),
+        (lambda f: rewrite(f / "dataset.json", format="other"), "is 'other' version 1"),
+        (lambda f: rewrite(f / "dataset.json", images=[]), "is damaged .*build it again"),
+        (lambda f: (f / "tiles.jsonl").unlink(), "is damaged .*build it again"),
+        (lambda f: (f / "tiles.jsonl").write_text('{"image": "1"}\n'), "is damaged .*build it again"),
+        (lambda f: drop_line(f / "tiles.jsonl"), r"has \d+ of \d+ tiles"),
+    ],
+    ids=["json", "list", "missing", "version", "format", "images", "no tiles", "tile", "short"],
+)
+def test_a_damaged_dataset_is_refused(
+    sources: tuple[TileSource, ...], tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    build_dataset(sources[:1], SPEC, CLASSES, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(TileError, match=message):
+        load_index(tmp_path)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_damaged_tile_is_named(sources: tuple[TileSource, ...], tmp_path: Path, suffix: str) -> None:
+    index = build_dataset(sources[:1], SPEC, CLASSES, tmp_path)
+    for path in tmp_path.rglob(f"*{suffix}"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(TileError, match=f"Tile {index[0].id} cannot be read"):
+        DatasetReader(tmp_path).read(index[0])
+
+
+def test_a_folder_that_cannot_be_written_is_named(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TileError, match=r"Cannot write the dataset .*free space or give another folder"):
+        build_dataset(sources, SPEC, CLASSES, tmp_path / "file" / "out")
+
+
+def test_a_missing_slide_is_not_a_full_disk(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    with pytest.raises(SlideNotFoundError):
+        build_dataset([replace(sources[0], path=tmp_path / "no.tif")], SPEC, CLASSES, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"pixels": "gif"}, "not 'gif'"), ({"quality": 0}, "between 1 and 100, got 0")]
+)
+def test_storage_is_checked(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TileError, match=message):
+        Storage(**arguments)  # type: ignore[arg-type]
+
+
+def test_workers_find_what_one_process_finds(sources: tuple[TileSource, ...]) -> None:
+    assert same(index_tiles(sources, SPEC, CLASSES, workers=2), index_tiles(sources, SPEC, CLASSES))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_slide_is_named(sources: tuple[TileSource, ...], tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "damaged.tif"
+    shutil.copy(sources[0].path, path)
+    with tifffile.TiffFile(path) as tiff:
+        tiles = [tile for page in tiff.pages for tile in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    data = bytearray(path.read_bytes())
+    for offset, length in tiles:
+        data[offset : offset + length] = b"\xff" * length
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match=r"damaged\.tif: the box .* cannot be read"):
+        build_dataset([replace(sources[0], path=path)], SPEC, CLASSES, tmp_path / "out", workers=workers)
+
+
+def test_a_reader_shares_contexts_and_closes_its_slides(sources: tuple[TileSource, ...]) -> None:
+    opened: list[ArraySlide] = []
+
+    def opener(_: TileSource) -> ArraySlide:
+        opened.append(ArraySlide(ramps(500, 400)))
+        return opened[-1]
+
+    index = index_tiles(sources[:1], SPEC, CLASSES, opener=opener)
+    reader = SlideReader(sources, CLASSES, opener=opener)
+    opened.clear()
+    for record in index:
+        reader.read(record)
+    contexts = [box for box, _ in opened[0].reads if box.width == 192]
+    assert len(opened) == 1
+    assert len(contexts) == len(set(contexts)) < len(index)
+    reader.close()
+    assert opened[0].is_closed
+
+
+def test_a_reader_keeps_few_slides_open(sources: tuple[TileSource, ...]) -> None:
+    opened: dict[str, ArraySlide] = {}
+    many = [replace(sources[0], id=str(number)) for number in range(12)]
+    reader = SlideReader(many, CLASSES, opener=lambda s: opened.setdefault(s.id, ArraySlide(ramps(64, 64))))
+    for source in many:
+        reader.open(source.id)
+    assert [slide.is_closed for slide in opened.values()] == [True] * 4 + [False] * 8
+    with pytest.raises(TileError, match="No image '99' among the sources"):
+        reader.open("99")
+
+
+def test_a_reader_pickles_without_its_handles(sources: tuple[TileSource, ...]) -> None:
+    index = index_tiles(sources, SPEC, CLASSES)
+    with SlideReader(sources, CLASSES) as reader:
+        before = reader.read(index[0])
+        with pickle.loads(pickle.dumps(reader)) as copy:
+            assert all((a == b).all() for a, b in zip(before, copy.read(index[0]), strict=True))
+
+
+def test_a_forked_process_opens_its_own_slides(
+    sources: tuple[TileSource, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SlideReader(sources, CLASSES) as reader:
+        mine, _ = reader.open("1")
+        monkeypatch.setattr("os.getpid", lambda: -5)
+        other, _ = reader.open("1")
+        assert other is not mine
+        mine.close()
+
+
+@pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "slides"])
+def test_tensors_and_batches(sources: tuple[TileSource, ...], tmp_path: Path, from_disk: bool) -> None:
+    if from_disk:
+        index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+    else:
+        index = index_tiles(sources, SPEC, CLASSES)
+    reader = DatasetReader(tmp_path) if from_disk else SlideReader(sources, CLASSES)
+    dataset = TileDataset(index, reader)
+    batch = next(iter(DataLoader(dataset, batch_size=4)))
+    assert (batch.slice.shape, batch.context.shape, batch.mask.shape) == ((4, 3, 32, 32), (4, 3, 32, 32), (4, 32, 32))
+    assert {batch.slice.dtype, batch.context.dtype, batch.mask.dtype} == {torch.uint8}
+    assert list(batch.id) == index.ids()[:4]
+    assert len(dataset) == len(index)
+    expected = reader.read(index[2])
+    assert (batch.slice[2].permute(1, 2, 0).numpy() == expected.slice).all()
+    assert (batch.mask[2].numpy() == expected.mask).all()
+
+
+def test_what_a_transform_writes_stays_in_its_tile(sources: tuple[TileSource, ...]) -> None:
+    dataset = TileDataset(index_tiles(sources, SPEC, CLASSES), SlideReader(sources, CLASSES))
+    before = dataset[1].context.clone()
+    dataset[0].context.zero_()
+    assert (dataset[1].context == before).all()
