@@ -531,6 +531,27 @@ def test_replacing_keeps_place_and_children(annotated: qpdata.ImageData) -> None
     assert [record.parent for record in edited.objects] == [record.parent for record in annotated.objects]
 
 
+def test_a_held_stream_serves_one_edit(annotated: qpdata.ImageData) -> None:
+    changes = Changes(add=[_new(id=ID)], remove=[annotated.objects[0].id])
+    held = qpdata.read(annotated.data, for_edit=True)
+    assert len(held.held) == 1
+    edited = qpdata.edit(annotated, changes)
+    assert [qpdata.edit(held, changes) for _ in range(2)] == [edited, edited]
+    assert not held.held
+    assert held == replace(annotated, path=None)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e13, 131_072.01, 5e-324])
+def test_numbers_of_any_size_are_read(value: float) -> None:
+    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    name = "qupath.lib.roi.RectangleROI$SerializationProxy"
+    roi = builder.object(name, {"c": -1, "x": value, "x2": value + abs(value), "y": 0.0, "y2": 1.0})
+    old = _old_object(builder, "x").content
+    node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], roi, old[6]))
+    (record,) = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node))).objects
+    assert record.geometry.bounds[0] == pytest.approx(value, abs=0.005)
+
+
 def test_children_of_a_removed_object_take_its_place(annotated: qpdata.ImageData) -> None:
     names = {record.name: record for record in annotated.objects}
     edited = _edited(

@@ -1124,9 +1124,9 @@ class _Encoder:
     def _array(self, node: JavaArray) -> Iterator[Content] | None:
         self.out.append(TC_ARRAY)
         self._desc(node.desc)
-        self._register(node)
+        self.handles[id(node)] = _FIRST_HANDLE + len(self.handles)
         if isinstance(node.data, bytes):
-            self.out += _I4.pack(len(node.data) // _WIDTHS[node.code])
+            self.out += _I4.pack(len(node.data) // _WIDTHS[node.desc.name[1]])
             self.out += node.data
             return None
         self.out += _I4.pack(len(node.data))
@@ -1147,6 +1147,13 @@ class _Encoder:
         self._desc(desc)
 
     def _desc(self, desc: AnyDesc | None) -> None:
+        handle = self.handles.get(id(desc))
+        if handle is not None:
+            self.out += _REFERENCE.pack(TC_REFERENCE, handle)
+        else:
+            self._new_desc(desc)
+
+    def _new_desc(self, desc: AnyDesc | None) -> None:
         while desc is not None:
             handle = self.handles.get(id(desc))
             if handle is not None:
