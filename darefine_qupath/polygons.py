@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import shapely
 from rasterio import features
-from rasterio.transform import Affine
 from rasterio.windows import Window
 from shapely.geometry import Polygon
 
@@ -53,8 +53,8 @@ _FLOAT32_EXACT = 1 << 22
 _PASSES = 4
 _SIEVES = 4
 _THIN_FROM_PX = 16
-# rasterio warns about an identity transform; a shift by a pixel is taken back exactly.
-_OFF_BY_ONE = Affine.translation(1, 1)
+# rasterio and shapely silence warnings around some calls, which is not safe between threads: filters stay changed.
+_WARNINGS = threading.Lock()
 
 
 class Dataset(Protocol):
@@ -329,7 +329,8 @@ def _sieve(source: _Source, plan: _Plan, scratch: Path) -> NDArray[np.uint8]:
         return current
     other = _canvas((height, width), scratch / "sieved" if large else None)
     for _ in range(_SIEVES):
-        features.sieve(current, threshold, out=other, connectivity=4)
+        with _WARNINGS:
+            features.sieve(current, threshold, out=other, connectivity=4)
         current, other = other, current
         # One pass leaves a small region whose neighbours are all small. Few of them are better dealt with one by one,
         # when they are known; many are not.
@@ -572,14 +573,16 @@ def _trace(window: NDArray[np.uint8]) -> _Rings:
     sizes: list[int] = []
     counts: list[int] = []
     labels: list[int] = []
-    for shape, value in features.shapes(window, connectivity=4, transform=_OFF_BY_ONE):
+    with _WARNINGS:
+        traced = list(features.shapes(window, connectivity=4))
+    for shape, value in traced:
         rings = shape["coordinates"]
         for ring in rings:
             corners.extend(ring)
             sizes.append(len(ring))
         counts.append(len(rings))
         labels.append(int(value))
-    flat = np.fromiter(chain.from_iterable(corners), np.float64, 2 * len(corners)).astype(np.int32).reshape(-1, 2) - 1
+    flat = np.fromiter(chain.from_iterable(corners), np.float64, 2 * len(corners)).astype(np.int32).reshape(-1, 2)
     points, lengths = _densified(flat, np.asarray(sizes))
     first = np.zeros(len(sizes), bool)
     first[np.cumsum([0, *counts[:-1]])] = True
@@ -622,7 +625,8 @@ def _simplified(outlines: NDArray[np.object_], tolerance: float) -> NDArray[np.o
             outlines = shapely.coverage_simplify(outlines, tolerance, simplify_boundary=False)
     except shapely.errors.GEOSException:
         return None
-    return outlines if shapely.is_valid(outlines).all() else None
+    with _WARNINGS:
+        return outlines if shapely.is_valid(outlines).all() else None
 
 
 def _fixed(points: NDArray[np.int32], window: NDArray[np.uint8]) -> NDArray[np.bool_]:

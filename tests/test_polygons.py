@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import rasterio
@@ -252,6 +254,13 @@ def test_a_map_too_large_for_memory_lies_in_a_file(monkeypatch: pytest.MonkeyPat
     expected = [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))]
     monkeypatch.setattr("darefine_qupath.polygons.IN_MEMORY_PIXELS", 1000)
     assert [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))] == expected
+
+
+def test_threads_leave_warning_filters_alone() -> None:
+    before = list(warnings.filters)
+    for _ in range(3):
+        vectorise(rings_map(), box=Box(0, 0, 960, 960), block_px=16, threads=8)
+    assert warnings.filters == before
 
 
 def test_progress_counts_blocks() -> None:
