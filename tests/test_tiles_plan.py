@@ -13,7 +13,7 @@ from darefine_qupath.tiles import PixelSpec, TilePair, TileSpec, group_by_contex
 from tests.tile_slides import ArraySlide, ramps
 
 PAPER = TileSpec.paper().at(None)
-properties = settings(deadline=None, derandomize=True, max_examples=200)
+properties = settings(deadline=None, derandomize=True, max_examples=100)
 
 
 @st.composite

@@ -1,0 +1,75 @@
+"""Contact sheets: that they show what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from PIL import Image
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import ClassMap, Colour
+from darefine_qupath.errors import TileError
+from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.preview import choose_examples, contact_sheet
+from darefine_qupath.tiles.screening import index_tiles
+from darefine_qupath.tiles.sources import SlideReader, TileSource
+from tests.tile_slides import ArraySlide
+
+CLASSES = ClassMap(names=("Normal", "Rare"), colours=(Colour(10, 200, 30), Colour(200, 10, 220)), unlabelled="Normal")
+
+
+def opener(_: TileSource) -> ArraySlide:
+    return ArraySlide(np.full((200, 300, 3), (240, 180, 210), np.uint8))
+
+
+@pytest.fixture
+def source() -> TileSource:
+    rare = Annotation(geometry=shapely.box(210, 110, 240, 140), path_class="Rare")
+    return TileSource(id="1", name="slide one", path=Path("x"), annotations=(rare,))
+
+
+def tiles_of(source: TileSource, spec: TileSpec) -> TileIndex:
+    return index_tiles([source], spec, CLASSES, opener=opener)
+
+
+SPEC = TileSpec(size_px=40, slice_px=50, context_px=150, stride_px=50)
+
+
+def test_examples_show_every_class_and_repeat_nothing(source: TileSource) -> None:
+    tiles = index_tiles([source], SPEC, ClassMap(names=("Rare", "Normal"), unlabelled="Normal"), opener=opener)
+    tiles = index_of_everything(tiles)
+    chosen = choose_examples(tiles, 6)
+    assert len(set(chosen.tolist())) == 6
+    assert tiles.counts[chosen[0], 0] > 0
+    assert (choose_examples(tiles, 6) == chosen).all()
+    assert len(choose_examples(tiles, 1000)) == len(tiles)
+
+
+def index_of_everything(tiles: TileIndex) -> TileIndex:
+    """Twelve tiles, the last of them alone with Rare."""
+    rows = [(0, 50 * (n % 6), 50 * (n // 6), 0, 0, 100 * (n == 11), 1500, 0) for n in range(12)]
+    return TileIndex.of_rows(tiles.spec, tiles.classes, tiles.images, rows)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, TileSpec(size_px=40, slice_um=25, context_um=75, stride_um=25)], ids=["px", "um"]
+)
+def test_a_sheet_holds_slices_masks_contexts_and_the_table(source: TileSource, tmp_path: Path, spec: TileSpec) -> None:
+    tiles = tiles_of(source, spec)
+    path = contact_sheet(tiles, SlideReader([source], CLASSES, opener=opener), tmp_path / "sheet.png", number=4)
+    with Image.open(path) as image:
+        colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert colours[(240, 180, 210)] > 4 * 220 * 220
+    assert colours[(200, 10, 220)] > 1000
+    assert (0, 200, 255) in colours
+    assert colours[(10, 200, 30)] > 100
+
+
+def test_no_tiles_give_no_sheet(source: TileSource, tmp_path: Path) -> None:
+    tiles = tiles_of(source, SPEC).subset(np.zeros(0, int))
+    with pytest.raises(TileError, match="There are no tiles to show"):
+        contact_sheet(tiles, SlideReader([source], CLASSES), tmp_path / "sheet.png")
