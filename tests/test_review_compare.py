@@ -174,6 +174,28 @@ def by_place(project: Project, image: ImageEntry) -> list[Annotation]:
     return sorted((r for r in found if r.geometry.bounds[1] > 500), key=lambda r: r.geometry.bounds)  # type: ignore[union-attr]
 
 
+def test_from_annotations_to_polygons_and_back(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "qupath" / "qupath-0.6.0" / "annotated", tmp_path / "project")
+    project = open_project(tmp_path / "project", engine="embedded")
+    image = project.images[0]
+    rows = (("Normal", shapely.Point(760, 650).buffer(120)), ("Benign", shapely.box(1000, 560, 1300, 780)))
+    ring = shapely.Point(1700, 700).buffer(150).difference(shapely.Point(1700, 700).buffer(60))
+    shapes = {**dict(rows), "Invasive": ring}
+    drawn = [Annotation(geometry=shape, path_class=name) for name, shape in shapes.items()]
+    mask = LabelPainter(drawn, CLASSES).paint(Box(0, 0, 2048, 1536), (512, 384))
+    write_back(project, image, vectorise(mask, box=Box(0, 0, 2048, 1536), mpp=0.5), model="m", classes=CLASSES)
+    again = [item.current for item in survey(project, image).ours]
+    assert {record.path_class for record in again if record} == set(shapes)
+    for record in again:
+        assert record is not None
+        assert record.geometry is not None
+        shape = shapes[record.path_class or ""]
+        # One border pixel of the mask: 4 level-0 pixels along the outline.
+        assert record.geometry.symmetric_difference(shape).area < 4 * shape.length
+        assert record.area == pytest.approx(shape.area, rel=0.02)
+        assert len(record.geometry.interiors) == len(shape.interiors)
+
+
 @pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
 @pytest.mark.parametrize("kind", ["annotation", "detection"])
 def test_scenario_on_a_project_that_qupath_wrote(

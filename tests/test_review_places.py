@@ -66,6 +66,7 @@ def test_a_score_map_shows_where_inside_a_region_to_look(project: FakeProject) -
     assert (places[0].path_class, places[0].object) == ("Benign", None)
     assert all(place.box.right <= 6000 for place in places)
     assert {place.box.x // 1000 for place in places if place.border} == {2, 4, 3}
+    assert next_places(project, images, maps=lambda _: layers(), count=50) == places
     project.draw(square(1400, 1400, 200), "Normal")
     assert next_places(project, images, maps={SLIDE.id: layers()})[0].box != places[0].box
 

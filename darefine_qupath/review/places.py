@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
@@ -105,7 +105,7 @@ def next_places(
     count: int = 10,
     side_um: float = 500.0,
     side_px: int = 1000,
-    maps: Mapping[str, MapLayers] | None = None,
+    maps: Mapping[str, MapLayers] | Callable[[ImageEntry], MapLayers | None] | None = None,
     unlike: Mapping[UUID, float] | None = None,
 ) -> tuple[Place, ...]:
     """Find the places where a look helps most.
@@ -120,8 +120,9 @@ def next_places(
         How many places at most, over all images.
     side_um, side_px : float, int, optional
         Side of a place, in micrometres, and in level-0 pixels where the pixel size is unknown.
-    maps : mapping of str to MapLayers, optional
-        By entry id. With its map an image is searched window by window; without it, object by object.
+    maps : mapping of str to MapLayers, or callable, optional
+        By entry id, or a function of the image that reads its map, so that one is held at a time. With its map an
+        image is searched window by window; without it, object by object.
     unlike : mapping of UUID to float, optional
         How unlike the training data a predicted object is, 0 to 1.
 
@@ -140,7 +141,7 @@ def next_places(
     found: list[Place] = []
     for image in project.images if images is None else images:
         side = side_px if image.mpp is None else max(1, round(side_um / image.mpp))
-        layers = (maps or {}).get(image.id)
+        layers = maps(image) if callable(maps) else (maps or {}).get(image.id)
         if layers is not None:
             found.extend(_places_of_map(image, layers, side, _looked_at(project, image)))
         else:
