@@ -14,6 +14,7 @@ import shapely
 
 from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import IGNORE, PathClass
+from darefine_qupath.errors import EngineError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.project import Changes, ImageEntry, Project, open_project
@@ -198,11 +199,19 @@ def test_from_annotations_to_polygons_and_back(data: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
 @pytest.mark.parametrize("kind", ["annotation", "detection"])
+@pytest.mark.parametrize("engine", ["embedded", pytest.param("paquo", marks=pytest.mark.qupath)])
 def test_scenario_on_a_project_that_qupath_wrote(
-    data: Path, tmp_path: Path, version: str, kind: Literal["annotation", "detection"]
+    data: Path,
+    tmp_path: Path,
+    version: str,
+    kind: Literal["annotation", "detection"],
+    engine: Literal["embedded", "paquo"],
 ) -> None:
     shutil.copytree(data / "qupath" / f"qupath-{version}" / "annotated", tmp_path / "project")
-    project = open_project(tmp_path / "project", engine="embedded")
+    try:
+        project = open_project(tmp_path / "project", engine=engine)
+    except EngineError as error:
+        pytest.skip(str(error))
     image = project.images[0]
     theirs = project.objects(image)
     options = WriteOptions(kind=kind, container=True)
