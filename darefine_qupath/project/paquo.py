@@ -30,6 +30,7 @@ from darefine_qupath.errors import (
     EngineError,
     ProjectUnsupportedError,
     ProjectWriteError,
+    SlideError,
     SlideFormatError,
     SlideNotFoundError,
 )
@@ -193,7 +194,7 @@ def _settle() -> str:
     except (ImportError, TypeError, jpype.JException) as error:
         raise EngineError(f"paquo cannot use this QuPath ({_first_line(error)}); {_GET_QUPATH}") from error
     if paquo.java.LogManager is not None:
-        paquo.java.LogManager.setWarn()
+        paquo.java.LogManager.setError()
     version = str(paquo.java.qupath_version or "unknown")
     if not files.is_since(version, *_OLDEST):
         raise EngineError(f"QuPath {version} gives objects no identity; the paquo engine needs 0.4 or later")
@@ -312,8 +313,9 @@ class _Editor:
         """Make all changes."""
         for record in changes.replace:
             self._replace(self._objects[record.id], record, self._former[record.id])
-        self._remove(set(changes.remove))
-        self._add(changes.add)
+        gone = set(changes.remove)
+        self._remove(gone)
+        self._add(changes.add, gone)
         self._hierarchy.fireHierarchyChangedEvent(self._root)
 
     # -- removing
@@ -355,18 +357,18 @@ class _Editor:
 
     # -- adding
 
-    def _add(self, records: Sequence[Annotation]) -> None:
+    def _add(self, records: Sequence[Annotation], gone: set[UUID]) -> None:
         new = {record.id: self._new(record) for record in records}
         below: dict[UUID | None, list[Any]] = {}
         for record in records:
-            below.setdefault(self._standing(record.parent), []).append(new[record.id])
+            below.setdefault(self._standing(record.parent, gone), []).append(new[record.id])
         for key, items in below.items():
             owner = self._root if key is None else new.get(key) or self._objects[key]
             owner.addChildObjects(self._java.ArrayList(items))
 
-    def _standing(self, parent: UUID | None) -> UUID | None:
-        """Identity of the object that a new one stands below: of one that is removed, the next one above."""
-        while parent in self._former and self._objects[parent].getParent() is None:
+    def _standing(self, parent: UUID | None, gone: set[UUID]) -> UUID | None:
+        """Identity of the object that a new one stands below; in place of one that is removed, the next one above."""
+        while parent in gone:
             parent = self._former[parent].parent
         return None if parent is None or parent == _id_of(self._root) else parent
 
@@ -436,13 +438,13 @@ class _Editor:
 
     def _set_metadata(self, item: Any, metadata: Mapping[str, str]) -> None:  # noqa: ANN401
         pairs = [(self._java.String(str(key)), self._java.String(str(value))) for key, value in metadata.items()]
-        if hasattr(item, "getMetadata"):
+        if files.is_since(start_qupath(), 0, 6):
             store = item.getMetadata()
             store.clear()
             for key, value in pairs:
                 store.put(key, value)
             return
-        # QuPath 0.4 has this for its own classes only.
+        # Before, this is for QuPath's own classes only.
         _call(item, "clearMetadataMap")
         for key, value in pairs:
             _call(item, "storeMetadataValue", key, value)
@@ -460,7 +462,7 @@ class _Editor:
             return None
         import jpype  # noqa: PLC0415
 
-        spec = rois.spec_of(geometry, wanted)
+        (spec,) = rois.specs_of([(geometry, wanted)])
         kind = rois.PROXIES[spec.proxy]
         place = _java("qupath.lib.regions.ImagePlane").getPlaneWithChannel(*plane)
         if kind == "Geometry":
@@ -476,7 +478,10 @@ class _Editor:
     def _geometry_roi(self, wkb: bytes, place: Any) -> Any:  # noqa: ANN401
         import jpype  # noqa: PLC0415
 
-        reader = self._java.WKBReader(self._java.GeometryTools.getDefaultFactory())
+        # From 0.6 on QuPath wants its own precision of 0.01 px; before, that was 32 bits, which would move vertices.
+        is_modern = files.is_since(start_qupath(), 0, 6)
+        factory = [self._java.GeometryTools.getDefaultFactory()] if is_modern else []
+        reader = self._java.WKBReader(*factory)
         geometry = reader.read(jpype.JArray(jpype.JByte)(np.frombuffer(wkb, np.int8)))
         roi = self._java.GeometryTools.geometryToROI(geometry, place)
         if isinstance(roi, self._java.GeometryROI):
@@ -599,7 +604,7 @@ class PaquoProject(EmbeddedProject):
         with _java_errors(f"open {path}"):
             server = _build_server(path)
             try:
-                _set_server_metadata(server, name, mpp)
+                _set_server_metadata(server, name, mpp or _own_mpp(server, path))
                 return _builder_json(server), Size(int(server.getWidth()), int(server.getHeight())), _thumbnail(server)
             finally:
                 server.close()
@@ -611,6 +616,23 @@ class PaquoProject(EmbeddedProject):
             return opened.written()
 
 
+class _Stains:
+    """Stains, equal to those that differ by no more than QuPath 0.4 writes."""
+
+    def __init__(self, stains: qpdata.Stains | None) -> None:
+        self._names = [] if stains is None else [stains.name, *(vector.name for vector in stains.vectors)]
+        self._values = np.array([] if stains is None else [*(v.rgb for v in stains.vectors), stains.background])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Stains)
+            and self._names == other._names
+            and np.allclose(self._values, other._values, rtol=0, atol=1e-6)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData) -> None:
     """Make sure that QuPath kept what is not an object: it passes over what it does not know, with a log line."""
 
@@ -620,7 +642,7 @@ def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData) -> None:
             "TMA grid": data.tma_grid,
             "history": [(step.java_class, step.name, step.script) for step in data.workflow],
             "properties": sorted({*data.properties, _ENTRY_ID}),
-            "stains": None if data.stains is None else data.stains.name,
+            "stains": _Stains(data.stains),
         }
 
     ours, theirs = parts(before), parts(after)
@@ -649,6 +671,18 @@ def _build_server(path: Path) -> Any:  # noqa: ANN401
                 _log.warning("%s holds %d images; the first one was added", path, len(list(builders)))
             return server
     raise SlideFormatError(f"QuPath cannot open {path}")
+
+
+def _own_mpp(server: Any, path: Path) -> float | None:  # noqa: ANN401
+    """Pixel size that the file gives where QuPath finds none: the OpenSlide of QuPath 0.4 passes over TIFF tags."""
+    if server.getPixelCalibration().hasPixelSizeMicrons():
+        return None
+    from darefine_qupath.project import imagefile  # noqa: PLC0415 - few projects need it, see its load time
+
+    with contextlib.suppress(SlideError):
+        mpp = imagefile.probe(path).mpp
+        return sum(mpp) / 2 if mpp else None
+    return None
 
 
 def _set_server_metadata(server: Any, name: str, mpp: float | None) -> None:  # noqa: ANN401
