@@ -280,6 +280,8 @@ def test_predict_three_times_leaves_the_same_objects(run: Run, trained: Path, tm
     for _ in range(2):
         _predict(run, trained, project)
         assert _objects(project) == once
+    sure = [record.measurements["DA-RefineNet: confidence"] for record in once["test-3.tif"].values()]
+    assert all(0.25 <= value <= 1 for value in sure)
     for name, records in before.items():
         assert {key: once[name][key] for key in records} == records
     out = run("runs", project, "--json")[1]

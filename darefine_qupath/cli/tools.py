@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import click
@@ -11,6 +9,7 @@ import click
 from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, table
 from darefine_qupath.demo import make_project
 from darefine_qupath.doctor import diagnose
+from darefine_qupath.review import install_scripts
 
 __all__ = ["demo", "doctor", "qupath_scripts"]
 
@@ -64,13 +63,11 @@ def doctor(as_json: bool) -> None:
 
 @click.command("qupath-scripts", short_help="Copy the scripts for QuPath's script editor to a folder.")
 @click.argument("folder", type=click.Path(path_type=Path))
-def qupath_scripts(folder: Path) -> None:
+@click.option("--force", is_flag=True, help="Replace scripts that were edited there.")
+def qupath_scripts(folder: Path, force: bool) -> None:
     """Copy the scripts for QuPath's script editor to FOLDER.
 
     In QuPath: Automate > User scripts > Set script directory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with as_file(files("darefine_qupath") / "qupath_scripts") as source:
-        for script in sorted(source.glob("*.groovy")):
-            shutil.copyfile(script, folder / script.name)
-            click.echo(folder / script.name)
+    for script in install_scripts(folder, overwrite=force):
+        click.echo(script)

@@ -33,15 +33,17 @@ def find_places(project: Project, images: Iterable[ImageEntry] | None, *, count:
         Best first.
     """
     chosen = tuple(project.images if images is None else images)
-    maps = {}
-    for image in chosen:
+
+    def layers(image: ImageEntry) -> MapLayers | None:
         try:
             found = read_score_map(map_folder(project, image))
         except PredictionError:
-            continue
+            return None
         # A larger map is not held in memory; its image is searched object by object.
-        if found.size.width * found.size.height <= _MOST_PIXELS:
-            maps[image.id] = MapLayers(
-                labels=found.read("class"), margin=found.read("margin"), box=found.box, names=found.classes.names
-            )
-    return next_places(project, chosen, count=count, maps=maps)
+        if found.size.width * found.size.height > _MOST_PIXELS:
+            return None
+        return MapLayers(
+            labels=found.read("class"), margin=found.read("margin"), box=found.box, names=found.classes.names
+        )
+
+    return next_places(project, chosen, count=count, maps=layers)
