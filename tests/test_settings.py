@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from darefine_qupath.classes import Colour, PathClass
-from darefine_qupath.errors import ClassMapError, ConfigError, TileError
+from darefine_qupath.errors import ClassMapError, ConfigError, ModelError, TileError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.tiles import TileSpec
@@ -133,3 +133,45 @@ def test_network_settings() -> None:
 def test_a_pixel_size_must_be_positive(value: object) -> None:
     with pytest.raises(ConfigError, match="must be a positive number"):
         _ = Settings(images={"mpp": value}).mpp
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names = 3", r"names = 3 must be a list of names"),
+        ('names = "Normal"', r"names = 'Normal' must be a list of names"),
+        ('names = ["Normal", 3]', "must be a list of names"),
+        ('map = "x"', r"map = 'x' must be a table \[classes.map\]"),
+        ("[classes.map]\nTumor = 3", r"map = \{'Tumor': 3\} must be a table"),
+        ("[classes.colours]\nTumor = 3", r"colours = \{'Tumor': 3\} must be a table"),
+        ("unlabelled = 3", "unlabelled = 3 must be the name of a class"),
+        ('region_unlabelled = ["Normal"]', r"region_unlabelled = \['Normal'\] must be the name of a class"),
+    ],
+)
+def test_a_class_setting_of_another_kind_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _read(tmp_path, f"[classes]\n{text}").class_map(LIST, {"Tumor": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('slice_um = "big"', "slice_um = 'big' must be a number of micrometres"),
+        ("size_px = 64.5", "size_px = 64.5 must be a whole number of pixels"),
+        ("stride_um = true", "stride_um = True must be a number"),
+    ],
+)
+def test_a_tile_setting_of_another_kind_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _read(tmp_path, f"[tiles]\n{text}").tile_spec(TileSpec.paper())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "true", "0", "'x'"])
+def test_a_pixel_size_that_is_no_size_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="must be a positive number"):
+        _ = _read(tmp_path, f"[images]\nmpp = {value}").mpp
+
+
+def test_a_dropout_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="dropout = 'x' must be at least 0"):
+        _read(tmp_path, "[model]\ndropout = 'x'").model_config(ModelConfig())

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 import click
 
-from darefine_qupath.cli.options import engine_option, image_option, mpp_option, project_argument, settings_option
+from darefine_qupath.cli.options import (
+    FiniteRange,
+    engine_option,
+    image_option,
+    mpp_option,
+    project_argument,
+    settings_option,
+)
 from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, table
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.predicting import (
@@ -25,6 +32,7 @@ from darefine_qupath.pipeline.reviewing import find_places
 from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
 from darefine_qupath.review import (
+    Place,
     ReviewReport,
     RunResult,
     WriteOptions,
@@ -60,7 +68,7 @@ _NETWORK_OPTIONS = (
         help="auto takes the fastest the device computes natively.",
     ),
     click.option("--batch-size", type=click.IntRange(1), help="Slices at once; chosen by itself."),
-    click.option("--overlap", type=click.FloatRange(0, 0.9), help="Part of a slice its neighbour sees too."),
+    click.option("--overlap", type=FiniteRange(0, 0.9), help="Part of a slice its neighbour sees too."),
     click.option("--tta", is_flag=True, help="Average over the eight symmetries; about eight times slower."),
     click.option("--workers", type=click.IntRange(1), help="Threads that read ahead."),
     click.option("--all-glass", is_flag=True, help="Predict glass too, not only tissue."),
@@ -97,12 +105,10 @@ def _predict_options(given: dict[str, Any]) -> PredictOptions:
 @image_option
 @click.option("--classes", metavar="A,B", help="Only polygons of these classes.")
 @click.option("--background", is_flag=True, help="Also polygons of the class of unlabelled pixels (Normal, say).")
-@click.option(
-    "--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Leave out where the network is less sure."
-)
-@click.option("--simplify-um", type=click.FloatRange(0), help="Detail left out of borders.")
-@click.option("--min-area-um2", type=click.FloatRange(0), default=1000.0, show_default=True, help="Smaller regions go.")
-@click.option("--min-hole-um2", type=click.FloatRange(0), help="Smaller holes are filled.")
+@click.option("--min-confidence", type=FiniteRange(0, 1), default=0.0, help="Leave out where the network is less sure.")
+@click.option("--simplify-um", type=FiniteRange(0), help="Detail left out of borders.")
+@click.option("--min-area-um2", type=FiniteRange(0), default=1000.0, show_default=True, help="Smaller regions go.")
+@click.option("--min-hole-um2", type=FiniteRange(0), help="Smaller holes are filled.")
 @click.option(
     "--max-vertices", type=click.IntRange(100), default=20_000, show_default=True, help="Larger regions are split."
 )
@@ -382,20 +388,13 @@ def review(
     with open_project(project, engine=engine if mark or clear else "embedded") as opened:
         chosen = [opened.image(name) for name in images] or None
         if clear:
-            note(f"{clear_places(opened, chosen)} review annotations removed")
+            _show_cleared(clear_places(opened, chosen), as_json=as_json)
             return
         if count is not None:
             places = find_places(opened, chosen, count=count)
             if mark:
                 note(f"{mark_places(opened, places)} review annotations are in the project")
-            if as_json:
-                echo_json({"places": [place.to_json() for place in places]})
-            else:
-                rows = [
-                    (p.image_name, f"{p.box.x}, {p.box.y}", p.path_class, number(p.score, 2), number(p.uncertainty, 2))
-                    for p in places
-                ]
-                table(["image", "x, y", "class", "score", "uncertainty"], rows)
+            _show_places(places, as_json=as_json)
             return
         report = compare(opened, chosen)
         if page is not None:
@@ -406,6 +405,27 @@ def review(
         echo_json(report.to_json())
     else:
         _show_review(report)
+
+
+def _show_cleared(count: int, *, as_json: bool) -> None:
+    if as_json:
+        echo_json({"removed": count})
+    else:
+        note(f"{count} review annotations removed")
+
+
+def _show_places(places: Sequence[Place], *, as_json: bool) -> None:
+    if as_json:
+        echo_json({"places": [place.to_json() for place in places]})
+        return
+    if not places:
+        note("There is no prediction to look at; run darefine predict")
+        return
+    rows = [
+        (p.image_name, f"{p.box.x}, {p.box.y}", p.path_class, number(p.score, 2), number(p.uncertainty, 2))
+        for p in places
+    ]
+    table(["image", "x, y", "class", "score", "uncertainty"], rows)
 
 
 def _show_review(report: ReviewReport) -> None:

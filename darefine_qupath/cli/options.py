@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["engine_option", "image_option", "mpp_option", "project_argument", "setting", "settings_option"]
+__all__ = [
+    "FiniteRange",
+    "engine_option",
+    "image_option",
+    "mpp_option",
+    "project_argument",
+    "setting",
+    "settings_option",
+]
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without NaN and infinity, which `click.FloatRange` lets through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Read a number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
 
 project_argument = click.argument("project", type=click.Path(path_type=Path))
 """A project file or its folder; the engine says what is wrong with it."""
@@ -24,7 +45,7 @@ image_option = click.option(
 )
 mpp_option = click.option(
     "--mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Micrometres per pixel of every slide, over project and file.",
 )
 settings_option = click.option(

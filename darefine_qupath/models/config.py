@@ -66,7 +66,7 @@ class ModelConfig:
             raise ModelError(f"num_classes = {self.num_classes!r} must be a whole number from 1 to 255")
         if not _is_int(self.width) or self.width < 4 or self.width % 4:
             raise ModelError(f"width = {self.width!r} must be a positive multiple of 4 (256 in the paper)")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout = {self.dropout!r} must be at least 0 and below 1")
 
     @property
@@ -187,6 +187,10 @@ class Normalisation:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ModelError(f"{name} = {value!r} is not one of {list(choices)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:

@@ -16,6 +16,7 @@ from darefine_qupath.exchange import Imported, read_annotations, write_geojson, 
 from darefine_qupath.pipeline.selection import choose_images
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import Changes, ImageEntry, Project, create_project
+from darefine_qupath.slides import open_slide
 
 __all__ = ["Import", "create_from_slides", "export_geojson", "export_labels", "import_file", "match_files"]
 
@@ -113,11 +114,14 @@ def import_file(
     Raises
     ------
     ExchangeError
-        If the file cannot be read.
+        If the file cannot be read, or nothing in it can be used.
     """
     classes = [path_class.name for path_class in project.classes]
     size = None if image.width is None or image.height is None else (image.width, image.height)
     found = read_annotations(file, mpp=image.mpp, classes=classes, labels=labels, image_size=size)
+    if found.refused and not found.annotations:
+        more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
+        raise ExchangeError(f"{file} holds no annotation that can be used: {found.refused[0]}{more}")
     present = {record.id for record in project.objects(image)}
     records = found.annotations if found.format == "GeoJSON" else _with_fixed_ids(found, image)
     fresh = [record for record in records if record.id not in present]
@@ -174,8 +178,17 @@ def create_from_slides(
     ------
     ProjectError
         If there is a project already, or no slide.
+    SlideError
+        If a slide cannot be opened; no project is made.
+    ExchangeError
+        If there is no such folder of annotations, or a file in it cannot be read.
     """
     files = _slide_files(slides)
+    if annotations is not None and not annotations.is_dir():
+        raise ExchangeError(f"No folder of annotation files at {annotations}")
+    for file in files:
+        # Before there is a project: half of one would be in the way of the next try.
+        open_slide(file).close()
     project = create_project(path, engine=engine)
     imports = []
     for number, file in enumerate(files):
@@ -207,8 +220,6 @@ _SLIDE_SUFFIXES = (
 def _annotation_files(folder: Path | None, slide: Path) -> list[Path]:
     if folder is None:
         return []
-    if not folder.is_dir():
-        raise ExchangeError(f"No folder of annotation files at {folder}")
     stem = _stem(slide.name).lower()
     return sorted(
         file

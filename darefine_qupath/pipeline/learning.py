@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from darefine_qupath.errors import TileError, TrainingError
+from darefine_qupath.errors import DarefineError, TileError, TrainingError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.selection import AnnotationsOf, Corpus, gather
 from darefine_qupath.pipeline.settings import Settings, read_settings
@@ -288,7 +288,13 @@ def train_on_project(
         raise TrainingError(
             f"{request.out} holds a training run already; go on with --resume {request.out}, or give another folder"
         )
-    return _train(request, progress, tile_progress, resume=False)
+    try:
+        return _train(request, progress, tile_progress, resume=False)
+    except DarefineError:
+        # A run that never began must not take the folder: the same command is made again with the mistake mended.
+        if not any((request.out / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
+            (request.out / "config.json").unlink(missing_ok=True)
+        raise
 
 
 def resume_training(
@@ -310,7 +316,10 @@ def resume_training(
     file = folder / _REQUEST
     if not file.is_file():
         raise TrainingError(f"{folder} holds no run to go on with (no {_REQUEST}); give the folder of darefine train")
-    request = TrainRequest.from_json(json.loads(file.read_text("utf-8")))
+    try:
+        request = TrainRequest.from_json(json.loads(file.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{file} is damaged ({error}); the run cannot go on") from None
     started = (folder / "config.json").exists()
     return _train(TrainRequest(**{**vars(request), "out": folder}), progress, tile_progress, resume=started)
 

@@ -25,6 +25,7 @@ from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.cluster import SlideTask, predict_many
+from darefine_qupath.prediction.forward import choose_device
 from darefine_qupath.project import ImageEntry, Project, open_project
 from darefine_qupath.report import Panel, draw_panels
 from darefine_qupath.review import RunResult, WriteOptions, write_back
@@ -246,9 +247,11 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
     CheckpointError
         If the model file is none.
     PredictionError
-        If no image of the project can be predicted.
+        If no image of the project can be predicted, or the device cannot be used.
     """
     header = read_header(request.model)
+    if request.scheduler is None:
+        choose_device(request.options.device)
     left_out = request.polygons.left_out(header.classes)
     with open_project(request.project, engine=request.engine) as project:
         images, skipped = choose_images(project, request.images)
@@ -360,7 +363,7 @@ def _polygons(
         return found
 
     size = None if image.width is None or image.height is None else (image.width, image.height)
-    polygons = vectorise(
+    return vectorise(
         labels,
         box=score_map.box,
         size=score_map.size,
@@ -374,15 +377,6 @@ def _polygons(
         confidence=lambda window: score_map.read("confidence", window),
         margin=lambda window: score_map.read("margin", window),
         runner_up=lambda window: score_map.read("runner_up", window),
-    )
-    # The layers hold 0 to 255 for 0 to 1.
-    return tuple(
-        replace(
-            polygon,
-            confidence=None if polygon.confidence is None else polygon.confidence / 255,
-            margin=None if polygon.margin is None else polygon.margin / 255,
-        )
-        for polygon in polygons
     )
 
 
@@ -550,9 +544,11 @@ def draw_overlays(
     Raises
     ------
     PredictionError
-        If nothing was predicted yet.
+        If nothing was predicted yet, or there is no such folder of truths.
     """
     images, _ = choose_images(project, names)
+    if truth is not None and not truth.is_dir():
+        raise PredictionError(f"No folder of GeoJSON files at {truth}")
     found = False
     for image in images:
         try:

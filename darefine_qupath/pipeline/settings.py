@@ -22,6 +22,7 @@ A key that nothing reads is an error: a typing mistake must not pass for a setti
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -70,7 +71,8 @@ class Settings:
         """Micrometres per pixel of slides that do not say theirs."""
         _refuse_unknown(self.images, ("mpp",), "images", self.path)
         value = self.images.get("mpp")
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
             raise ConfigError(f"{self.path}: [images] mpp = {value!r} must be a positive number")
         return value
 
@@ -97,6 +99,7 @@ class Settings:
         """
         table = self.classes
         _refuse_unknown(table, _CLASS_KEYS, "classes", self.path)
+        self._check_class_values()
         listed = {path_class.name: path_class.colour for path_class in project_classes}
         sources = dict(table.get("map", {}))
         names = table.get("names")
@@ -125,6 +128,17 @@ class Settings:
             region_unlabelled=table.get("region_unlabelled", "ignore"),
         )
 
+    def _check_class_values(self) -> None:
+        for key, value in self.classes.items():
+            if key == "names":
+                fits, wanted = isinstance(value, list) and _all_text(value), 'a list of names, ["Normal", "Tumor"]'
+            elif key in ("map", "colours"):
+                fits, wanted = isinstance(value, dict) and _all_text(value.values()), f"a table [classes.{key}] of text"
+            else:
+                fits, wanted = isinstance(value, str), "the name of a class, or 'ignore'"
+            if not fits:
+                raise ConfigError(f"{self.path}: [classes] {key} = {value!r} must be {wanted}")
+
     def tile_spec(self, default: TileSpec, **changes: Any) -> TileSpec:  # noqa: ANN401 - any field
         """Tile spec of the ``[tiles]`` table; `changes` that are not None go over it.
 
@@ -141,7 +155,17 @@ class Settings:
                 if unit in units:
                     merged.update({f"{name}_{other}": None for name in ("slice", "context", "stride")})
             merged.update(layer)
+        self._check_tile_values()
         return TileSpec.from_json(merged)
+
+    def _check_tile_values(self) -> None:
+        for key, value in self.tiles.items():
+            if key == "placement":
+                continue
+            whole = key.endswith("_px")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                kind = "a whole number of pixels" if whole else "a number of micrometres"
+                raise ConfigError(f"{self.path}: [tiles] {key} = {value!r} must be {kind}")
 
     def model_config(self, default: ModelConfig, **changes: Any) -> ModelConfig:  # noqa: ANN401 - any field
         """Network of the ``[model]`` table; `changes` that are not None go over it."""
@@ -184,6 +208,10 @@ def read_settings(folder: Path, path: Path | None = None) -> Settings:
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, [{name}]")
     return Settings(path=file, **tables)
+
+
+def _all_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], section: str | None, file: Path | None) -> None:
