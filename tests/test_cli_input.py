@@ -96,3 +96,7 @@ def test_review_before_a_prediction(run: Run) -> None:
 def test_clearing_prints_json_too(run: Run, tmp_path: Path) -> None:
     project = Path(shutil.copytree(TINY, tmp_path / "project"))
     assert json.loads(run("review", project, "--clear", "--json", "--engine", "embedded")[1]) == {"removed": 0}
+
+
+def test_a_test_image_must_be_there(run: Run, tmp_path: Path) -> None:
+    assert "No image 'other'" in _refused(run("train", TINY, "-o", tmp_path / "run", "--test-image", "other"))

@@ -188,6 +188,9 @@ def make_tiles(
     spec = settings.tile_spec(_default_tiles(), **request.tiles)
     # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
     with open_project(request.project, engine="embedded") as project:
+        for name in (roles or {}).get("test", ()):
+            # An image that is not there would silently hold nothing back.
+            project.image(name)
         corpus = gather(project, settings, _labels_of(request.labels), names=request.images, mpp=request.mpp)
     sources = _without_test(corpus.sources, (roles or {}).get("test", ()))
     if out is None:
