@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from darefine_qupath.cli import main
-from darefine_qupath.errors import TrainingError
+from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.pipeline.learning import resume_training
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
@@ -100,3 +100,13 @@ def test_clearing_prints_json_too(run: Run, tmp_path: Path) -> None:
 
 def test_a_test_image_must_be_there(run: Run, tmp_path: Path) -> None:
     assert "No image 'other'" in _refused(run("train", TINY, "-o", tmp_path / "run", "--test-image", "other"))
+
+
+def test_a_stopped_training_is_no_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise TrainingStoppedError("SIGINT ended training; go on with: darefine train --resume run")
+
+    monkeypatch.setattr("darefine_qupath.cli.learn.resume_training", stopped)
+    code, out, err = run("train", "--resume", tmp_path)
+    assert (code, out) == (130, "")
+    assert err.splitlines() == ["SIGINT ended training; go on with: darefine train --resume run"]

@@ -1,4 +1,4 @@
-"""The command group: commands load when they are called, errors are one line and exit code 2."""
+"""The command group: commands load when they are called, errors are one line and exit code 2, a stop is 130."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from darefine_qupath import __version__
-from darefine_qupath.errors import DarefineError
+from darefine_qupath.errors import DarefineError, TrainingStoppedError
 
 __all__ = ["main"]
 
@@ -101,6 +101,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         _fail("Stopped.", 130)
     except KeyboardInterrupt:
         _fail("Stopped.", 130)
+    except TrainingStoppedError as error:
+        _fail(str(error), 130)
     except DarefineError as error:
         _fail(str(error), 2, error)
     except OSError as error:
