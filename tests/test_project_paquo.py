@@ -285,6 +285,9 @@ HOLED = shapely.box(100, 100, 300, 300).difference(star(200, 200)).difference(sh
 PARENT = UUID("00000000-0000-4000-8000-000000000001")
 
 
+ADD = Changes(add=[Annotation(geometry=HOLED, path_class="Invasive")])
+
+
 def new_objects() -> list[Annotation]:
     """One of everything that can be added."""
     return [
@@ -481,6 +484,24 @@ def test_a_class_keeps_the_colour_of_each_project(tmp_path: Path) -> None:
 
 
 @qupath
+def test_objects_of_a_rotated_image_are_written_in_a_moved_project(place: Place) -> None:
+    folder = place("qupath-0.6.0/annotated")
+    document = json.loads((folder / "project.qpproj").read_text(encoding="utf-8"))
+    entry = document["images"][0]
+    entry["serverBuilder"] = {
+        "builderType": "rotated",
+        "builder": entry["serverBuilder"],
+        "rotation": "ROTATE_90",
+    }
+    (folder / "project.qpproj").write_text(json.dumps(document), encoding="utf-8")
+    with open_project(folder, engine="paquo") as project:
+        image = project.images[0]
+        assert image.unsupported is not None
+        assert project.apply(image, ADD).num_objects == 36
+        assert_as_qupath(project.objects(image), snapshot(folder, "1"))
+
+
+@qupath
 def test_qupath_opens_a_project_that_was_made(tmp_path: Path) -> None:
     shutil.copytree(QUPATH / "images", tmp_path / "images")
     with create_project(tmp_path / "new", classes=[PathClass("A", Colour(1, 2, 3))], engine="paquo") as project:
@@ -518,9 +539,6 @@ def unchanged_after(project: Project, call: Callable[[], object], error: type[Pr
     with pytest.raises(error, match=match):
         call()
     assert files() == before
-
-
-ADD = Changes(add=[Annotation(geometry=HOLED, path_class="Invasive")])
 
 
 @qupath

@@ -17,7 +17,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -230,18 +231,17 @@ def _java_errors(what: str) -> Iterator[None]:
 class _OpenImage:
     """An image's data in QuPath, read from bytes and written to bytes."""
 
-    def __init__(self, content: bytes, builder: Mapping[str, Any]) -> None:
+    def __init__(self, content: bytes, builder: Any) -> None:  # noqa: ANN401 - of Java
         import jpype  # noqa: PLC0415
         import paquo.java  # noqa: PLC0415
 
         array = jpype.JArray(jpype.JByte)(np.frombuffer(content, np.int8))
         stream = _java("java.io.ByteArrayInputStream")(array)
-        server_builder = _server_builder(builder)
         if files.is_since(start_qupath(), 0, 6):
-            self.data = paquo.java.PathIO.readImageData(stream, server_builder)
+            self.data = paquo.java.PathIO.readImageData(stream, builder)
         else:
             image = paquo.java.BufferedImage
-            self.data = paquo.java.PathIO.readImageData(stream, None, server_builder.build(), image)
+            self.data = paquo.java.PathIO.readImageData(stream, None, builder.build(), image)
         self.hierarchy = self.data.getHierarchy()
 
     def written(self) -> bytes:
@@ -299,15 +299,16 @@ class _Editor:
         self._classes: dict[str, Any] = {}
         for name in base.colours:
             self._path_class(name)
-        self._objects = self._by_id(base)
-
-    def _by_id(self, base: qpdata.ImageData) -> dict[UUID, Any]:
-        found = self._root.getDescendantObjects(self._java.ArrayList())
-        if len(found) != len(base.objects):
+        self._found = self._root.getDescendantObjects(self._java.ArrayList())
+        if len(self._found) != len(base.objects):
             raise ProjectWriteError(
-                f"QuPath reads {len(found)} of {len(base.objects)} objects in {base.path}; nothing was changed"
+                f"QuPath reads {len(self._found)} of {len(base.objects)} objects in {base.path}; nothing was changed"
             )
-        return {_id_of(item): item for item in found}
+
+    @cached_property
+    def _objects(self) -> dict[UUID, Any]:
+        """Objects that the file has, by identity; asking Java for each of them takes longer than most changes."""
+        return {_id_of(item): item for item in self._found}
 
     def apply(self, changes: Changes) -> None:
         """Make all changes."""
@@ -569,11 +570,6 @@ class PaquoProject(EmbeddedProject):
         """Let QuPath make the changes; what it may not lose is compared before anything is replaced."""
         start_qupath()
         qpdata.edit(base, changes, colours)  # the same refusals as the embedded engine, before QuPath sees anything
-        if image.path is not None and not image.exists:
-            raise ProjectWriteError(
-                f"QuPath cannot save {image.name!r} while its file {image.path} is missing; put it back, or use "
-                f"engine='embedded'"
-            )
         with _java_errors(f"save {image.name!r}"), contextlib.closing(self._open(image, base.data)) as opened:
             _Editor(opened, base, colours).apply(changes)
             opened.keep_history([step.name for step in base.workflow])
@@ -582,16 +578,17 @@ class PaquoProject(EmbeddedProject):
         return content
 
     def _open(self, image: ImageEntry, content: bytes) -> _OpenImage:
-        record = self._record(image)
-        stored = files.server_of(record.builder).uri
-        builder = record.builder
-        if image.uri is not None and image.uri != stored:
-            builder = files.with_uri(builder, image.uri)
-            if builder is record.builder:
-                raise ProjectUnsupportedError(
-                    f"{image.name!r} was moved and its image server is a wrapped one: open the project in QuPath once"
+        builder = _server_builder(self._record(image).builder)
+        moved = _java("java.util.HashMap")()
+        for stored in builder.getURIs():
+            uri, path, exists = self._resolved(str(stored.toString()))
+            if path is not None and not exists:
+                raise ProjectWriteError(
+                    f"QuPath cannot save {image.name!r} while its file {path} is missing; put it back, or use "
+                    f"engine='embedded'"
                 )
-        opened = _OpenImage(content, builder)
+            moved.put(stored, _java("java.net.URI")(uri))
+        opened = _OpenImage(content, builder.updateURIs(moved))
         opened.data.setProperty(_ENTRY_ID, f"{self.path}::{image.id}")
         return opened
 
@@ -611,7 +608,10 @@ class PaquoProject(EmbeddedProject):
 
     def _first_data(self, record: files.EntryRecord, image_type: str) -> bytes:
         blank = self._blank(record, image_type)
-        with _java_errors(f"save {record.name!r}"), contextlib.closing(_OpenImage(blank, record.builder)) as opened:
+        with (
+            _java_errors(f"save {record.name!r}"),
+            contextlib.closing(_OpenImage(blank, _server_builder(record.builder))) as opened,
+        ):
             opened.keep_history(())
             return opened.written()
 
@@ -661,16 +661,13 @@ def _build_server(path: Path) -> Any:  # noqa: ANN401
     support = paquo.java.ImageServerProvider.getPreferredUriImageSupport(
         paquo.java.BufferedImage, paquo.java.String(uris.file_uri(path))
     )
-    builders: Iterable[Any] = [] if support is None else list(support.getBuilders())
-    for number, builder in enumerate(builders):
-        if number == 0:
-            server = builder.build()
-            if server is None:
-                break
-            if len(list(builders)) > 1:
-                _log.warning("%s holds %d images; the first one was added", path, len(list(builders)))
-            return server
-    raise SlideFormatError(f"QuPath cannot open {path}")
+    builders = [] if support is None else list(support.getBuilders())
+    server = builders[0].build() if builders else None
+    if server is None:
+        raise SlideFormatError(f"QuPath cannot open {path}")
+    if len(builders) > 1:
+        _log.warning("%s holds %d images; the first one is added", path, len(builders))
+    return server
 
 
 def _own_mpp(server: Any, path: Path) -> float | None:  # noqa: ANN401
