@@ -20,7 +20,7 @@ from darefine_qupath.checkpoint import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError, TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.models import ModelConfig
+from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
 from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
@@ -540,3 +540,36 @@ def test_workers_are_what_was_asked_for() -> None:
     assert num_workers(TrainConfig(workers=3)) == 3
     assert 1 <= num_workers(TrainConfig()) <= 16
     assert num_workers(replace(TrainConfig(), workers=0)) == 0
+
+
+# Precision and extras
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_and_resumes(tmp_path: Path, precision: str) -> None:
+    config = toy_config(precision=precision, checkpoint_steps=1, class_weights="inverse")
+    toy_train(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        toy_train(tmp_path / "parts", config, progress=kill_at(2))
+    toy_train(tmp_path / "parts", config, resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert {tensor.dtype for tensor in weights(tmp_path / "whole").values()} == {torch.float32, torch.int64}
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, int]] = []
+    writer = SimpleNamespace(add_scalar=lambda name, _, epoch: written.append((name, epoch)), close=lambda: None)
+    monkeypatch.setattr(loop_module.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(loop_module, "import_module", lambda _: SimpleNamespace(SummaryWriter=lambda _: writer))
+    loop_module._write_tensorboard(tmp_path, {"epoch": 3, "loss": 0.5, "miou": None, "iou": {"Normal": 0.1, "B": None}})
+    assert written == [("loss", 3), ("iou/Normal", 3)]
+
+
+def test_what_is_kept_is_the_average_of_the_weights(tmp_path: Path) -> None:
+    toy_train(tmp_path, toy_config(epochs=1, samples_per_epoch=4, ema_decay=0.99), val_data=None)
+    state, kept = load_file(tmp_path / "state.safetensors"), weights(tmp_path)
+    for name, first in build_model(toy_model(), seed=0).named_parameters():
+        trained = state[f"network/{name}"]
+        # One step: a tenth is all that is left of the first weights.
+        torch.testing.assert_close(kept[name], first.detach() * 0.1 + trained * 0.9)
+    assert torch.equal(kept["downs.0.1.running_mean"], state["network/downs.0.1.running_mean"])

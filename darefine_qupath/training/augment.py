@@ -199,9 +199,11 @@ def _turn_box(box_4: Tensor, symmetry: int) -> Tensor:
 
 def _crop(batch: Batch, draws: Sequence[Draw]) -> Batch:
     """Show slice and context magnified, each cut at a random place such that the slice stays inside the context."""
-    device, box_B4 = batch.boxes.device, batch.boxes.double()
-    side_B1 = torch.tensor([[1 / draw.scale] for draw in draws], dtype=torch.float64, device=device)
-    place_B4 = torch.tensor([draw.place for draw in draws], dtype=torch.float64, device=device)
+    device = batch.boxes.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    box_B4 = batch.boxes.to(dtype)
+    side_B1 = torch.tensor([[1 / draw.scale] for draw in draws], dtype=dtype, device=device)
+    place_B4 = torch.tensor([draw.place for draw in draws], dtype=dtype, device=device)
     slice_at_B2 = place_B4[:, :2] * (1 - side_B1)
     size_B2 = box_B4[:, 2:] - box_B4[:, :2]
     near_B2 = box_B4[:, :2] + slice_at_B2 * size_B2
@@ -232,7 +234,7 @@ def _recolour(image_B3HW: Tensor, draws: Sequence[Draw]) -> Tensor:
     device = image_B3HW.device
     colours_B3 = torch.tensor([draw.colours for draw in draws], device=device)
     brightness_B111, contrast_B111, saturation_B111 = (1 + colours_B3).T[:, :, None, None, None]
-    image_B3HW = _restain(image_B3HW.float(), torch.tensor([draw.stains for draw in draws], device=device))
+    image_B3HW = _restain(image_B3HW.float(), torch.tensor([draw.stains for draw in draws]))
     grey_B1HW = image_B3HW.mean(dim=1, keepdim=True)
     image_B3HW = grey_B1HW + (image_B3HW - grey_B1HW) * saturation_B111
     image_B3HW = (image_B3HW - 128) * contrast_B111 + 128
@@ -243,7 +245,7 @@ def _recolour(image_B3HW: Tensor, draws: Sequence[Draw]) -> Tensor:
 def _restain(image_B3HW: Tensor, change_B3: Tensor) -> Tensor:
     """Multiply the amount of each stain by ``1 + change``: one 3 x 3 matrix on optical densities; glass stays glass."""
     stains_33 = F.normalize(torch.tensor(_STAINS, dtype=torch.float64), dim=1)
-    amounts_B33 = torch.diag_embed(1 + change_B3.double().cpu())
+    amounts_B33 = torch.diag_embed(1 + change_B3.double())
     matrix_B33 = (torch.linalg.inv(stains_33) @ amounts_B33 @ stains_33).float().to(image_B3HW.device)
     density_B3P = -torch.log((image_B3HW.flatten(2) + 1) / 256)
     restained_B3P = torch.exp(-torch.bmm(matrix_B33.transpose(1, 2), density_B3P))

@@ -52,16 +52,17 @@ class SegmentationLoss(nn.Module):
 
         Returns
         -------
-        Tensor of float64, shape (2,)
+        Tensor of float64 (float32 where the device has no other), shape (2,)
             Labelled pixels, each with the weight of its class, and tiles with at least one labelled pixel. Add over
             the parts of a batch.
         """
+        dtype = torch.float32 if mask_BHW.device.type == "mps" else torch.float64
         valid_BHW = mask_BHW != IGNORE
-        if self.class_weights is None:
-            pixels = valid_BHW.sum().double()
-        else:
-            pixels = self.class_weights[mask_BHW[valid_BHW].long()].double().sum()
-        return torch.stack([pixels, valid_BHW.flatten(1).any(dim=1).sum().double()])
+        weight_BHW = valid_BHW.to(dtype)
+        if self.class_weights is not None:
+            # No boolean indexing: a GPU would have to be waited for.
+            weight_BHW = weight_BHW * self.class_weights[mask_BHW.long() * valid_BHW]
+        return torch.stack([weight_BHW.sum(), valid_BHW.flatten(1).any(dim=1).sum().to(dtype)])
 
     def forward(self, logits_BKHW: Tensor, mask_BHW: Tensor, normalisers_2: Tensor) -> Tensor:
         """Loss of a part of a batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import Normalisation, SegmentationNetwork
@@ -116,6 +116,8 @@ class Stepper:
     ----------
     network : SegmentationNetwork
         The weights that are trained.
+    average : SegmentationNetwork or None
+        Their running average, where the recipe asks for one.
     step : int
         Steps done.
     """
@@ -134,24 +136,19 @@ class Stepper:
         self.config, self.world, self.normalisation, self.norms = config, world, normalisation, norms
         self.num_steps, self.step = num_steps, 0
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.network = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.network: SegmentationNetwork = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.dtype = resolve_precision(config, world.device)
         self.optimiser = build_optimiser(self.network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.loss = SegmentationLoss(config, class_weights).to(world.device)
-        self.average = AveragedModel(self.network, avg_fn=self._average) if config.ema_decay else None
+        self.average: SegmentationNetwork | None = copy.deepcopy(self.network) if config.ema_decay else None
         self._parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self._forward = world.wrap(cast("nn.Module", torch.compile(self.network)) if config.compile else self.network)
 
     @property
     def best_network(self) -> SegmentationNetwork:
         """The weights that count: their average where there is one."""
-        return self.network if self.average is None else cast("SegmentationNetwork", self.average.module)
-
-    def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-        # A young average would remember random weights for long: its decay starts low.
-        decay = min(self.config.ema_decay, (1 + int(count)) / (10 + int(count)))
-        return mean + (1 - decay) * (value - mean)
+        return self.network if self.average is None else self.average
 
     def train_on(self, batch: Batch, draws: Sequence[Draw], factor: float, *, stop: bool = False) -> StepOutcome:
         """Take one step.
@@ -226,4 +223,13 @@ class Stepper:
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.network)
+            self._update_average(self.average)
+
+    @torch.no_grad()
+    def _update_average(self, average: SegmentationNetwork) -> None:
+        # A young average would remember random weights for long: its decay starts low.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        for mean, value in zip(average.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+        for kept, buffer in zip(average.buffers(), self.network.buffers(), strict=True):
+            kept.copy_(buffer)
