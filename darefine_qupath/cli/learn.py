@@ -121,7 +121,9 @@ def tiles(
 @click.option("--batch-size", type=int, help="Tiles per step.")
 @click.option("--encoder", type=click.Choice(ENCODERS), help="Encoder of the slice and, unless given, of the context.")
 @click.option("--context-encoder", type=click.Choice(ENCODERS), help="Encoder of the context.")
-@click.option("--fusion", type=click.Choice(["attention", "add", "concat", "aligned"]), help="How slice and context meet.")
+@click.option(
+    "--fusion", type=click.Choice(["attention", "add", "concat", "aligned"]), help="How slice and context meet."
+)
 @click.option("--network", type=click.Choice(["da-refinenet", "refinenet", "unet"]), help="The network.")
 @click.option("--width", type=int, help="Decoder channels; 256 in the paper, twice that at 1/32.")
 @click.option("--encoder-weights", metavar="FILE", help="imagenet, none, or a file of pretrained weights.")
