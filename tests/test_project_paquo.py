@@ -30,6 +30,8 @@ from darefine_qupath.errors import (
 )
 from darefine_qupath.project import Changes, Project, create_project, list_backups, open_project, paquo, qpdata, restore
 from darefine_qupath.project.safety import verify_objects
+from darefine_qupath.review import RunResult, undo, write_back
+from tests.fake_project import CLASSES, polygon
 
 QUPATH = Path(__file__).parent / "data" / "qupath"
 VERSIONS = ("0.4.4", "0.5.1", "0.6.0", "0.7.0")
@@ -481,6 +483,30 @@ def test_a_class_keeps_the_colour_of_each_project(tmp_path: Path) -> None:
     for n, (project, colour) in enumerate(zip(projects, colours, strict=True)):
         assert everything(tmp_path / str(n), "1")["colours"] == {"Benign": colour}
         assert project.classes == (PathClass("Benign", colour),)
+
+
+@qupath
+@pytest.mark.parametrize("first", ["embedded", "paquo"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_run_is_known_again_after_qupath_saved_it(version: str, first: str, place: Place) -> None:
+    folder = place(f"qupath-{version}/empty")
+    shapes = [star(1500 + 100 * n, 1200, 60) for n in range(3)]
+    shapes += [shapely.box(1400, 100, 1900, 500).difference(star(1600, 300)), shapely.box(1400, 600, 1500.33, 700.77)]
+    polygons = [polygon(1 + n % 2, shapely.set_precision(shape, 0.01)) for n, shape in enumerate(shapes)]
+
+    def write(engine: str, model: str) -> RunResult:
+        with open_project(folder, engine=engine) as project:
+            return write_back(project, project.images[0], polygons, model=model, classes=CLASSES)
+
+    assert write(first, "m1").added == len(polygons)
+    with open_project(folder, engine="paquo") as project:
+        project.apply(project.images[0], ADD)
+        before = project.objects(project.images[0])
+    again = write("paquo" if first == "embedded" else "embedded", "m2")
+    assert (again.removed + again.kept, again.adopted, again.rejected, again.clipped) == (len(polygons), 0, 0, 0)
+    with open_project(folder, engine="paquo") as project:
+        undo(project)
+        verify_objects(before, project.objects(project.images[0]), path=folder)
 
 
 @qupath
