@@ -309,7 +309,7 @@ def _clipped(shape: BaseGeometry, window: Box) -> BaseGeometry:
     if shapely.get_num_coordinates(shape) <= _FEW_VERTICES:
         return shape
     part = shapely.clip_by_rect(shape, *window.bounds)
-    return part if part.is_valid and part.geom_type in ("Polygon", "MultiPolygon") else shape
+    return part if part.is_empty or (part.is_valid and part.geom_type in ("Polygon", "MultiPolygon")) else shape
 
 
 def _depths(records: Sequence[Annotation]) -> dict[UUID, int]:
