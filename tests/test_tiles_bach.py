@@ -47,9 +47,9 @@ def sources(shared: Path) -> tuple[TileSource, ...]:
     "spec",
     [
         TileSpec(size_px=500, slice_px=1000, context_px=5000, stride_px=1000),
-        TileSpec(size_px=256, slice_um=467, context_um=467, stride_um=467, placement="centred"),
+        TileSpec(size_px=500, slice_um=466.533, context_um=466.533, stride_um=466.533, placement="centred"),
     ],
-    ids=["paper without overlap", "centred, downsample 3.9"],
+    ids=["paper without overlap", "centred, slices of 999 px"],
 )
 def test_tiles_without_overlap_hold_the_pixels_of_the_label_masks(
     shared: Path, sources: tuple[TileSource, ...], spec: TileSpec
