@@ -163,15 +163,25 @@ def test_no_slice_border_lies_on_a_parent_border_alone() -> None:
     starts = sorted({box.x for row in plan.rows for parent in row.parents for box in parent.slices})
     assert set(np.diff(starts)) == {500}
     assert len({(box.x, box.y) for row in plan.rows for p in row.parents for box in p.slices}) == plan.num_slices
-    assert context_step(spec) == 4500
+    assert [context_step(spec, overlap) for overlap in (0.0, 0.45, 0.9)] == [4500, 2500, 500]
 
 
 def test_first_parent_is_planned_as_in_training() -> None:
     spec = TileSpec.paper().at(None)
     trained = plan_tiles((14_000, 14_000), spec)[:81]
-    predicted = plan_slide((14_000, 14_000), spec, PredictOptions()).rows[0].parents[0]
+    predicted = plan_slide((14_000, 14_000), spec, PredictOptions(context_overlap=0.0)).rows[0].parents[0]
     assert [pair.slice for pair in trained] == list(predicted.slices)
     assert {pair.context for pair in trained} == {predicted.context}
+
+
+def test_slices_lie_around_the_middle_of_their_context() -> None:
+    plan = plan_slide((20_000, 20_000), TileSpec.paper().at(None), PredictOptions())
+    inner = [parent for row in plan.rows[1:-1] for parent in row.parents[1:-1]]
+    assert {len(parent.slices) for parent in inner} == {25}
+    for parent in inner:
+        for box in parent.slices:
+            assert min(box.x - parent.context.x, parent.context.right - box.right) >= 1000
+            assert min(box.y - parent.context.y, parent.context.bottom - box.bottom) >= 1000
 
 
 @pytest.mark.parametrize(("overlap", "stride"), [(None, 375), (0.0, 500), (0.5, 250), (0.75, 125)])

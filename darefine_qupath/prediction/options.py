@@ -30,8 +30,9 @@ class PredictOptions:
     overlap : float or None
         Part of a slice that its neighbour sees too, 0 to 0.9; None is as trained, but at least a quarter.
     context_overlap : float
-        Part of a parent's slices that are predicted again with the next parent's context, 0 to 0.9. Parents always
-        overlap enough for slices to run on across their borders; more than that costs time.
+        How far parent contexts overlap, 0 to 0.9: the part of the slices fitting into one that is left to its
+        neighbours, so that slices lie around the middle of their context and see tissue on all sides. Every slice is
+        predicted once; a larger overlap costs more contexts, not more slices.
     tta : bool
         Average over the eight symmetries of the square; about eight times slower.
     workers : int or None
@@ -61,7 +62,7 @@ class PredictOptions:
     precision: Precision = "auto"
     batch_size: int | None = None
     overlap: float | None = None
-    context_overlap: float = 0.0
+    context_overlap: float = 0.45
     tta: bool = False
     workers: int | None = None
     tissue: bool = True

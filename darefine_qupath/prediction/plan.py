@@ -1,7 +1,8 @@
 """What is predicted of a slide, and in which order.
 
-Slices come from the planning function of training. Its parent contexts stand side by side; here they overlap by what
-a slice overlaps its neighbour, so that the slices of one parent run on into the next and no border is left over.
+Slices come from the planning function of training. Its parent contexts stand side by side; here they overlap, so that
+the slices of one parent run on into the next, no border is left over, and every slice is predicted once, with the
+context in whose middle it lies.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, groupby
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.tiles.plan import group_by_context, plan_tiles
+from darefine_qupath.tiles.plan import plan_tiles
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from darefine_qupath.prediction.options import PredictOptions
@@ -72,6 +74,13 @@ class MapGrid:
     def place(self, position: int) -> tuple[int, int]:
         """Map pixel of a level-0 position, and the input pixels between that pixel's edge and the position."""
         return divmod(round(position / self.input_downsample), self.stride)
+
+
+class _Cell(NamedTuple):
+    """One context along one axis, and the slices that are predicted with it."""
+
+    context: int
+    slices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +168,7 @@ def context_step(spec: PixelSpec, context_overlap: float = 0.0) -> int:
     spec : PixelSpec
         With the stride that is used.
     context_overlap : float
-        Part of the slices that the next parent has too.
+        Part of the slices that fit into a parent and are left to its neighbours.
 
     Returns
     -------
@@ -200,14 +209,46 @@ def plan_slide(
     spec = with_overlap(spec, options.overlap)
     grid = MapGrid.of(size, spec, options.map_stride)
     step = context_step(spec, options.context_overlap)
-    pairs = plan_tiles(size, spec, context_step=step)
-    if keep is not None and pairs:
-        pairs = tuple(compress(pairs, keep([pair.slice for pair in pairs])))
-    parents = [Parent(context, tuple(pair.slice for pair in group)) for context, group in group_by_context(pairs)]
+    columns, rows_of = (_most_central(length, spec, step) for length in size)
+    parents = [_parent(column, row, spec) for row in rows_of for column in columns]
+    if keep is not None:
+        parents = _kept(parents, keep)
     if not options.share_context:
         parents = [Parent(parent.context, (box,)) for parent in parents for box in parent.slices]
     rows = [tuple(row) for _, row in groupby(parents, key=lambda parent: parent.context.y)]
     return SlidePlan(spec, grid, _rows(rows, grid, spec))
+
+
+def _most_central(length: int, spec: PixelSpec, step: int) -> list[_Cell]:
+    """Contexts along one axis, each with the slices that lie nearer to its middle than to that of any other.
+
+    The axis is that of a slide one pixel high, so that it is planned by the same function as every slide.
+    """
+    pairs = plan_tiles((length, 1), spec, context_step=step)
+    places = sorted({(pair.slice.x, pair.context.x) for pair in pairs})
+    # Where slices do not stand on whole pixels, those of different contexts may lie a pixel or two apart.
+    starts = np.array([place[0] for place in places])
+    clusters = np.cumsum(np.diff(starts, prepend=starts[:1]) > spec.stride_px / 2)
+    margin = (spec.context_px - spec.slice_px) / 2
+    chosen = [
+        min((places[index] for index in group), key=lambda place: abs(place[0] - place[1] - margin))
+        for _, group in groupby(range(len(places)), key=lambda index: int(clusters[index]))
+    ]
+    return [
+        _Cell(context, tuple(place[0] for place in group))
+        for context, group in groupby(chosen, key=lambda place: place[1])
+    ]
+
+
+def _parent(column: _Cell, row: _Cell, spec: PixelSpec) -> Parent:
+    slices = (Box(x, y, spec.slice_px, spec.slice_px) for y in row.slices for x in column.slices)
+    return Parent(Box(column.context, row.context, spec.context_px, spec.context_px), tuple(slices))
+
+
+def _kept(parents: list[Parent], keep: Callable[[Sequence[Box]], NDArray[np.bool_]]) -> list[Parent]:
+    wanted = iter(keep([box for parent in parents for box in parent.slices]).tolist())
+    kept = [Parent(parent.context, tuple(box for box in parent.slices if next(wanted))) for parent in parents]
+    return [parent for parent in kept if parent.slices]
 
 
 def _rows(rows: list[tuple[Parent, ...]], grid: MapGrid, spec: PixelSpec) -> tuple[PlanRow, ...]:
