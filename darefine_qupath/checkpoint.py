@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from darefine_qupath import __version__
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ClassMapError, ModelError, TileError
 from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
@@ -194,8 +193,11 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The provenance of {path} is not plain JSON: {error}") from None
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
-    with _replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+    with replacing(path, CheckpointError) as temporary:
+        try:
+            save_file(state, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}; is the disk full?") from error
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -310,7 +312,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
     """
     path = Path(path)
     tiles = checkpoint.tiles
-    with _replacing(path) as temporary:
+    with replacing(path, CheckpointError) as temporary:
         export_network(
             checkpoint.build(),
             temporary,
@@ -318,38 +320,6 @@ def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
             context_px=tiles.context_size_px or tiles.size_px,
             metadata={_KEY: json.dumps(checkpoint.header.to_json())},
         )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` that takes its place once it is written and on the disk."""
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors would let only the owner read
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}; is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the renaming itself on the disk, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import shapely
 from shapely.geometry import shape
 
 from darefine_qupath.annotations import Annotation, Kind, Plane
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import Colour, PathClass, default_colour
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.atomic import replacing
 from darefine_qupath.exchange.records import Collector, Imported, snapped
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def write_geojson(annotations: Iterable[Annotation], path: Path | str, *, classe
     """
     colours = {path_class.name: path_class.colour for path_class in classes}
     count = 0
-    with replacing(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(Path(path), ExchangeError) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write('{"type":"FeatureCollection","features":[')
         for annotation in annotations:
             made = feature(annotation, colours)

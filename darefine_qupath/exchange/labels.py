@@ -19,9 +19,9 @@ from rasterio.windows import Window
 from shapely.geometry import shape
 
 from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import IGNORE, Colour
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.atomic import replacing
 from darefine_qupath.exchange.records import Collector, Imported
 from darefine_qupath.geometry import Box, Size
 
@@ -180,7 +180,7 @@ def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: P
         "BIGTIFF": "IF_SAFER",
     }
     try:
-        with replacing(Path(path)) as temporary, warnings.catch_warnings():
+        with replacing(Path(path), ExchangeError) as temporary, warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(temporary, "w", **profile) as dataset:
                 dataset.write_colormap(1, _palette(painter))
@@ -229,7 +229,7 @@ def write_label_png(painter: LabelPainter, image_size: tuple[int, int], path: Pa
     image.putpalette([band for colour in _palette(painter).values() for band in colour])
     notes = PngInfo()
     notes.add_text(_TAG, _described(painter, image_size, downsample))
-    with replacing(Path(path)) as temporary:
+    with replacing(Path(path), ExchangeError) as temporary:
         image.save(temporary, "png", pnginfo=notes)
     return size
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.forward import EngineSettings
@@ -172,12 +172,8 @@ class Journal:
 
 
 def _write_array(path: Path, values: NDArray[Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, values=values)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, PredictionError) as temporary:
+        np.savez_compressed(temporary, values=values)
 
 
 def _read_array(path: Path) -> NDArray[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
@@ -396,9 +396,5 @@ def _add_pyramid(path: Path, layer: Layer, size: Size) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, PredictionError) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")

@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from darefine_qupath.annotations import Annotation
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, SlideNotFoundError, TileError
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
@@ -367,7 +367,7 @@ def _index(plans: Sequence[ImagePlan], found: Mapping[str, Found], spec: TileSpe
 
 
 def _write_tiles(path: Path, index: TileIndex, digests: Sequence[str]) -> None:
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path, TileError) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for record, digest in zip(index, digests, strict=True):
             tile = {
                 "image": record.image.id,
@@ -393,17 +393,9 @@ def _write_manifest(out: Path, index: TileIndex, request: Mapping[str, Any]) -> 
         "class_pixels": dict(zip(index.classes.names, index.class_pixels.tolist(), strict=True)),
     }
     manifest["digest"] = sha256(_canonical(manifest) + (out / _TILES).read_bytes()).hexdigest()
-    with _replacing(out / _MANIFEST) as temporary:
+    with replacing(out / _MANIFEST, TileError) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / _JOURNAL).unlink()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file that takes the place of `path` once it is written."""
-    temporary = path.with_name(f".{path.name}.part")
-    yield temporary
-    temporary.replace(path)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, TrainingError
 from darefine_qupath.models import ModelConfig, Normalisation
@@ -181,17 +181,12 @@ class RunFolder:
 
     def save_picture(self, path: Path, picture: Image.Image) -> None:
         """Write a picture, whole or not at all."""
-        temporary = path.with_name(f".{path.name}")
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
+        with replacing(path, TrainingError) as temporary:
+            picture.save(temporary, format="PNG")
 
     def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}")
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with replacing(path, TrainingError) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_run(path: Path) -> RunSettings:

@@ -7,7 +7,6 @@ atomically, so that whatever kills a run leaves the last whole state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.training.stepping import Stepper
 
@@ -88,18 +88,11 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
         "scaler": stepper.scaler.state_dict(),
     }
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(plain, temporary, metadata={"darefine": json.dumps(header)})
-        # safetensors creates its files for the owner alone.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"The training state {path} cannot be written ({error}); is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, TrainingError) as temporary:
+        try:
+            save_file(plain, temporary, metadata={"darefine": json.dumps(header)})
+        except SafetensorError as error:
+            raise TrainingError(f"The training state {path} cannot be written ({error}); is the disk full?") from error
 
 
 def load_state(path: Path, stepper: Stepper) -> Counters:

@@ -1,0 +1,69 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from darefine_qupath.errors import DarefineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["replacing", "sync_folder"]
+
+
+@contextmanager
+def replacing(path: Path, error: type[DarefineError]) -> Iterator[Path]:
+    """Give a temporary file beside `path` that takes its place once it is written and on the disk.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write. One that is there keeps its content until the new one is whole.
+    error : type of DarefineError
+        Raised, with path and reason, where the system refuses.
+
+    Yields
+    ------
+    Path
+        An empty file in the same folder, hidden, with the same suffix: writers choose the format by it.
+
+    Raises
+    ------
+    DarefineError
+        `error`, if the folder cannot be written to or the disk is full; the former file stays as it was.
+    """
+    if not path.parent.is_dir():
+        raise error(f"{path} cannot be written: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        temporary.touch(exist_ok=False)
+        # Some writers (safetensors) leave files that only their owner reads; a result has the user's usual rights.
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except DarefineError:  # some are OSErrors; what went wrong inside has its own words
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be written ({problem.strerror or problem})") from problem
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a renaming in `folder` on the disk, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""A file is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from darefine_qupath.atomic import replacing
+from darefine_qupath.errors import ExchangeError, SlideError
+
+
+def test_takes_the_place_of_the_former_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "mask.tif"
+    path.write_bytes(b"former")
+    with replacing(path, ExchangeError) as temporary:
+        assert temporary.suffix == ".tif"
+        assert temporary.parent == tmp_path
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"former"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_keeps_the_former_file_when_the_writer_fails(tmp_path: Path) -> None:
+    path = tmp_path / "mask.tif"
+    path.write_bytes(b"former")
+    with pytest.raises(UnicodeEncodeError), replacing(path, ExchangeError) as temporary:
+        temporary.write_text("half \ud800", encoding="utf-8")
+    assert path.read_bytes() == b"former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_says_why_the_system_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "mask.tif"
+    path.write_bytes(b"former")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full) if call == "fsync" else monkeypatch.setattr(Path, "replace", full)
+    with (
+        pytest.raises(ExchangeError, match=r"mask\.tif cannot be written \(No space left on device\)"),
+        replacing(path, ExchangeError) as temporary,
+    ):
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_a_missing_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExchangeError, match=r"there is no folder .*nowhere"),
+        replacing(tmp_path / "nowhere" / "mask.tif", ExchangeError),
+    ):
+        pass
+
+
+def test_an_error_inside_keeps_its_own_words(tmp_path: Path) -> None:
+    # Some of ours are OSErrors: a slide that cannot be read is no disk that cannot be written.
+    with pytest.raises(SlideError, match="damaged at 3, 4"), replacing(tmp_path / "a.png", ExchangeError):
+        raise SlideError("damaged at 3, 4")
+
+
+def test_gives_the_file_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "new", ExchangeError) as temporary:
+        temporary.chmod(0o600)
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
