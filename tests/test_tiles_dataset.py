@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -512,6 +514,8 @@ def test_tensors_and_batches(sources: tuple[TileSource, ...], tmp_path: Path, fr
     assert {batch.slice.dtype, batch.context.dtype, batch.mask.dtype} == {torch.uint8}
     assert list(batch.id) == index.ids()[:4]
     assert len(dataset) == len(index)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert (copy[2].slice == batch.slice[2]).all()
     expected = reader.read(index[2])
     assert (batch.slice[2].permute(1, 2, 0).numpy() == expected.slice).all()
     assert (batch.mask[2].numpy() == expected.mask).all()
@@ -522,3 +526,8 @@ def test_what_a_transform_writes_stays_in_its_tile(sources: tuple[TileSource, ..
     before = dataset[1].context.clone()
     dataset[0].context.zero_()
     assert (dataset[1].context == before).all()
+
+
+def test_building_needs_no_torch() -> None:
+    code = "import sys, darefine_qupath.tiles.dataset, darefine_qupath.tiles.preview; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

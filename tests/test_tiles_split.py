@@ -24,6 +24,7 @@ from darefine_qupath.tiles.split import (
     roles_of_metadata,
     spatial_split,
     split_images,
+    split_tiles,
 )
 
 properties = settings(deadline=None, derandomize=True, max_examples=30)
@@ -302,3 +303,24 @@ def test_two_tiles_cannot_be_parted() -> None:
     tiles = one_slide(TileSpec(size_px=8, slice_px=20, stride_px=20, context_px=100), (40, 20))
     with pytest.raises(TileError, match=r"2 tiles are too few to part into training and \['validation'\]"):
         spatial_split(tiles)
+
+
+def test_fixed_images_are_not_parted() -> None:
+    spec = TileSpec(size_px=8, slice_px=20, stride_px=20, context_px=100)
+    one = one_slide(spec, (300, 200))
+    images = (one.images[0], TileImage(id="2", name="other", size=one.images[0].size))
+    rows = np.column_stack([np.arange(len(one)) % 2, one.slice_xy, one.context_xy, one.counts])
+    tiles = TileIndex.of_rows(spec, one.classes, images, rows)
+    split = split_tiles(tiles, fixed={"2": "test"})
+    assert split.is_spatial
+    assert (split.part(tiles, "test").tiles.image == 1).all()
+    assert len(split.part(tiles, "test")) == (tiles.image == 1).sum()
+    assert (split.part(tiles, "train").tiles.image == 0).all()
+    assert len(split.part(tiles, "validation")) > 0
+
+
+def test_enough_cases_are_split_by_case() -> None:
+    assert split_tiles(TEN, seed=3) == split_images(TEN, seed=3)
+    one = index_of([("p", [9, 9]), ("p", [9, 9])], tiles_each=9)
+    assert split_tiles(one).is_spatial
+    assert not split_tiles(one, validation=0).is_spatial

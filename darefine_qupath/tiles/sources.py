@@ -163,6 +163,7 @@ class SlideReader:
         self._sources = {source.id: source for source in sources}
         self._classes = classes
         self._opener = opener
+        self._inherited: list[object] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -185,6 +186,8 @@ class SlideReader:
             If there is no source of this id.
         """
         if self._process != os.getpid():
+            # Kept, not freed: a reader whose threads stayed behind in the parent may hang when it is closed here.
+            self._inherited.append(self._slides)
             self._forget()
         if image_id not in self._sources:
             raise TileError(f"No image {image_id!r} among the sources {sorted(self._sources)}")

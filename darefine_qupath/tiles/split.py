@@ -32,6 +32,7 @@ __all__ = [
     "roles_of_metadata",
     "spatial_split",
     "split_images",
+    "split_tiles",
 ]
 
 Role = Literal["train", "validation", "test"]
@@ -207,7 +208,7 @@ def split_images(
     Raises
     ------
     TileError
-        If there are fewer cases than parts (for a single one see `spatial_split`), or one case has two fixed roles.
+        If there are fewer cases than parts (for a single one see `split_tiles`), or one case has two fixed roles.
     """
     settled = _settled(tiles.images, fixed or {})
     units = _Units.of(tiles, [tiles.images[number].group for number in tiles.image.tolist()])
@@ -267,7 +268,14 @@ def k_folds(tiles: TileIndex, k: int, *, seed: int = 0, test: Collection[str] = 
     return tuple(splits)
 
 
-def spatial_split(tiles: TileIndex, *, validation: float = 0.2, test: float = 0.0, seed: int = 0) -> Split:
+def spatial_split(
+    tiles: TileIndex,
+    *,
+    validation: float = 0.2,
+    test: float = 0.0,
+    seed: int = 0,
+    fixed: Mapping[str, Role] | None = None,
+) -> Split:
     """Part the slides themselves: what remains for a project with a single annotated case.
 
     Blocks of whole contexts go to one side (squares as large as a context where contexts are centred); if there are
@@ -283,6 +291,8 @@ def spatial_split(tiles: TileIndex, *, validation: float = 0.2, test: float = 0.
         Share of the tiles to come near to; 0 for none.
     seed : int, optional
         Which of equally good splits.
+    fixed : mapping of str to str, optional
+        Image id to role, as for `split_images`; these images, and others of their case, are not parted.
 
     Returns
     -------
@@ -294,31 +304,56 @@ def spatial_split(tiles: TileIndex, *, validation: float = 0.2, test: float = 0.
     TileError
         If even single slices are too few.
     """
-    parts = _parts(validation, test, set())
-    blocks = next(
-        (found for found in (_context_blocks(tiles), _slice_blocks(tiles)) if len(set(found)) > 2 * len(parts)), None
-    )
-    if blocks is None:
-        raise TileError(f"{len(tiles)} tiles are too few to part into training and {[role for role, _ in parts]}")
-    units = _Units.of(tiles, blocks)
-    rng = np.random.default_rng(seed)
-    roles: dict[Group, Role] = dict.fromkeys(units.names, "train")
-    free = list(range(len(units.names)))
-    for number, (role, share) in enumerate(parts):
-        chosen = units.pick(free, share, rng, most=len(free) - len(parts) + number)
-        roles.update((units.names[unit], role) for unit in chosen)
-        free = [unit for unit in free if unit not in chosen]
-    kept = _without_overlap(tiles, [roles[block] for block in blocks])
+    settled = _settled(tiles.images, fixed or {})
+    images = {image.id: settled[image.group] for image in tiles.images if image.group in settled}
+    is_free = np.array([image.id not in images for image in tiles.images], bool)
+    parted = tiles.subset(is_free[tiles.image])
+    by_tile = _parted(parted, _parts(validation, test, set()), np.random.default_rng(seed))
     _log.warning(
         "Validation is on other parts of the slides that train (%d of %d tiles at the borders take no part), so its "
         "scores flatter; annotate a second case for an honest split",
-        kept.count(None),
-        len(kept),
+        len(parted) - len(by_tile),
+        len(parted),
     )
-    by_id = zip(tiles.ids(), kept, strict=True)
-    split = Split(images={}, tiles={name: role for name, role in by_id if role is not None})
+    split = Split(images=images, tiles=by_tile)
     _report(tiles, split)
     return split
+
+
+def split_tiles(
+    tiles: TileIndex,
+    *,
+    validation: float = 0.2,
+    test: float = 0.0,
+    seed: int = 0,
+    fixed: Mapping[str, Role] | None = None,
+) -> Split:
+    """Split by case where there are enough of them, and else within the slides.
+
+    Parameters
+    ----------
+    tiles : TileIndex
+        All tiles.
+    validation, test : float, optional
+        Share of the tiles to come near to; 0 for none.
+    seed : int, optional
+        Which of equally good splits.
+    fixed : mapping of str to str, optional
+        Image id to role where that is settled.
+
+    Returns
+    -------
+    Split
+        Of `split_images`, or of `spatial_split` where a single annotated case is left to train and to validate on.
+    """
+    settled = _settled(tiles.images, fixed or {})
+    groups = {tiles.images[number].group for number in np.unique(tiles.image).tolist()}
+    taken = {settled[group] for group in groups if group in settled}
+    parts = dict(_parts(validation, test, taken))
+    if len(groups - set(settled)) == 1 and "train" not in taken and parts:
+        left = 0.0 if "test" in taken else test
+        return spatial_split(tiles, validation=validation, test=left, seed=seed, fixed=fixed)
+    return split_images(tiles, validation=validation, test=test, seed=seed, fixed=fixed)
 
 
 Group = tuple[Any, ...]
@@ -330,6 +365,24 @@ def _parts(validation: float, test: float, taken: Collection[Role]) -> list[tupl
         raise TileError(f"validation = {validation} and test = {test} must be shares that leave some to train on")
     parts: list[tuple[Role, float]] = [("test", test), ("validation", validation / (1 - test))]
     return [(role, share) for role, share in parts if share > 0 and role not in taken]
+
+
+def _parted(tiles: TileIndex, parts: list[tuple[Role, float]], rng: np.random.Generator) -> dict[str, Role]:
+    """Roles by tile id, without the tiles that take no part."""
+    blocks = next(
+        (found for found in (_context_blocks(tiles), _slice_blocks(tiles)) if len(set(found)) > 2 * len(parts)), None
+    )
+    if blocks is None:
+        raise TileError(f"{len(tiles)} tiles are too few to part into training and {[role for role, _ in parts]}")
+    units = _Units.of(tiles, blocks)
+    roles: dict[Group, Role] = dict.fromkeys(units.names, "train")
+    free = list(range(len(units.names)))
+    for number, (role, share) in enumerate(parts):
+        chosen = units.pick(free, share, rng, most=len(free) - len(parts) + number)
+        roles.update((units.names[unit], role) for unit in chosen)
+        free = [unit for unit in free if unit not in chosen]
+    kept = _without_overlap(tiles, [roles[block] for block in blocks])
+    return {name: role for name, role in zip(tiles.ids(), kept, strict=True) if role is not None}
 
 
 def _check_enough(num_free: int, num_parts: int, has_train: bool) -> None:
