@@ -37,7 +37,7 @@ from tests.tile_slides import ArraySlide, ramps, write_pyramid
 
 CLASSES = ClassMap(names=("A", "B"), colours=(Colour(1, 2, 3), Colour(250, 20, 30)))
 SPEC = TileSpec(size_px=32, slice_px=64, context_px=192, stride_px=32)
-PNG = Storage(pixels="png")
+LOSSLESS = Storage(pixels="webp")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_progress_ends_at_the_number_of_planned_tiles(sources: tuple[TileSource,
 
 
 def test_the_folder_holds_every_tile_and_each_context_once(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
-    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=LOSSLESS)
     assert same(index, index_tiles(sources, SPEC, CLASSES))
     assert same(load_index(tmp_path), index)
     for number, image_id in enumerate(("1", "2")):
@@ -214,7 +214,7 @@ def test_the_folder_holds_every_tile_and_each_context_once(sources: tuple[TileSo
 
 
 def test_pixels_are_what_prediction_reads_at_the_same_place(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
-    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+    index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=LOSSLESS)
     stored, fresh = DatasetReader(tmp_path), SlideReader(sources, CLASSES)
     for image, source in zip(index.images, sources, strict=True):
         with open_source(source) as slide:
@@ -348,14 +348,14 @@ def test_a_finished_dataset_is_not_built_again(
 def test_a_dataset_of_other_input_is_kept_unless_told(
     sources: tuple[TileSource, ...], tmp_path: Path, change: Callable[..., tuple[list[TileSource], ClassMap]]
 ) -> None:
-    build_dataset(sources, SPEC, CLASSES, tmp_path / "here", storage=PNG)
+    build_dataset(sources, SPEC, CLASSES, tmp_path / "here", storage=LOSSLESS)
     former = files(tmp_path / "here")
     others, classes = change(list(sources), CLASSES)
     with pytest.raises(TileError, match="holds a dataset of other slides, annotations or settings; overwrite it"):
-        build_dataset(others, SPEC, classes, tmp_path / "here", storage=PNG)
+        build_dataset(others, SPEC, classes, tmp_path / "here", storage=LOSSLESS)
     assert files(tmp_path / "here") == former
-    build_dataset(others, SPEC, classes, tmp_path / "here", storage=PNG, overwrite=True)
-    build_dataset(others, SPEC, classes, tmp_path / "new", storage=PNG)
+    build_dataset(others, SPEC, classes, tmp_path / "here", storage=LOSSLESS, overwrite=True)
+    build_dataset(others, SPEC, classes, tmp_path / "new", storage=LOSSLESS)
     assert files(tmp_path / "here") == files(tmp_path / "new")
 
 
@@ -406,9 +406,12 @@ def drop_line(path: Path) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_a_damaged_tile_is_named(sources: tuple[TileSource, ...], tmp_path: Path, suffix: str) -> None:
-    index = build_dataset(sources[:1], SPEC, CLASSES, tmp_path)
+@pytest.mark.parametrize(("suffix", "storage"), [(".jpg", Storage()), (".webp", LOSSLESS), (".png", LOSSLESS)])
+def test_a_damaged_tile_is_named(
+    sources: tuple[TileSource, ...], tmp_path: Path, suffix: str, storage: Storage
+) -> None:
+    index = build_dataset(sources[:1], SPEC, CLASSES, tmp_path, storage=storage)
+    assert list(tmp_path.rglob(f"*{suffix}"))
     for path in tmp_path.rglob(f"*{suffix}"):
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(TileError, match=f"Tile {index[0].id} cannot be read"):
@@ -504,7 +507,7 @@ def test_a_forked_process_opens_its_own_slides(
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "slides"])
 def test_tensors_and_batches(sources: tuple[TileSource, ...], tmp_path: Path, from_disk: bool) -> None:
     if from_disk:
-        index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=PNG)
+        index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=LOSSLESS)
     else:
         index = index_tiles(sources, SPEC, CLASSES)
     reader = DatasetReader(tmp_path) if from_disk else SlideReader(sources, CLASSES)

@@ -32,7 +32,7 @@ from darefine_qupath.slides.integrity import refuse_beyond_end, refuse_cut_short
 
 try:
     import fastslide
-except ImportError:  # the [fast] extra is optional
+except ImportError:  # no wheel for this platform
     fastslide = None
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class FastSlideSource:
 
     def __init__(self, path: Path) -> None:
         if fastslide is None:
-            raise SlideFormatError("fastslide is not installed; pip install 'darefine-qupath[fast]'")
+            raise SlideFormatError("fastslide is not installed; pip install fastslide")
         if not fastslide_works_here():
             raise SlideFormatError(
                 "fastslide was used before this process was forked and would wait forever; start workers with 'spawn', "

@@ -35,24 +35,25 @@ class Storage:
     Attributes
     ----------
     pixels : str
-        ``"jpeg"`` (in full colour resolution) or ``"png"`` (lossless).
+        ``"jpeg"`` (in full colour resolution) or ``"webp"`` (lossless; half the time and three quarters of the
+        bytes of a PNG).
     quality : int
         Of the JPEG, 1 to 100.
     """
 
-    pixels: Literal["jpeg", "png"] = "jpeg"
+    pixels: Literal["jpeg", "webp"] = "jpeg"
     quality: int = 95
 
     def __post_init__(self) -> None:
-        if self.pixels not in ("jpeg", "png"):
-            raise TileError(f"Pixels are stored as 'jpeg' or 'png', not {self.pixels!r}")
+        if self.pixels not in ("jpeg", "webp"):
+            raise TileError(f"Pixels are stored as 'jpeg' or 'webp' (lossless), not {self.pixels!r}")
         if not 1 <= self.quality <= 100:
             raise TileError(f"A JPEG quality lies between 1 and 100, got {self.quality}")
 
     @property
     def suffix(self) -> str:
         """File suffix of slices and contexts."""
-        return ".jpg" if self.pixels == "jpeg" else ".png"
+        return ".jpg" if self.pixels == "jpeg" else ".webp"
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
         """Encode RGB pixels of shape (height, width, 3)."""
@@ -61,7 +62,8 @@ class Storage:
         if self.pixels == "jpeg":
             image.save(buffer, "JPEG", quality=self.quality, subsampling=0)
         else:
-            image.save(buffer, "PNG", compress_level=1)
+            # The fastest method; the next one takes four times as long for 15 % fewer bytes.
+            image.save(buffer, "WEBP", lossless=True, method=0, quality=0)
         return buffer.getvalue()
 
 
