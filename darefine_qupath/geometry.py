@@ -16,6 +16,7 @@ from typing import NamedTuple
 from darefine_qupath.errors import GeometryError
 
 __all__ = [
+    "MPP_LIMITS",
     "Box",
     "FloatBox",
     "LevelWindow",
@@ -27,6 +28,9 @@ __all__ = [
     "level_window",
     "scaled_size",
 ]
+
+MPP_LIMITS = (0.001, 1000.0)
+"""Micrometres per level-0 pixel that a slide may have: from electron micrographs to photographs of the glass."""
 
 
 class Size(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from darefine_qupath.geometry import MPP_LIMITS
+
 __all__ = [
     "FiniteRange",
     "engine_option",
@@ -45,7 +47,7 @@ image_option = click.option(
 )
 mpp_option = click.option(
     "--mpp",
-    type=FiniteRange(min=0, min_open=True),
+    type=FiniteRange(*MPP_LIMITS),
     help="Micrometres per pixel of every slide, over project and file.",
 )
 settings_option = click.option(

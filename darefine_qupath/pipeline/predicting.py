@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,13 +256,15 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
     left_out = request.polygons.left_out(header.classes)
     with open_project(request.project, engine=request.engine) as project:
         images, skipped = choose_images(project, request.images)
-        tasks, empty = _tasks(project, images, request)
+        if request.write is not None:
+            _check_over(project, images, request.write.over)
+        tasks, empty, outcomes = _tasks(project, images, request)
         skipped = (*skipped, *empty)
         if not tasks:
-            reasons = "; ".join(f"{image.name}: {image.why}" for image in skipped) or "it has no images"
+            failed = [f"{outcome.image.name}: {outcome.error}" for outcome in outcomes]
+            reasons = "; ".join([f"{image.name}: {image.why}" for image in skipped] + failed) or "it has no images"
             raise PredictionError(f"No image of {project.path} can be predicted: {reasons}")
         by_id = {image.id: image for image in images}
-        outcomes: list[ImageOutcome] = []
         batch: str | None = None
         for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
             image = by_id[result.task.key]
@@ -281,20 +284,38 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
         )
 
 
+def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[str]) -> None:
+    """Refuse classes that neither the project nor an annotation in it has: most likely they are misspelt."""
+    known = {path_class.name for path_class in project.classes}
+    for image in images:
+        if known.issuperset(names):
+            return
+        # An annotation may have a class that is not in the project's list.
+        with contextlib.suppress(ProjectError):  # An image that cannot be read is reported when its turn comes.
+            known.update(record.path_class for record in project.annotations(image) if record.path_class)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ClassMapError(f"{project.path} has no classes {unknown} (over); it has {sorted(known)}")
+
+
 def _tasks(
     project: Project, images: Sequence[ImageEntry], request: PredictRequest
-) -> tuple[list[SlideTask], tuple[Skipped, ...]]:
-    settings = read_settings(project.folder, request.settings)
-    given = settings.mpp if request.mpp is None else request.mpp
-    tasks, skipped = [], []
+) -> tuple[list[SlideTask], tuple[Skipped, ...], list[ImageOutcome]]:
+    """Slides to predict, images that are left out, and images that fail before they begin."""
+    given = _given_mpp(project, request)
+    tasks, skipped, failed = [], [], []
     for image in images:
         why = misfit(image)
         if why is not None:
-            skipped.append(Skipped(name=image.name, why=why))
+            failed.append(ImageOutcome(image=image, error=why))
             continue
         options = replace(request.options, crop_bounds="--no-crop" not in image.server_args)
         if request.within is not None:
-            area = _area_of(project.annotations(image), request.within)
+            try:
+                area = _area_of(project.annotations(image), request.within)
+            except ProjectError as error:
+                failed.append(ImageOutcome(image=image, error=str(error)))
+                continue
             if area is None:
                 skipped.append(Skipped(name=image.name, why=f"it has no annotation of class {request.within!r}"))
                 continue
@@ -310,7 +331,11 @@ def _tasks(
                 options=options,
             )
         )
-    return tasks, tuple(skipped)
+    return tasks, tuple(skipped), failed
+
+
+def _given_mpp(project: Project, request: PredictRequest) -> float | None:
+    return read_settings(project.folder, request.settings).mpp if request.mpp is None else request.mpp
 
 
 def _area_of(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:
@@ -346,7 +371,7 @@ def _finish(
                 batch=batch,
                 dry_run=request.dry_run,
             )
-    except ProjectError as error:
+    except DarefineError as error:
         return ImageOutcome(image=image, score_map=score_map, error=str(error))
     return ImageOutcome(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
 
@@ -483,7 +508,9 @@ def evaluate_project(
         trained = _trained_on(header, project)
         unseen = [item for item in truths if item[0].id not in trained]
         chosen = unseen if unseen and not request.images else truths
-        tasks, _ = _tasks(project, [image for image, _ in chosen], request)
+        tasks, _, failed = _tasks(project, [image for image, _ in chosen], request)
+        if failed:
+            raise PredictionError(f"{failed[0].image.name}: {failed[0].error}")
         records_of = {image.id: (image, records) for image, records in chosen}
         slides = []
         for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
@@ -494,7 +521,7 @@ def evaluate_project(
         scores = {}
         if context:
             modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
-            scores = score_context(load_checkpoint(request.model), chosen, modes, mpp=request.mpp)
+            scores = score_context(load_checkpoint(request.model), chosen, modes, mpp=_given_mpp(project, request))
     seen = tuple(image.name for image, _ in chosen if image.id in trained)
     return Evaluation(model=header.model_id, classes=header.classes, slides=tuple(slides), context=scores, seen=seen)
 

@@ -20,7 +20,16 @@ from darefine_qupath.errors import (
     SlideFormatError,
     SlideNotFoundError,
 )
-from darefine_qupath.geometry import Box, FloatBox, Size, best_level, level_box, level_scale, level_window
+from darefine_qupath.geometry import (
+    MPP_LIMITS,
+    Box,
+    FloatBox,
+    Size,
+    best_level,
+    level_box,
+    level_scale,
+    level_window,
+)
 from darefine_qupath.slides.integrity import TileGuard, refuse_incomplete
 from darefine_qupath.slides.sources import (
     FastSlideSource,
@@ -176,6 +185,44 @@ class PyramidSlide:
                 f"damaged there, copy it again or leave this part out"
             ) from error
 
+    def hold(self, box: Box, downsample: float) -> PyramidSlide | None:
+        """Take a box into memory, for many reads inside it that overlap.
+
+        Parameters
+        ----------
+        box : Box
+            In level-0 pixels.
+        downsample : float
+            At which the reads will be.
+
+        Returns
+        -------
+        PyramidSlide or None
+            Gives the same bytes as this slide, and shares its handle. None where they could differ, because OpenSlide
+            interpolates at a downsample such as 2.000145 or a tile is damaged, and where the box is too large.
+        """
+        in_file = box.shift(self.bounds.x, self.bounds.y).intersection(self.bounds)
+        if in_file is None:
+            return None
+        base = self._file_levels[0]
+        level = best_level(downsample, base, self._file_levels)
+        size = self._file_levels[level]
+        window = _clamped(level_window(level_box(in_file, base, size)).box, size)
+        if window.area > _MAX_WINDOW_PIXELS or not self._is_exact(level, window):
+            return None
+        try:
+            return _HeldSlide(self, level, window, self._read_level(level, window))
+        except SlideError:
+            # What is not damaged can still be read piece by piece.
+            return None
+
+    def _is_exact(self, level: int, window: Box) -> bool:
+        """Whether pixels of a level are the same whatever the window they are read in."""
+        source, fast = self._opened(), self._fast_path()
+        if fast is not None:
+            return fast.guard.is_whole(level, window)
+        return not isinstance(source, OpenSlideSource) or source.is_exact(level)
+
     def _resampled(self, level: int, place: FloatBox, size: Size) -> NDArray[np.uint8]:
         if place.width * place.height <= _MAX_WINDOW_PIXELS or max(size) == 1:
             return self._part(level, place, size, Box.of(size))
@@ -291,6 +338,20 @@ class PyramidSlide:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {self.size.width} x {self.size.height}, mpp={self.mpp})"
+
+
+class _HeldSlide(PyramidSlide):
+    """A slide that has some pixels of one level in memory; see `PyramidSlide.hold`."""
+
+    def __init__(self, slide: PyramidSlide, level: int, window: Box, pixels: NDArray[np.uint8]) -> None:
+        self.__dict__.update(slide.__dict__)
+        self._held_level, self._held_window, self._held = level, window, pixels
+
+    def _read_level(self, level: int, window: Box) -> NDArray[np.uint8]:
+        if level != self._held_level or not self._held_window.contains(window):
+            return super()._read_level(level, window)
+        x, y = window.x - self._held_window.x, window.y - self._held_window.y
+        return self._held[y : y + window.height, x : x + window.width].copy()
 
 
 def _clamped(window: Box, size: Size) -> Box:
@@ -449,12 +510,15 @@ def resolve_mpp(given: float | None, project: float | None, slide: Slide) -> flo
     Raises
     ------
     MissingMppError
-        If none of them says, or one says a value that is not positive.
+        If none of them says, or one says a value outside `MPP_LIMITS`.
     """
+    least, largest = MPP_LIMITS
     for value in (given, project, slide.mpp):
         if value is not None:
-            if not 0 < value < float("inf"):
-                raise MissingMppError(f"{slide.path}: a pixel size of {value} um is not possible; it must be positive")
+            if not least <= value <= largest:
+                raise MissingMppError(
+                    f"{slide.path}: a pixel size of {value} um is not possible; it must be {least:g} to {largest:g}"
+                )
             return value
     raise MissingMppError(
         f"{slide.path}: neither the project nor the file knows the pixel size; give it with --mpp, set it in QuPath "

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from darefine_qupath.errors import MissingMppError, TileError
+from darefine_qupath.geometry import MPP_LIMITS
 
 __all__ = ["PixelSpec", "Placement", "TileSpec"]
 
@@ -147,15 +148,16 @@ class TileSpec:
         Raises
         ------
         MissingMppError
-            If the spec is in micrometres and `mpp` is None or not positive.
+            If the spec is in micrometres and `mpp` is None or outside `MPP_LIMITS`.
         """
         if self.slice_um is None or self.context_um is None or self.stride_um is None:
             # __post_init__ has seen to it that the other triple is there.
             return self._pixels(self.slice_px or 0, self.context_px or 0, self.stride_px or 0)
-        if mpp is None or not mpp > 0:
+        least, largest = MPP_LIMITS
+        if mpp is None or not least <= mpp <= largest:
             raise MissingMppError(
-                f"The tiles are {self.slice_um:g} um wide and the pixel size of the slide is {mpp}; give it with "
-                f"--mpp or set the pixel size of the image in QuPath"
+                f"The tiles are {self.slice_um:g} um wide and the pixel size of the slide is {mpp}; it must be "
+                f"{least:g} to {largest:g}: give it with --mpp or set the pixel size of the image in QuPath"
             )
         stride = max(1, round(self.stride_um / mpp))
         side = _multiple(self.slice_um, self.stride_um, stride)
