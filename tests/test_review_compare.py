@@ -3,10 +3,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -197,22 +199,31 @@ def test_from_annotations_to_polygons_and_back(data: Path, tmp_path: Path) -> No
         assert len(record.geometry.interiors) == len(shape.interiors)
 
 
+@pytest.fixture
+def folder(data: Path, tmp_path: Path, version: str) -> Path:
+    """Project that a QuPath wrote, its images beside it: QuPath needs them to save."""
+    shutil.copytree(data / "qupath" / f"qupath-{version}" / "annotated", tmp_path / f"qupath-{version}" / "annotated")
+    shutil.copytree(data / "qupath" / "images", tmp_path / "images")
+    return tmp_path / f"qupath-{version}" / "annotated"
+
+
+def plain(records: Sequence[Annotation]) -> dict[UUID, str]:
+    """Everything about objects but what they lie below: removing a container moves what is left in it up."""
+    return {record.id: repr(replace(record, parent=None)) for record in records}
+
+
 @pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
 @pytest.mark.parametrize("kind", ["annotation", "detection"])
 @pytest.mark.parametrize("engine", ["embedded", pytest.param("paquo", marks=pytest.mark.qupath)])
 def test_scenario_on_a_project_that_qupath_wrote(
-    data: Path,
-    tmp_path: Path,
-    version: str,
-    kind: Literal["annotation", "detection"],
-    engine: Literal["embedded", "paquo"],
+    folder: Path, kind: Literal["annotation", "detection"], engine: Literal["embedded", "paquo"]
 ) -> None:
-    shutil.copytree(data / "qupath" / f"qupath-{version}" / "annotated", tmp_path / "project")
     try:
-        project = open_project(tmp_path / "project", engine=engine)
+        project = open_project(folder, engine=engine)
     except EngineError as error:
         pytest.skip(str(error))
     image = project.images[0]
+    stored = folder / "data" / image.id / "data.qpdata"
     theirs = project.objects(image)
     options = WriteOptions(kind=kind, container=True)
 
@@ -220,6 +231,7 @@ def test_scenario_on_a_project_that_qupath_wrote(
         polygons = predicted(range(90, 240, 30), shift)
         return write_back(project, image, polygons, model=model, classes=CLASSES, options=options)
 
+    bytes_at_first = stored.read_bytes()
     for _ in range(3):
         predict("m1", 0)
     assert len(project.objects(image)) == len(theirs) + 1 + len(survey(project, image).ours)
@@ -233,27 +245,59 @@ def test_scenario_on_a_project_that_qupath_wrote(
     ]
     drawn = Annotation(geometry=shapely.box(1800, 900, 1990, 1000), path_class="Invasive")
     project.apply(image, Changes(replace=changed, remove=[gone.id], add=[drawn]))
-    before = project.objects(image)
+    before, bytes_before = project.objects(image), stored.read_bytes()
     assert {**outcomes(project), "untouched": 1} == ONE_EACH
 
     result = predict("m2", 1)
     assert (result.adopted, result.rejected, result.suppressed) == (3, 1, 2)
-    now = {record.id: replace(record, parent=None) for record in project.objects(image)}
-    kept = {
-        record.id: replace(record, parent=None) for record in before if record.metadata.get("darefine.model") != "m1"
-    }
-    kept |= {record.id: replace(now[record.id], parent=None) for record in changed}
-    assert all(repr(now[key]) == repr(record) for key, record in kept.items())
-    assert [repr(now[r.id].geometry) for r in changed] == [repr(r.geometry) for r in changed]
+    now = {record.id: record for record in project.objects(image)}
+    kept = plain([record for record in before if record.metadata.get("darefine.model") != "m1"])
+    kept |= plain([record for record in before if record.id in {item.id for item in changed}])
+    assert {key: plain([now[key]])[key] for key in kept} == kept
     new = [record for key, record in now.items() if key not in kept and record.name != "DA-RefineNet m2"]
     assert not any(record.geometry.intersects(gone.geometry) for record in new if record.geometry)
     standing = [r for r in now.values() if r.kind == "annotation" and r.path_class and r.id in kept and r.plane.z == 0]
     assert sum(overlaps([a, b]) for a in new for b in [*standing, *(now[r.id] for r in changed)] if b.area) == 0
 
     undo(project)
-    assert {record.id for record in project.objects(image)} == {record.id for record in before}
+    assert list(map(repr, project.objects(image))) == list(map(repr, before))
+    assert stored.read_bytes() == bytes_before
     assert {**outcomes(project), "untouched": 1} == ONE_EACH
+    # The first runs' state was edited since: what the pathologist did stays, the rest is as it was.
     undo(project), undo(project), undo(project)
-    left = {record.id: replace(record, parent=None) for record in project.objects(image)}
-    assert set(left) == {record.id for record in theirs} | {record.id for record in changed} | {drawn.id}
-    assert all(repr(left[record.id]) == repr(replace(record, parent=None)) for record in theirs)
+    left = plain(project.objects(image))
+    assert set(left) == {record.id for record in (*theirs, *changed, drawn)}
+    assert {record.id: left[record.id] for record in theirs} == plain(theirs)
+    assert bytes_at_first != stored.read_bytes()
+
+
+@pytest.mark.parametrize("version", ["0.6.0"])
+@pytest.mark.parametrize("engine", ["embedded", pytest.param("paquo", marks=pytest.mark.qupath)])
+def test_undo_of_every_run_gives_the_first_file_back(folder: Path, engine: Literal["embedded", "paquo"]) -> None:
+    try:
+        project = open_project(folder, engine=engine)
+    except EngineError as error:
+        pytest.skip(str(error))
+    image = project.images[0]
+    stored = folder / "data" / image.id / "data.qpdata"
+    states = []
+    for model, shift in (("m1", 0), ("m1", 0), ("m2", 3), ("m1", 0)):
+        states.append((stored.read_bytes(), project.objects(image)))
+        write_back(project, image, predicted(range(90, 240, 30), shift), model=model, classes=CLASSES)
+    for content, objects in reversed(states):
+        undo(project)
+        assert stored.read_bytes() == content
+        assert project.objects(image) == objects
+
+
+@pytest.mark.parametrize("version", ["0.7.0"])
+def test_undo_without_the_backup_gives_the_same_objects_back(folder: Path) -> None:
+    project = open_project(folder, engine="embedded")
+    image = project.images[0]
+    write_back(project, image, predicted(range(90, 240, 30), 0), model="m1", classes=CLASSES)
+    before = project.objects(image)
+    write_back(project, image, predicted(range(90, 240, 30), 3), model="m2", classes=CLASSES)
+    for backup in (folder / "darefine" / "backups" / image.id).iterdir():
+        backup.unlink()
+    undo(project)
+    assert sorted(map(repr, project.objects(image))) == sorted(map(repr, before))

@@ -305,6 +305,7 @@ class EmbeddedProject(Project):
             num_objects=len(expected),
             backup=backup,
             warnings=warnings,
+            digest=self._digest(image),
         )
 
     def _edited(
@@ -361,7 +362,20 @@ class EmbeddedProject(Project):
             num_objects=len(objects),
             backup=former,
             warnings=warnings,
+            digest=self._digest(image),
         )
+
+    def take_back(self, image: ImageEntry, *, digest: str, backup: Path) -> Applied | None:
+        """Bring the backup of a write back, byte for byte, if nothing else was written since."""
+        kept = next((known for known in self.backups(image) if known.path == backup), None)
+        if kept is None or not self._has_data(image.id):
+            return None
+        stamp = safety.read_stamped(self._data_file(image.id))[1]
+        return self.restore(image, kept) if stamp.digest == digest else None
+
+    def _digest(self, image: ImageEntry) -> str | None:
+        stamp = self._stamps[image.id]
+        return None if stamp is None else stamp.digest
 
     @contextlib.contextmanager
     def _writing(self, image: ImageEntry) -> Iterator[Path]:

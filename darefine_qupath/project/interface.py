@@ -103,6 +103,8 @@ class Applied:
         Copy of the former file; None when there was none.
     warnings : tuple of str
         What the user should know (the project may be open in QuPath, say).
+    digest : str or None
+        Fingerprint of what is stored for the image afterwards; None when nothing was written.
     """
 
     added: int
@@ -111,6 +113,7 @@ class Applied:
     num_objects: int
     backup: Path | None
     warnings: tuple[str, ...] = ()
+    digest: str | None = None
 
 
 class Project(ABC):
@@ -183,6 +186,26 @@ class Project(ABC):
         ProjectWriteError
             If the write failed; the former state stands.
         """
+
+    def take_back(self, image: ImageEntry, *, digest: str, backup: Path) -> Applied | None:  # noqa: ARG002
+        """Bring the backup of a write back, byte for byte, if nothing else was written since.
+
+        Parameters
+        ----------
+        image : ImageEntry
+            The image.
+        digest : str
+            From the `Applied` of that write.
+        backup : Path
+            From the same.
+
+        Returns
+        -------
+        Applied or None
+            None, and nothing changed, where the image's data is not that of the write any more, the backup is gone, or
+            the engine keeps none.
+        """
+        return None
 
     @abstractmethod
     def add_image(

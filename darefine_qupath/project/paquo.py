@@ -413,7 +413,8 @@ class _Editor:
         item.setName(None if record.name is None else self._java.String(record.name))
         if dict(record.metadata) != dict(former.metadata):
             self._set_metadata(item, record.metadata)
-        if not _same_numbers(stored.measurements, former.measurements):
+        # QuPath takes an object's measurements away when it gets another ROI.
+        if (moved and record.measurements) or not _same_numbers(stored.measurements, former.measurements):
             self._set_measurements(item, record.measurements)
 
     # -- parts of an object

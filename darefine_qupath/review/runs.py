@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,6 @@ __all__ = [
     "RunObject",
     "digest_of",
     "find_run",
-    "in_state",
     "latest",
     "list_runs",
     "new_run_id",
@@ -113,6 +112,9 @@ class Run:
         Objects that were there before the first run.
     undoing : tuple of UUID
         What an undo removes.
+    digest, backup : str or None
+        Fingerprint of the image's data as this run left it, and where it is kept as it was before, relative to the
+        project's folder. None where the run changed nothing, or there was nothing before.
     """
 
     id: str
@@ -130,6 +132,8 @@ class Run:
     replaced: tuple[RunObject, ...] = ()
     known: tuple[UUID, ...] = ()
     undoing: tuple[UUID, ...] = ()
+    digest: str | None = None
+    backup: str | None = None
 
     @property
     def added(self) -> tuple[RunObject, ...]:
@@ -262,6 +266,8 @@ def _run_to_json(run: Run) -> dict[str, Any]:
         "parameters": dict(run.parameters),
         "known": [str(value) for value in run.known],
         "undoing": [str(value) for value in run.undoing],
+        "digest": run.digest,
+        "backup": run.backup,
         **lists,
     }
 
@@ -282,6 +288,8 @@ def _run_from_json(data: Mapping[str, Any]) -> Run:
         parameters=data["parameters"],
         known=tuple(UUID(value) for value in data["known"]),
         undoing=tuple(UUID(value) for value in data["undoing"]),
+        digest=data.get("digest"),
+        backup=data.get("backup"),
     )
 
 
@@ -337,8 +345,3 @@ def latest(runs: tuple[Run, ...]) -> Run | None:
     """Last run that stands."""
     standing = [run for run in runs if run.state == "done"]
     return standing[-1] if standing else None
-
-
-def in_state(run: Run, state: State) -> Run:
-    """Return the run with another state."""
-    return replace(run, state=state)

@@ -33,7 +33,7 @@ from darefine_qupath.review.ours import (
     settled,
     survey,
 )
-from darefine_qupath.review.runs import Run, RunObject, digest_of, find_run, in_state, latest, list_runs, new_run_id
+from darefine_qupath.review.runs import Run, RunObject, digest_of, find_run, latest, list_runs, new_run_id
 from darefine_qupath.review.runs import save_run as save
 
 if TYPE_CHECKING:
@@ -286,7 +286,8 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
     if plan.classes:
         project.set_classes([*project.classes, *plan.classes])
     applied = project.apply(image, plan.changes)
-    save(project, in_state(plan.run, "done"))
+    backup = None if applied.backup is None else applied.backup.relative_to(project.folder).as_posix()
+    save(project, replace(plan.run, state="done", digest=applied.digest, backup=backup))
     return replace(plan.result, warnings=(*plan.result.warnings, *applied.warnings))
 
 
@@ -473,6 +474,9 @@ def _measurements(polygon: ClassPolygon) -> dict[str, float]:
 def undo(project: Project, run_id: str | None = None, *, dry_run: bool = False) -> tuple[RunResult, ...]:
     """Take a run back: remove what it added and nobody touched, bring back what it replaced.
 
+    Where nothing was written to an image since, its data is afterwards what it was before, byte for byte. Classes that
+    came into the project's list stay there.
+
     Parameters
     ----------
     project : Project
@@ -543,7 +547,11 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     settle(project, image, objects)
     rejected = tuple(item.written for item in found.rejected)
     save(project, replace(run, state="undoing", undoing=tuple(removed), rejected=rejected))
-    changes = Changes(add=[item.record for item in restored], remove=removed)
-    applied = project.apply(image, changes)
+    applied = None
+    if run.digest is not None and run.backup is not None:
+        # Nothing was written since: the former file comes back, the order of its objects included.
+        applied = project.take_back(image, digest=run.digest, backup=project.folder / run.backup)
+    if applied is None:
+        applied = project.apply(image, Changes(add=[item.record for item in restored], remove=removed))
     save(project, replace(run, state="undone", undoing=(), rejected=rejected))
     return replace(result, warnings=applied.warnings)
