@@ -118,6 +118,49 @@ def long_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pyramid(tmp_path_factory.mktemp("slides") / "long.tif", [pixels, block_means(pixels, 4)])
 
 
+@pytest.mark.parametrize("reader", ["auto", "openslide", "tifffile"])
+@pytest.mark.parametrize("downsample", [1, 2, 2.5, 4])
+@given(st.integers(-20, 200), st.integers(-20, 200), st.integers(30, 400), st.data())
+@settings(deadline=None, derandomize=True, max_examples=15)
+def test_a_slide_in_memory_gives_the_same_bytes(
+    jpeg_slide: Path, reader: str, downsample: float, x: int, y: int, side: int, data: st.DataObject
+) -> None:
+    box = Box(x, y, side, side)
+    inner = Box(x + data.draw(st.integers(0, side - 20)), y + data.draw(st.integers(0, side - 20)), 20, 20)
+    size = (round(20 / downsample),) * 2
+    with open_slide(jpeg_slide, reader=reader) as slide:
+        held = slide.hold(box, 20 / size[0])
+        assert held is not None
+        expected = slide.read(inner, size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PyramidSlide, "_read_level", _must_not_read)
+            found = held.read(inner, size)
+        assert (found == expected).all()
+        found[:] = 0
+        assert (held.read(inner, size) == expected).all()
+        elsewhere = box.shift(300, 200)
+        assert (held.read(elsewhere, size) == slide.read(elsewhere, size)).all()
+
+
+def _must_not_read(*_: object) -> NDArray[np.uint8]:
+    raise AssertionError("the file was read")
+
+
+def test_what_cannot_be_held_is_not(jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_slide(jpeg_slide) as slide:
+        assert slide.hold(Box(-500, 0, 400, 400), 1) is None
+        monkeypatch.setattr("darefine_qupath.slides.reading._MAX_WINDOW_PIXELS", 100)
+        assert slide.hold(Box(0, 0, 11, 11), 1) is None
+        assert slide.hold(Box(0, 0, 10, 10), 1) is not None
+
+
+def test_an_interpolated_level_is_not_held(pyramid: Path) -> None:
+    # 1001 and 811 by 2: OpenSlide takes a downsample of 2.0006 and blurs by where a read begins.
+    with open_slide(pyramid, reader="openslide") as slide:
+        assert slide.hold(Box(0, 0, 100, 100), 2) is None
+        assert slide.hold(Box(0, 0, 100, 100), 1) is not None
+
+
 @pytest.fixture(scope="module")
 def jpeg_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEG tiles, which fastslide may read."""
@@ -467,6 +510,7 @@ def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str) -> None
             with pytest.raises(SlideError, match=r"damaged\.tif: the box x 400, y 200, 300 x 300 \(level-0 pixels\)"):
                 slide.read(Box(400, 200, 300, 300), (300, 300))
             assert slide.read(Box(0, 0, 250, 250), (250, 250)).mean() < 200
+            assert slide.hold(Box(400, 200, 300, 300), 1) is None
         # The other levels are whole.
         assert slide.read(Box(0, 0, 1500, 1200), (375, 300)).mean() < 200
 

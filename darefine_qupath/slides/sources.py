@@ -139,7 +139,7 @@ class OpenSlideSource:
         self._path = path
         self._slide = self._open()
         self.levels = tuple(Size(*size) for size in self._slide.level_dimensions)
-        self._downsamples = tuple(self._slide.level_downsamples)
+        self._downsamples = tuple(float(factor) for factor in self._slide.level_downsamples)
         properties: Mapping[str, str] = dict(self._slide.properties)
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
         self.mpp = plausible_mpp(
@@ -155,6 +155,10 @@ class OpenSlideSource:
             raise SlideFormatError(f"{self._path}: OpenSlide does not know this format") from None
         except openslide.OpenSlideError as error:
             raise SlideError(f"{self._path}: OpenSlide cannot open it ({error}); copy the file again") from error
+
+    def is_exact(self, level: int) -> bool:
+        """Whether OpenSlide copies the pixels of a level; at a downsample that is not whole it interpolates."""
+        return self._downsamples[level].is_integer()
 
     def read(self, level: int, window: Box) -> NDArray[np.uint8]:
         """Pixels of a window inside a level."""

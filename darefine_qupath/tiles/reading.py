@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from darefine_qupath.tiles.plan import TilePair
+from darefine_qupath.geometry import Box
+from darefine_qupath.slides import PyramidSlide
+from darefine_qupath.tiles.plan import TilePair, group_by_context
 from darefine_qupath.tiles.spec import PixelSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from darefine_qupath.geometry import Box
     from darefine_qupath.slides import Slide
 
-__all__ = ["PairPixels", "iter_pairs", "read_context", "read_pair", "read_slice"]
+__all__ = ["PairPixels", "held", "iter_pairs", "read_context", "read_pair", "read_slice"]
 
 
 class PairPixels(NamedTuple):
@@ -97,8 +98,34 @@ def iter_pairs(slide: Slide, pairs: Iterable[TilePair], spec: PixelSpec) -> Iter
     PairPixels
         Its pixels.
     """
-    box, context = None, None
-    for pair in pairs:
-        if context is None or pair.context != box:
-            box, context = pair.context, read_context(slide, pair.context, spec)
-        yield pair, PairPixels(read_slice(slide, pair.slice, spec), context)
+    for box, group in group_by_context(pairs):
+        near = held(slide, [pair.slice for pair in group], spec)
+        context = read_context(slide, box, spec)
+        for pair in group:
+            yield pair, PairPixels(read_slice(near, pair.slice, spec), context)
+
+
+def held(slide: Slide, slices: Sequence[Box], spec: PixelSpec) -> Slide:
+    """Slide to read neighbouring slices from: their common area is decoded once, where that is less than one by one.
+
+    Parameters
+    ----------
+    slide : Slide
+        An open slide.
+    slices : sequence of Box
+        In level-0 pixels.
+    spec : PixelSpec
+        What they were planned with.
+
+    Returns
+    -------
+    Slide
+        Gives the same bytes as `slide`, which it may be.
+    """
+    if len(slices) < 2 or not isinstance(slide, PyramidSlide):
+        return slide
+    left, top = min(box.x for box in slices), min(box.y for box in slices)
+    around = Box(left, top, max(box.right for box in slices) - left, max(box.bottom for box in slices) - top)
+    if around.area > sum(box.area for box in slices):
+        return slide
+    return slide.hold(around, spec.slice_downsample) or slide

@@ -22,7 +22,7 @@ from darefine_qupath.geometry import Box
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.plan import TilePair, plan_tiles
-from darefine_qupath.tiles.reading import read_context, read_slice
+from darefine_qupath.tiles.reading import iter_pairs
 from darefine_qupath.tiles.sources import (
     Opener,
     SlideReader,
@@ -235,43 +235,36 @@ class Finder:
         """Do one job."""
         slide, painter = self._reader.open(job.image_id)
         enough = max(1, math.ceil(self._min_labelled * job.spec.size_px**2))
-        rows, digests = [], []
-        store = None if self._folder is None else _JobStore(self._folder, slide, job)
+        rows, kept = [], []
         for pair in job.pairs:
             mask = paint_mask(painter, pair, job.spec, slide.size)
             counts = count_labels(mask, self._num_classes)
-            if counts[:-1].sum() < enough:
-                continue
-            rows.append((job.image, pair.slice.x, pair.slice.y, pair.context.x, pair.context.y, *counts.tolist()))
-            if store is not None:
-                digests.append(store.write(pair, mask))
-        return Found(np.array(rows, np.int64).reshape(-1, 6 + self._num_classes), tuple(digests))
+            if counts[:-1].sum() >= enough:
+                rows.append((job.image, pair.slice.x, pair.slice.y, pair.context.x, pair.context.y, *counts.tolist()))
+                if self._folder is not None:
+                    kept.append((pair, mask))
+        digests = () if self._folder is None else _store(self._folder, slide, job, kept)
+        return Found(np.array(rows, np.int64).reshape(-1, 6 + self._num_classes), digests)
 
     def close(self) -> None:
         """Close the slides."""
         self._reader.close()
 
 
-class _JobStore:
-    """Writes the tiles of one job, each context when its first tile comes."""
-
-    def __init__(self, folder: PixelFolder, slide: Slide, job: Job) -> None:
-        self._folder, self._slide, self._job = folder, slide, job
-        self._context: Box | None = None
-        self._context_data = b""
-
-    def write(self, pair: TilePair, mask: NDArray[np.uint8]) -> str:
-        image_id, spec = self._job.image_id, self._job.spec
-        if pair.context != self._context:
-            context = read_context(self._slide, pair.context, spec)
-            self._context, self._context_data = (
-                pair.context,
-                self._folder.write(image_id, "context", pair.context, context),
-            )
-        digest = sha256(self._folder.write(image_id, "slice", pair.slice, read_slice(self._slide, pair.slice, spec)))
-        digest.update(self._folder.write(image_id, "mask", pair.slice, mask))
-        digest.update(self._context_data)
-        return digest.hexdigest()
+def _store(
+    folder: PixelFolder, slide: Slide, job: Job, tiles: Sequence[tuple[TilePair, NDArray[np.uint8]]]
+) -> tuple[str, ...]:
+    """Write tiles of a job, each context once; gives their digests."""
+    pixels = iter_pairs(slide, [pair for pair, _ in tiles], job.spec)
+    digests, context, context_data = [], None, b""
+    for (_, mask), (pair, found) in zip(tiles, pixels, strict=True):
+        if pair.context != context:
+            context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found.context)
+        digest = sha256(folder.write(job.image_id, "slice", pair.slice, found.slice))
+        digest.update(folder.write(job.image_id, "mask", pair.slice, mask))
+        digest.update(context_data)
+        digests.append(digest.hexdigest())
+    return tuple(digests)
 
 
 def run_jobs(jobs: Iterable[Job], finder: Finder, workers: int) -> Iterator[tuple[Job, Found]]:
