@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from darefine_qupath.models import (
     Fusion,
     ModelConfig,
     Normalisation,
+    SegmentationNetwork,
     box_within,
     build_model,
     decoder_parameters,
@@ -657,6 +658,21 @@ def test_files_that_hold_no_weights_are_refused(name: str, content: bytes, tmp_p
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=f"{name} holds no weights"):
         load_encoder_weights(build_model(small_resnet()), tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def resnet_and_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[SegmentationNetwork, Path]:
+    return build_model(small_resnet()), tmp_path_factory.mktemp("bytes") / "w.pth"
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(content=st.binary(min_size=1, max_size=60))
+@example(content=b"root:x:0:0:root:/root:/bin/bash\n")
+def test_a_file_of_any_bytes_is_refused(content: bytes, resnet_and_file: tuple[SegmentationNetwork, Path]) -> None:
+    network, path = resnet_and_file
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"w\.pth holds no (weights|state_dict)"):
+        load_encoder_weights(network, path)
 
 
 def test_wrong_uses_of_encoder_weights_are_refused(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"There is no file {path} to load encoder weights from")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_without_code(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{path} holds no weights that can be read safely ({reason}); save a plain state_dict, best as .safetensors"
@@ -149,7 +149,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _load_without_code(path: Path) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # torch takes the bytes of any file for instructions, and stumbles over them in any way there is.
+            raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
 
 
 def _match(
