@@ -16,7 +16,7 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real files that may not enter the repository; the test skips where it is not there."""
     if not SHARED.is_dir():
