@@ -271,7 +271,7 @@ def test_a_write_that_failed_leaves_no_trace(project: FakeProject) -> None:
 def test_a_run_cut_off_after_the_project_was_written(
     project: FakeProject, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    module = "darefine_qupath.review.writeback.save"
+    module = f"darefine_qupath.review.{'writeback' if state == 'pending' else 'takeback'}.save_run"
 
     def stop(project: Project, run: Run) -> Path:
         if run.state in ("done", "undone"):

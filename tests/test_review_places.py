@@ -32,9 +32,9 @@ def test_uncertain_regions_come_first(project: FakeProject) -> None:
 
 def test_large_and_unfamiliar_regions_come_first(project: FakeProject) -> None:
     write(project, [region(0), region(2000, side=1900), region(4000)])
-    objects = {record.geometry.bounds[0]: record.id for record in ours(project) if record.geometry}
-    assert next_places(project)[0].object == objects[2000]
-    assert next_places(project, unlike={objects[4000]: 1.0})[0].object == objects[4000]
+    assert next_places(project)[0].box.x == 2450
+    places = next_places(project, unlike=lambda _, boxes: [float(box.x > 3000) for box in boxes])
+    assert [(place.box.x, place.unlike) for place in places] == [(3900, 1.0), (2450, 0.0), (0, 0.0)]
 
 
 def test_reviewed_regions_need_no_other_look(project: FakeProject) -> None:

@@ -16,7 +16,17 @@ from darefine_qupath.cli.options import (
     project_argument,
     settings_option,
 )
-from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, table
+from darefine_qupath.cli.output import (
+    Failures,
+    Report,
+    echo_json,
+    json_option,
+    note,
+    number,
+    percent,
+    progress_bar,
+    table,
+)
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.predicting import (
     Evaluation,
@@ -325,15 +335,18 @@ def _score_table(what: str, matrices: Sequence[tuple[str, ConfusionMatrix]], nam
 @json_option
 def runs(project: Path, images: tuple[str, ...], as_json: bool) -> None:
     """List the runs of PROJECT: what was predicted when, by which model, and whether it stands."""
+    failures = Failures()
     with open_project(project, engine="embedded") as opened:
         wanted = {opened.image(name).id for name in images}
-        found = [run for run in list_runs(opened) if not wanted or run.image in wanted]
+        found = [run for run in list_runs(opened, on_error=failures.add) if not wanted or run.image in wanted]
     if as_json:
         keys = ("id", "batch", "image", "image_name", "model", "date", "state")
-        echo_json({"runs": [{**{k: getattr(run, k) for k in keys}, "objects": len(run.objects)} for run in found]})
-        return
-    rows = [(run.id, run.image_name, run.date, run.model, str(len(run.objects)), run.state) for run in found]
-    table(["run", "image", "date", "model", "objects", "state"], rows)
+        listed = [{**{k: getattr(run, k) for k in keys}, "objects": len(run.objects)} for run in found]
+        echo_json({"runs": listed, **failures.to_json()})
+    else:
+        rows = [(run.id, run.image_name, run.date, run.model, str(len(run.objects)), run.state) for run in found]
+        table(["run", "image", "date", "model", "objects", "state"], rows)
+    failures.end()
 
 
 @click.command(short_help="Take a run back.")
@@ -347,15 +360,17 @@ def undo(project: Path, run: str | None, dry_run: bool, engine: Engine, as_json:
 
     What it wrote and nobody touched goes; what it replaced comes back.
     """
+    failures = Failures()
     with open_project(project, engine=engine) as opened:
-        results = undo_run(opened, run, dry_run=dry_run)
+        results = undo_run(opened, run, dry_run=dry_run, on_error=failures.add)
     if as_json:
-        echo_json({"undone": [result.to_json() for result in results]})
-        return
-    rows = [(r.image_name, r.run, f"-{r.removed}", f"+{r.added}", str(r.adopted)) for r in results]
-    table(["image", "run", "removed", "brought back", "yours, kept"], rows)
-    if not dry_run:
-        note(_OPEN_IN_QUPATH)
+        echo_json({"undone": [result.to_json() for result in results], **failures.to_json()})
+    else:
+        rows = [(r.image_name, r.run, f"-{r.removed}", f"+{r.added}", str(r.adopted)) for r in results]
+        table(["image", "run", "removed", "brought back", "yours, kept"], rows)
+        if not dry_run:
+            note(_OPEN_IN_QUPATH)
+    failures.end()
 
 
 @click.command(short_help="Show what the pathologist did with the predictions.")
@@ -385,52 +400,61 @@ def review(
     """
     if mark and count is None:
         raise click.UsageError("--mark goes with --next N")
+    failures = Failures()
     with open_project(project, engine=engine if mark or clear else "embedded") as opened:
         chosen = [opened.image(name) for name in images] or None
         if clear:
-            _show_cleared(clear_places(opened, chosen), as_json=as_json)
-            return
-        if count is not None:
-            places = find_places(opened, chosen, count=count)
+            _show_cleared(clear_places(opened, chosen, on_error=failures.add), failures, as_json=as_json)
+        elif count is not None:
+            places = find_places(opened, chosen, count=count, on_error=failures.add)
             if mark:
-                note(f"{mark_places(opened, places)} review annotations are in the project")
-            _show_places(places, as_json=as_json)
-            return
-        report = compare(opened, chosen)
-        if page is not None:
-            write_page(report, page, classes=opened.classes)
-    if csv_path is not None:
-        report.write_csv(csv_path)
-    if as_json:
-        echo_json(report.to_json())
-    else:
-        _show_review(report)
+                marked = mark_places(opened, places, on_error=failures.add)
+                note(f"{marked} review annotations are in the project")
+            _show_places(places, failures, as_json=as_json)
+        else:
+            report = compare(opened, chosen, on_error=failures.add)
+            if page is not None:
+                write_page(report, page, classes=opened.classes)
+            if csv_path is not None:
+                report.write_csv(csv_path)
+            _show_review(report, failures, as_json=as_json)
+    failures.end()
 
 
-def _show_cleared(count: int, *, as_json: bool) -> None:
+def _show_cleared(count: int, failures: Failures, *, as_json: bool) -> None:
     if as_json:
-        echo_json({"removed": count})
+        echo_json({"removed": count, **failures.to_json()})
     else:
         note(f"{count} review annotations removed")
 
 
-def _show_places(places: Sequence[Place], *, as_json: bool) -> None:
+def _show_places(places: Sequence[Place], failures: Failures, *, as_json: bool) -> None:
     if as_json:
-        echo_json({"places": [place.to_json() for place in places]})
+        echo_json({"places": [place.to_json() for place in places], **failures.to_json()})
         return
     if not places:
         note("There is no prediction to look at; run darefine predict")
         return
     rows = [
-        (p.image_name, f"{p.box.x}, {p.box.y}", p.path_class, number(p.score, 2), number(p.uncertainty, 2))
-        for p in places
+        (
+            str(rank),
+            p.image_name,
+            f"{p.box.x}, {p.box.y}",
+            p.path_class,
+            *(number(value, 2) for value in (p.score, p.uncertainty, p.size, p.border, p.unlike)),
+        )
+        for rank, p in enumerate(places, 1)
     ]
-    table(["image", "x, y", "class", "score", "uncertainty"], rows)
+    table(["place", "image", "x, y", "class", "score", "unsure", "large", "border", "unlike"], rows)
 
 
-def _show_review(report: ReviewReport) -> None:
+def _show_review(report: ReviewReport, failures: Failures, *, as_json: bool) -> None:
+    if as_json:
+        echo_json({**report.to_json(), **failures.to_json()})
+        return
     if not report.images:
-        note("Nothing has been predicted in this project yet; run darefine predict")
+        if not failures:
+            note("Nothing has been predicted in this project yet; run darefine predict")
         return
     outcomes = list(report.counts)
     by_class = [(name, *(str(counts[o]) for o in outcomes)) for name, counts in report.by_class.items()]
@@ -452,11 +476,13 @@ def _show_review(report: ReviewReport) -> None:
 @json_option
 def overlay(project: Path, out: Path | None, truth: Path | None, images: tuple[str, ...], as_json: bool) -> None:
     """Draw every predicted slide of PROJECT: slide, truth where there is one, prediction, and where they differ."""
+    failures = Failures()
     with open_project(project, engine="embedded") as opened:
         folder = out or opened.folder / "darefine" / "overlays"
-        paths = list(draw_overlays(opened, folder, truth=truth, names=images))
+        paths = list(draw_overlays(opened, folder, truth=truth, names=images, on_error=failures.add))
     if as_json:
-        echo_json({"pictures": paths})
+        echo_json({"pictures": paths, **failures.to_json()})
     else:
         for path in paths:
             click.echo(path)
+    failures.end()

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Report", "echo_json", "json_option", "note", "number", "percent", "progress_bar", "table"]
+from darefine_qupath.errors import DarefineError
+
+__all__ = ["Failures", "Report", "echo_json", "json_option", "note", "number", "percent", "progress_bar", "table"]
 
 _stderr = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 15.0
@@ -48,6 +50,30 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 def note(text: str) -> None:
     """Say something to the person, apart from the result."""
     click.echo(text, err=True)
+
+
+class Failures:
+    """What could not be dealt with while the rest was: said at once, and the command ends with exit code 2."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, name: str, error: DarefineError) -> None:
+        """Say that an image, or a file, failed."""
+        self._found[name] = str(error)
+        note(f"Error: {name}: {error}")
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """Return what failed by name; nothing where nothing did."""
+        return {"errors": self._found} if self._found else {}
+
+    def end(self) -> None:
+        """End the command, which failed if anything did."""
+        if self._found:
+            raise click.exceptions.Exit(2)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

@@ -29,7 +29,7 @@ from darefine_qupath.prediction.cluster import SlideTask, predict_many
 from darefine_qupath.prediction.forward import choose_device
 from darefine_qupath.project import ImageEntry, Project, open_project
 from darefine_qupath.report import Panel, draw_panels
-from darefine_qupath.review import RunResult, WriteOptions, write_back
+from darefine_qupath.review import OnError, RunResult, WriteOptions, for_images, write_back
 from darefine_qupath.slides import open_slide
 from darefine_qupath.training import ContextMode
 
@@ -367,7 +367,12 @@ def _finish(
                 classes=score_map.classes,
                 mpp=score_map.mpp,
                 options=request.write,
-                parameters={"prediction": dict(score_map.settings), "fingerprint": score_map.fingerprint},
+                parameters={
+                    "prediction": dict(score_map.settings),
+                    "fingerprint": score_map.fingerprint,
+                    # What the model was trained on, so that a review can say what is unlike it.
+                    "stain": read_header(request.model).provenance.get("stain"),
+                },
                 batch=batch,
                 dry_run=request.dry_run,
             )
@@ -546,7 +551,13 @@ def _slide_size(image: ImageEntry) -> Size:
 
 
 def draw_overlays(
-    project: Project, out: Path, *, truth: Path | None = None, names: Sequence[str] = (), side: int = 900
+    project: Project,
+    out: Path,
+    *,
+    truth: Path | None = None,
+    names: Sequence[str] = (),
+    side: int = 900,
+    on_error: OnError | None = None,
 ) -> Iterator[Path]:
     """Draw every predicted slide: as it is, its truth where there is one, its prediction, and where they differ.
 
@@ -562,6 +573,8 @@ def draw_overlays(
         Only these images.
     side : int, optional
         Longest side of each panel, in pixels.
+    on_error : callable, optional
+        Told of an image that cannot be drawn, after which the others are; without it that is an error.
 
     Yields
     ------
@@ -576,23 +589,16 @@ def draw_overlays(
     images, _ = choose_images(project, names)
     if truth is not None and not truth.is_dir():
         raise PredictionError(f"No folder of GeoJSON files at {truth}")
-    found = False
-    for image in images:
-        try:
-            score_map = read_score_map(map_folder(project, image))
-        except DarefineError as error:
-            _log.info("%s: %s", image.name, error)
-            continue
-        found = True
-        yield _draw_overlay(project, image, score_map, out, truth, side)
-    if not found:
+    predicted = [image for image in images if (map_folder(project, image) / "scoremap.json").is_file()]
+    if not predicted:
         raise PredictionError(f"No image of {project.path} has been predicted; run darefine predict first")
+    drawn = for_images(predicted, lambda image: _draw_overlay(project, image, out, truth, side), on_error)
+    yield from (path for _, path in drawn)
 
 
-def _draw_overlay(
-    project: Project, image: ImageEntry, score_map: ScoreMap, out: Path, truth: Path | None, side: int
-) -> Path:
+def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | None, side: int) -> Path:
     assert image.path is not None
+    score_map = read_score_map(map_folder(project, image))
     size = fit_within(score_map.size, (side, side))
     with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
         thumbnail = slide.read(score_map.box, size)

@@ -164,9 +164,12 @@ class ScoreMap:
         window = window or Box.of(self.size)
         if not Box.of(self.size).contains(window):
             raise PredictionError(f"Window {window} is not inside the score map of {self.size} pixels")
-        with rasterio.open(self.path(layer)) as source:
-            view = Window(window.x, window.y, window.width, window.height)
-            pixels: NDArray[np.uint8] = source.read(1, window=view)
+        try:
+            with rasterio.open(self.path(layer)) as source:
+                view = Window(window.x, window.y, window.width, window.height)
+                pixels: NDArray[np.uint8] = source.read(1, window=view)
+        except rasterio.errors.RasterioError as error:
+            raise PredictionError(f"{self.path(layer)} is damaged ({error}); predict again with --restart") from error
         return pixels
 
     def bands(

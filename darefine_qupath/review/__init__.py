@@ -2,18 +2,18 @@
 
 from darefine_qupath.review.compare import ImageReview, ObjectReview, ReviewReport, compare
 from darefine_qupath.review.labels import ReviewedLabels, manual_annotations, reviewed_annotations
-from darefine_qupath.review.ours import Reviewed, Survey, survey
+from darefine_qupath.review.ours import Reviewed, Survey, for_images, survey
 from darefine_qupath.review.page import write_page
 from darefine_qupath.review.places import MapLayers, Place, clear_places, mark_places, next_places
-from darefine_qupath.review.runs import Run, RunObject, list_runs
+from darefine_qupath.review.runs import OnError, Run, RunObject, list_runs
 from darefine_qupath.review.scripts import install_scripts, script_names
+from darefine_qupath.review.takeback import undo
 from darefine_qupath.review.writeback import (
     RunResult,
     WriteOptions,
     WritePlan,
     apply_plan,
     plan_write,
-    undo,
     write_back,
 )
 
@@ -21,6 +21,7 @@ __all__ = [
     "ImageReview",
     "MapLayers",
     "ObjectReview",
+    "OnError",
     "Place",
     "ReviewReport",
     "Reviewed",
@@ -34,6 +35,7 @@ __all__ = [
     "apply_plan",
     "clear_places",
     "compare",
+    "for_images",
     "install_scripts",
     "list_runs",
     "manual_annotations",

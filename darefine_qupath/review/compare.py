@@ -18,7 +18,8 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.review.giveway import areal
-from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, survey
+from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, for_images, survey
+from darefine_qupath.review.runs import OnError
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -209,7 +210,9 @@ class ReviewReport:
             writer.writerows(rows)
 
 
-def compare(project: Project, images: Iterable[ImageEntry] | None = None) -> ReviewReport:
+def compare(
+    project: Project, images: Iterable[ImageEntry] | None = None, *, on_error: OnError | None = None
+) -> ReviewReport:
     """Compare what was written with what is there now.
 
     Parameters
@@ -218,6 +221,8 @@ def compare(project: Project, images: Iterable[ImageEntry] | None = None) -> Rev
         Open project.
     images : iterable of ImageEntry, optional
         Which; all by default. Images without a run are left out.
+    on_error : callable, optional
+        Told of an image that cannot be read, which is left out; without it that is an error.
 
     Returns
     -------
@@ -228,8 +233,10 @@ def compare(project: Project, images: Iterable[ImageEntry] | None = None) -> Rev
     ------
     ReviewError
         If a run's file is damaged.
+    ProjectFormatError
+        If an image's data are.
     """
-    found = [(image, survey(project, image)) for image in (project.images if images is None else images)]
+    found = for_images(project.images if images is None else images, lambda image: survey(project, image), on_error)
     reviews = tuple(_image_review(image, state) for image, state in found if state.run is not None)
     names = dict.fromkeys(name for review in reviews for name in review.classes[:-1])
     classes = (*sorted(names), NOTHING)

@@ -7,15 +7,16 @@ commands add them to every object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 from uuid import UUID
 
 import numpy as np
 import shapely
 
-from darefine_qupath.review.runs import Run, RunObject, digest_of, latest, recent_runs, save_run
+from darefine_qupath.errors import DarefineError
+from darefine_qupath.review.runs import OnError, Run, RunObject, digest_of, latest, recent_runs, save_run
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -23,7 +24,21 @@ if TYPE_CHECKING:
     from darefine_qupath.annotations import Annotation
     from darefine_qupath.project import ImageEntry, Project
 
-__all__ = ["CLASS", "DIGEST", "MARK", "MODEL", "PLACE", "RUN", "Reviewed", "Status", "Survey", "survey"]
+__all__ = [
+    "CLASS",
+    "DIGEST",
+    "MARK",
+    "MODEL",
+    "PLACE",
+    "RUN",
+    "Reviewed",
+    "Status",
+    "Survey",
+    "for_images",
+    "survey",
+]
+
+_Found = TypeVar("_Found")
 
 RUN, MODEL, CLASS, DIGEST = "darefine.run", "darefine.model", "darefine.class", "darefine.digest"
 """Metadata that every object of ours carries."""
@@ -97,6 +112,36 @@ class Survey:
     def rejected(self) -> tuple[Reviewed, ...]:
         """Objects of ours that the pathologist deleted or marked as wrong."""
         return tuple(item for item in self.ours if item.status == "rejected")
+
+
+def for_images(
+    images: Iterable[ImageEntry], action: Callable[[ImageEntry], _Found], on_error: OnError | None
+) -> Iterator[tuple[ImageEntry, _Found]]:
+    """Do something with every image.
+
+    Parameters
+    ----------
+    images : iterable of ImageEntry
+        The images.
+    action : callable
+        What to do.
+    on_error : callable or None
+        Told of an image whose data are damaged, say; without it the error ends the walk.
+
+    Yields
+    ------
+    tuple
+        Image, and what the action gave.
+    """
+    for image in images:
+        try:
+            found = action(image)
+        except DarefineError as error:
+            if on_error is None:
+                raise
+            on_error(image.name, error)
+        else:
+            yield image, found
 
 
 def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation] | None = None) -> Survey:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID, uuid5
 
 import numpy as np
@@ -16,7 +16,8 @@ from darefine_qupath.errors import ReviewError
 from darefine_qupath.geometry import Box
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import areal
-from darefine_qupath.review.ours import PLACE, survey
+from darefine_qupath.review.ours import PLACE, for_images, survey
+from darefine_qupath.review.runs import OnError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +31,9 @@ _PREFIX = "Review"
 _BORDER_SHARE = 0.05
 _PREDICTED_SHARE = 0.25
 _WEIGHTS = (2.0, 1.0, 1.0, 2.0)
+
+Unlike: TypeAlias = "Callable[[ImageEntry, Sequence[Box]], Sequence[float]]"
+"""Says how unlike the training data boxes of an image are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +110,8 @@ def next_places(
     side_um: float = 500.0,
     side_px: int = 1000,
     maps: Mapping[str, MapLayers] | Callable[[ImageEntry], MapLayers | None] | None = None,
-    unlike: Mapping[UUID, float] | None = None,
+    unlike: Unlike | None = None,
+    on_error: OnError | None = None,
 ) -> tuple[Place, ...]:
     """Find the places where a look helps most.
 
@@ -123,8 +128,10 @@ def next_places(
     maps : mapping of str to MapLayers, or callable, optional
         By entry id, or a function of the image that reads its map, so that one is held at a time. With its map an
         image is searched window by window; without it, object by object.
-    unlike : mapping of UUID to float, optional
-        How unlike the training data a predicted object is, 0 to 1.
+    unlike : callable, optional
+        Says of boxes of an image how unlike the training data each is, 0 to 1.
+    on_error : callable, optional
+        Told of an image that cannot be read, which is left out; without it that is an error.
 
     Returns
     -------
@@ -134,18 +141,25 @@ def next_places(
     Raises
     ------
     ReviewError
-        If `count` is below 1.
+        If `count` is below 1, or a run's file is damaged.
+    ProjectFormatError
+        If an image's data are.
     """
     if count < 1:
         raise ReviewError(f"{count} places to look at next make no sense; ask for 1 or more")
-    found: list[Place] = []
-    for image in project.images if images is None else images:
+
+    def search(image: ImageEntry) -> list[Place]:
         side = side_px if image.mpp is None else max(1, round(side_um / image.mpp))
         layers = maps(image) if callable(maps) else (maps or {}).get(image.id)
-        if layers is not None:
-            found.extend(_places_of_map(image, layers, side, _looked_at(project, image)))
+        if layers is None:
+            places = _places_of_objects(project, image, side)
         else:
-            found.extend(_places_of_objects(project, image, side, unlike or {}))
+            places = _places_of_map(image, layers, side, _looked_at(project, image))
+        strange = unlike(image, [place.box for place in places]) if unlike and places else [0.0] * len(places)
+        return [_scored(place, unlike=value) for place, value in zip(places, strange, strict=True)]
+
+    chosen = project.images if images is None else images
+    found = [place for _, places in for_images(chosen, search, on_error) for place in places]
     found.sort(key=lambda place: (-place.score, place.image, place.box))
     return _apart(found, count)
 
@@ -165,7 +179,13 @@ def _overlap(first: Box, second: Box) -> float:
     return 0.0 if common is None else common.area / min(first.area, second.area)
 
 
-def _places_of_objects(project: Project, image: ImageEntry, side: int, unlike: Mapping[UUID, float]) -> list[Place]:
+def _scored(place: Place, *, unlike: float) -> Place:
+    parts = (place.uncertainty, place.size, place.border, unlike)
+    score = sum(weight * part for weight, part in zip(_WEIGHTS, parts, strict=True)) / sum(_WEIGHTS)
+    return replace(place, unlike=unlike, score=score)
+
+
+def _places_of_objects(project: Project, image: ImageEntry, side: int) -> list[Place]:
     items = [item for item in survey(project, image).ours if item.status == "untouched" and item.current is not None]
     shapes = np.array([item.written.record.geometry for item in items], np.object_)
     if not len(items):
@@ -178,7 +198,7 @@ def _places_of_objects(project: Project, image: ImageEntry, side: int, unlike: M
     for index, item in enumerate(items):
         values = item.written.record.measurements
         sure = values.get("DA-RefineNet: margin", values.get("DA-RefineNet: confidence", 1.0))
-        parts = (1.0 - sure, float(sizes[index]), float(borders[index]), unlike.get(item.written.id, 0.0))
+        parts = (1.0 - sure, float(sizes[index]), float(borders[index]))
         places.append(
             _place(image, _window(image, centres[index], side), item.written.training_class, parts, item.written.id)
         )
@@ -189,14 +209,13 @@ def _place(
     image: ImageEntry,
     box: Box,
     path_class: str,
-    parts: tuple[float, float, float, float],
+    parts: tuple[float, float, float],
     identity: UUID | None = None,
 ) -> Place:
-    uncertainty, size, border, unlike = parts
-    score = sum(weight * part for weight, part in zip(_WEIGHTS, parts, strict=True)) / sum(_WEIGHTS)
+    uncertainty, size, border = parts
     return Place(
-        image=image.id, image_name=image.name, box=box, path_class=path_class, score=score,
-        uncertainty=uncertainty, size=size, border=border, unlike=unlike, object=identity,
+        image=image.id, image_name=image.name, box=box, path_class=path_class, score=0.0,
+        uncertainty=uncertainty, size=size, border=border, unlike=0.0, object=identity,
     )  # fmt: skip
 
 
@@ -245,7 +264,7 @@ def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: S
         cell = layers.labels[window.y : window.bottom, window.x : window.right]
         label = int(np.bincount(cell[cell != IGNORE]).argmax())
         share = float(num_pixels[row, column]) / (step * step)
-        parts = (float(doubt[row, column]), share, float(border[row, column]), 0.0)
+        parts = (float(doubt[row, column]), share, float(border[row, column]))
         places.append(_place(image, _window(image, centre, side), layers.names[label], parts))
     return places
 
@@ -256,7 +275,7 @@ def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
     return np.asarray(np.add.reduceat(across, rows, axis=0), np.float64)
 
 
-def mark_places(project: Project, places: Sequence[Place]) -> int:
+def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError | None = None) -> int:
     """Put places into the project as small unclassified annotations, named in order: ``Review 01``, ``Review 02`` ...
 
     Those of an earlier call go. They train nothing, nothing gives way to them, and `clear_places` removes them.
@@ -267,13 +286,15 @@ def mark_places(project: Project, places: Sequence[Place]) -> int:
         Open project.
     places : sequence of Place
         Best first.
+    on_error : callable, optional
+        Told of an image that cannot be written; without it that is an error.
 
     Returns
     -------
     int
         Annotations made.
     """
-    clear_places(project)
+    clear_places(project, on_error=on_error)
     digits = max(2, len(str(len(places))))
     by_image: dict[str, list[Annotation]] = {}
     for number, place in enumerate(places, 1):
@@ -284,9 +305,9 @@ def mark_places(project: Project, places: Sequence[Place]) -> int:
             metadata={PLACE: f"{place.score:.4f}", "ANNOTATION_DESCRIPTION": _description(place)},
         )
         by_image.setdefault(place.image, []).append(record)
-    for image, records in by_image.items():
-        project.apply(project.image(image), Changes(add=records))
-    return sum(map(len, by_image.values()))
+    images = [project.image(image) for image in by_image]
+    marked = for_images(images, lambda image: project.apply(image, Changes(add=by_image[image.id])), on_error)
+    return sum(applied.added for _, applied in marked)
 
 
 def _description(place: Place) -> str:
@@ -296,19 +317,29 @@ def _description(place: Place) -> str:
     )
 
 
-def clear_places(project: Project, images: Iterable[ImageEntry] | None = None) -> int:
+def clear_places(
+    project: Project, images: Iterable[ImageEntry] | None = None, *, on_error: OnError | None = None
+) -> int:
     """Remove the annotations of `mark_places`; one that was given a class or was locked is somebody's and stays.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    images : iterable of ImageEntry, optional
+        Which; all by default.
+    on_error : callable, optional
+        Told of an image that cannot be read or written; without it that is an error.
 
     Returns
     -------
     int
         Annotations removed.
     """
-    removed = 0
-    for image in project.images if images is None else images:
-        places = survey(project, image).places
-        gone = [record.id for record in places if record.path_class is None and not record.locked]
-        if gone:
-            project.apply(image, Changes(remove=gone))
-            removed += len(gone)
-    return removed
+
+    def clear(image: ImageEntry) -> int:
+        gone = [record.id for record in survey(project, image).places if not record.locked]
+        return project.apply(image, Changes(remove=gone)).removed if gone else 0
+
+    chosen = project.images if images is None else images
+    return sum(count for _, count in for_images(chosen, clear, on_error))

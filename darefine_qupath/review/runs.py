@@ -12,18 +12,18 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from uuid import UUID
 
 import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation, Plane
-from darefine_qupath.errors import ReviewError
+from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.project.safety import Batch
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT",
+    "OnError",
     "Run",
     "RunObject",
     "digest_of",
-    "find_run",
     "latest",
     "list_runs",
     "new_run_id",
@@ -49,6 +49,8 @@ FORMAT = "darefine-run/1"
 
 State = Literal["pending", "done", "undoing", "undone"]
 Role = Literal["region", "container"]
+OnError: TypeAlias = Callable[[str, DarefineError], None]
+"""Told of an image, or a run's file, by its name, that cannot be dealt with; the others are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,15 +194,36 @@ def save_run(project: Project, run: Run) -> Path:
     return path
 
 
-def list_runs(project: Project, image: ImageEntry | None = None) -> tuple[Run, ...]:
+def list_runs(project: Project, image: ImageEntry | None = None, *, on_error: OnError | None = None) -> tuple[Run, ...]:
     """Read the runs of a project, or of one image, oldest first.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    image : ImageEntry, optional
+        One of its images; all by default.
+    on_error : callable, optional
+        Told of a file that cannot be read, which is left out; without it that is an error.
+
+    Returns
+    -------
+    tuple of Run
+        Those that were undone among them.
 
     Raises
     ------
     ReviewError
         If a file is damaged or of another format; the message names it.
     """
-    runs = [_read_run(path) for path in _paths(project, image)]
+    runs = []
+    for path in _paths(project, image):
+        try:
+            runs.append(_read_run(path))
+        except ReviewError as error:
+            if on_error is None:
+                raise
+            on_error(path.name, error)
     return tuple(run for run in runs if image is None or run.image == image.id)
 
 
@@ -225,21 +248,6 @@ def recent_runs(project: Project, image: ImageEntry) -> tuple[Run, ...]:
 def _paths(project: Project, image: ImageEntry | None) -> list[Path]:
     paths = sorted(runs_folder(project).glob("*.json"))
     return paths if image is None else [path for path in paths if f"Z-{image.id}" in path.stem]
-
-
-def find_run(project: Project, run_id: str) -> tuple[Run, ...]:
-    """Find the run of an id, or the runs of a batch of that id.
-
-    Raises
-    ------
-    ReviewError
-        If there is none.
-    """
-    found = tuple(run for run in list_runs(project) if run_id in (run.id, run.batch))
-    exact = tuple(run for run in found if run.id == run_id and run.batch != run_id)
-    if not found:
-        raise ReviewError(f"No run {run_id!r} in {runs_folder(project)}; `darefine runs` lists them")
-    return exact or found
 
 
 def _read_run(path: Path) -> Run:

@@ -30,11 +30,9 @@ from darefine_qupath.review.ours import (
     Reviewed,
     Survey,
     settle,
-    settled,
     survey,
 )
-from darefine_qupath.review.runs import Run, RunObject, digest_of, find_run, latest, list_runs, new_run_id
-from darefine_qupath.review.runs import save_run as save
+from darefine_qupath.review.runs import Run, RunObject, digest_of, new_run_id, save_run
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from darefine_qupath.polygons import ClassPolygon
     from darefine_qupath.project import ImageEntry, Project
 
-__all__ = ["RunResult", "WriteOptions", "WritePlan", "plan_write", "undo", "write_back"]
+__all__ = ["RunResult", "WriteOptions", "WritePlan", "apply_plan", "plan_write", "write_back"]
 
 _log = logging.getLogger(__name__)
 
@@ -282,12 +280,12 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
         If the project cannot be written.
     """
     settle(project, image, project.objects(image))
-    save(project, plan.run)
+    save_run(project, plan.run)
     if plan.classes:
         project.set_classes([*project.classes, *plan.classes])
     applied = project.apply(image, plan.changes)
     backup = None if applied.backup is None else applied.backup.relative_to(project.folder).as_posix()
-    save(project, replace(plan.run, state="done", digest=applied.digest, backup=backup))
+    save_run(project, replace(plan.run, state="done", digest=applied.digest, backup=backup))
     return replace(plan.result, warnings=(*plan.result.warnings, *applied.warnings))
 
 
@@ -466,92 +464,3 @@ def _measurements(polygon: ClassPolygon) -> dict[str, float]:
     }
     # QuPath keeps a detection's measurements as float32; what is read back must be what was written.
     return {f"{_PREFIX}{name}": float(np.float32(value)) for name, value in values.items() if value is not None}
-
-
-# -- undo
-
-
-def undo(project: Project, run_id: str | None = None, *, dry_run: bool = False) -> tuple[RunResult, ...]:
-    """Take a run back: remove what it added and nobody touched, bring back what it replaced.
-
-    Where nothing was written to an image since, its data is afterwards what it was before, byte for byte. Classes that
-    came into the project's list stay there.
-
-    Parameters
-    ----------
-    project : Project
-        Open project.
-    run_id : str, optional
-        A run, or a batch of runs; the last batch by default.
-    dry_run : bool, optional
-        Only say what would be done.
-
-    Returns
-    -------
-    tuple of RunResult
-        One per image.
-
-    Raises
-    ------
-    ReviewError
-        If there is no such run, it was undone already, or a later one stands on it.
-    ProjectError
-        If the project cannot be written.
-    """
-    runs = _standing_runs(project)
-    if run_id is None:
-        if not runs:
-            raise ReviewError(f"There is no run to undo in {project.path}")
-        batch = max(runs, key=lambda run: run.id).batch
-        wanted = tuple(run for run in runs if run.batch == batch)
-    else:
-        standing = {run.id: run for run in runs}
-        wanted = tuple(standing[run.id] for run in find_run(project, run_id) if run.id in standing)
-        if not wanted:
-            raise ReviewError(f"Run {run_id!r} was undone already")
-    for run in wanted:
-        last = latest(tuple(other for other in runs if other.image == run.image))
-        if last is not None and last.id != run.id:
-            raise ReviewError(f"Run {last.id} of {run.image_name!r} came after {run.id}; undo that one first")
-    return tuple(_undo_one(project, run, dry_run=dry_run) for run in wanted)
-
-
-def _standing_runs(project: Project) -> tuple[Run, ...]:
-    images = {image.id: image for image in project.images}
-    runs = [run for run in list_runs(project) if run.image in images and run.state != "undone"]
-    now = [run if run.state == "done" else settled(run, project.objects(images[run.image])) for run in runs]
-    return tuple(run for run in now if run.state == "done")
-
-
-def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
-    image = project.image(run.image)
-    objects = project.objects(image)
-    found = survey(project, image, objects=objects)
-    added = {item.id for item in run.added}
-    removed = [item.written.id for item in found.untouched if item.written.id in added]
-    present = {record.id for record in objects}
-    restored = [item for item in run.replaced if item.id not in present]
-    result = RunResult(
-        run=run.id,
-        image=run.image,
-        image_name=run.image_name,
-        added=len(restored),
-        kept=len(found.untouched) - len(removed),
-        removed=len(removed),
-        adopted=len(found.adopted),
-        rejected=len(found.rejected),
-        is_dry=dry_run,
-    )
-    if dry_run:
-        return result
-    settle(project, image, objects)
-    rejected = tuple(item.written for item in found.rejected)
-    save(project, replace(run, state="undoing", undoing=tuple(removed), rejected=rejected))
-    applied = None
-    if run.digest is not None and run.backup is not None:
-        # Nothing was written since: the former file comes back, the order of its objects included.
-        applied = project.take_back(image, digest=run.digest, backup=project.folder / run.backup)
-    if applied is None:
-        applied = project.apply(image, Changes(add=[item.record for item in restored], remove=removed))
-    save(project, replace(run, state="undone", undoing=(), rejected=rejected))
-    return replace(result, warnings=applied.warnings)
