@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import ClassMap
@@ -196,8 +197,20 @@ def gather(
     for left_out in skipped:
         _log.warning("%s is left out: %s", left_out.name, left_out.why)
     given = settings.mpp if mpp is None else mpp
-    sources = tuple(source_of(image, drawn[image.id], given) for image in readable)
+    sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
     return Corpus(classes=classes, sources=sources, skipped=skipped)
+
+
+def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:
+    """Give entries of one file one case: the same pixels must not train and validate."""
+    by_file: dict[Path, list[TileSource]] = {}
+    for source in sources:
+        by_file.setdefault(source.path.resolve(), []).append(source)
+    cases = {}
+    for path, same in by_file.items():
+        named = next((source.known_case for source in same if source.known_case), str(path))
+        cases.update({source.id: named for source in same if len(same) > 1})
+    return tuple(replace(source, case=cases[source.id]) if source.id in cases else source for source in sources)
 
 
 def _nothing_to_learn(project: Project, skipped: Sequence[Skipped]) -> str:

@@ -11,7 +11,9 @@
     [classes.colours]
     Invasive = "#c81e28"
 
-    [tiles]      # fields of TileSpec: size_px, slice_um, context_um, stride_um or slice_px ..., placement
+    [tiles]      # fields of TileSpec (size_px, slice_um ...), of Screening (min_labelled ...) and Storage (pixels ...)
+    [split]      # fields of SplitSpec: validation, test, validation_images, test_images, folds
+    [sampling]   # fields of SamplingSpec: max_per_image, max_per_image_class, hard ...
     [model]      # fields of ModelConfig: slice_encoder, context_encoder, fusion, width ...
     [train]      # fields of TrainConfig: preset, epochs, batch_size ...
     [images]     # mpp = 0.25 for slides that do not say theirs
@@ -27,12 +29,15 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from darefine_qupath.classes import ClassMap, Colour, PathClass, is_ignored
 from darefine_qupath.errors import ConfigError
 from darefine_qupath.models import ModelConfig
+from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
 from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.screening import Screening
+from darefine_qupath.tiles.storage import Storage
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,8 +48,16 @@ __all__ = ["FILE_NAME", "Settings", "read_settings"]
 
 FILE_NAME = "darefine.toml"
 
+T = TypeVar("T")
+
 _CLASS_KEYS = ("names", "unlabelled", "region_unlabelled", "map", "colours")
-_SECTIONS = ("classes", "tiles", "model", "train", "images")
+_SECTIONS = ("classes", "tiles", "split", "sampling", "model", "train", "images")
+_KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "tuple": (list, "a list of names"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +68,15 @@ class Settings:
     ----------
     path : Path or None
         The file; None when there is none.
-    classes, tiles, model, train, images : mapping
+    classes, tiles, split, sampling, model, train, images : mapping
         Its tables.
     """
 
     path: Path | None = None
     classes: Mapping[str, Any] = field(default_factory=dict)
     tiles: Mapping[str, Any] = field(default_factory=dict)
+    split: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)
@@ -144,10 +159,10 @@ class Settings:
 
         Sizes given in micrometres replace sizes in pixels and the other way round, as one triple.
         """
-        known = [item.name for item in fields(TileSpec)]
-        _refuse_unknown(self.tiles, known, "tiles", self.path)
+        self._check_tile_keys()
+        table = {key: value for key, value in self.tiles.items() if key in _names(TileSpec)}
         merged = default.to_json()
-        for layer in (dict(self.tiles), {key: value for key, value in changes.items() if value is not None}):
+        for layer in (table, {key: value for key, value in changes.items() if value is not None}):
             units = {key.rsplit("_", 1)[1] for key in layer if key.split("_")[0] in ("slice", "context", "stride")}
             if "context_size_px" in layer and not {"context_px", "slice_px", "stride_px"} & set(layer):
                 units.discard("px")
@@ -155,17 +170,48 @@ class Settings:
                 if unit in units:
                     merged.update({f"{name}_{other}": None for name in ("slice", "context", "stride")})
             merged.update(layer)
-        self._check_tile_values()
         return TileSpec.from_json(merged)
 
-    def _check_tile_values(self) -> None:
+    def _check_tile_keys(self) -> None:
+        _refuse_unknown(self.tiles, [*_names(TileSpec), *_names(Screening), *_names(Storage)], "tiles", self.path)
         for key, value in self.tiles.items():
-            if key == "placement":
+            if key == "placement" or key not in _names(TileSpec):
                 continue
             whole = key.endswith("_px")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 kind = "a whole number of pixels" if whole else "a number of micrometres"
                 raise ConfigError(f"{self.path}: [tiles] {key} = {value!r} must be {kind}")
+
+    def screening(self, **changes: Any) -> Screening:  # noqa: ANN401 - any field
+        """Which tiles are worth having, by the ``[tiles]`` table; `changes` that are not None go over it."""
+        self._check_tile_keys()
+        return self._made(Screening, "tiles", changes)
+
+    def storage(self, **changes: Any) -> Storage:  # noqa: ANN401 - any field
+        """How tiles are stored, by the ``[tiles]`` table; `changes` that are not None go over it."""
+        self._check_tile_keys()
+        return self._made(Storage, "tiles", changes)
+
+    def split_spec(self, **changes: Any) -> SplitSpec:  # noqa: ANN401 - any field
+        """How tiles are divided, by the ``[split]`` table; `changes` that are not None or empty go over it."""
+        _refuse_unknown(self.split, [name for name in _names(SplitSpec) if name != "fold"], "split", self.path)
+        return self._made(SplitSpec, "split", {key: value for key, value in changes.items() if value != ()})
+
+    def sampling_spec(self, **changes: Any) -> SamplingSpec:  # noqa: ANN401 - any field
+        """Which training tiles an epoch draws, by the ``[sampling]`` table; `changes` that are not None go over it."""
+        _refuse_unknown(self.sampling, _names(SamplingSpec), "sampling", self.path)
+        return self._made(SamplingSpec, "sampling", changes)
+
+    def _made(self, kind: type[T], section: str, changes: Mapping[str, Any]) -> T:
+        """Record of the keys of a table that are its fields; a value of another type is named with its key."""
+        values: dict[str, Any] = {}
+        for item in fields(kind):  # type: ignore[arg-type]  # every caller gives a dataclass
+            if item.name in getattr(self, section):
+                value = getattr(self, section)[item.name]
+                _check_kind(value, str(item.type), f"{self.path}: [{section}] {item.name}")
+                values[item.name] = tuple(value) if isinstance(value, list) else value
+        values.update({key: value for key, value in changes.items() if value is not None})
+        return kind(**values)
 
     def model_config(self, default: ModelConfig, **changes: Any) -> ModelConfig:  # noqa: ANN401 - any field
         """Network of the ``[model]`` table; `changes` that are not None go over it."""
@@ -208,6 +254,19 @@ def read_settings(folder: Path, path: Path | None = None) -> Settings:
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, [{name}]")
     return Settings(path=file, **tables)
+
+
+def _names(kind: type) -> list[str]:
+    return [item.name for item in fields(kind)]
+
+
+def _check_kind(value: object, annotation: str, where: str) -> None:
+    """Refuse a value of another type than a field has, told by the beginning of its annotation."""
+    wanted = next((kind for kind in _KINDS if annotation.startswith(kind)), "str")
+    types, name = _KINDS[wanted]
+    fits = isinstance(value, types) and not isinstance(value, bool)
+    if not fits or (isinstance(value, list) and not _all_text(value)):
+        raise ConfigError(f"{where} = {value!r} must be {name}")
 
 
 def _all_text(values: Iterable[Any]) -> bool:

@@ -223,6 +223,7 @@ def _request(
                 "crop_bounds": source.crop_bounds,
                 "annotations": _annotations_digest(source.annotations),
                 "metadata": dict(sorted(source.metadata.items())),
+                "case": source.known_case,
             }
             for source in sources
         ],

@@ -63,6 +63,8 @@ class TileSource:
         All annotations of the image.
     metadata : mapping of str to str
         Project metadata; see `case_of`.
+    case : str or None
+        Case or patient, over what the metadata name.
     """
 
     id: str
@@ -72,12 +74,18 @@ class TileSource:
     crop_bounds: bool = True
     annotations: tuple[Annotation, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    case: str | None = None
+
+    @property
+    def known_case(self) -> str | None:
+        """The case; None where nothing names one."""
+        return self.case or case_of(self.metadata)
 
     def image(self, slide: Slide) -> TileImage:
         """Describe the image for an index, with its size and mpp as the open slide has them."""
         mpp = slide.mpp if self.mpp is None else self.mpp
         return TileImage(
-            id=self.id, name=self.name, size=slide.size, mpp=mpp, case=case_of(self.metadata), metadata=self.metadata
+            id=self.id, name=self.name, size=slide.size, mpp=mpp, case=self.known_case, metadata=self.metadata
         )
 
 

@@ -387,6 +387,8 @@ def _parted(tiles: TileIndex, parts: list[tuple[Role, float]], rng: np.random.Ge
 
 def _check_enough(num_free: int, num_parts: int, has_train: bool) -> None:
     needed = num_parts + (not has_train)
+    if num_free == 0 and not has_train:
+        raise TileError("Every annotated case has a role and none of them trains; leave some to train on")
     if num_free < needed:
         raise TileError(
             f"{num_free} annotated cases cannot be split into {needed} parts; annotate more, ask for fewer parts, or "
