@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +20,9 @@ from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import SegmentationNetwork
 
 __all__ = ["World", "join_world", "resolve_device"]
+
+# The others wait while the first process cuts the tiles of a whole project.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,7 @@ def join_world(device: str) -> World:
 def _join(world: World) -> None:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, rank=world.rank, world_size=world.size)
+        distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
             f"Process {world.rank} of {world.size} could not join the others ({error}); start with torchrun, or unset "

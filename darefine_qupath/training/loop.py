@@ -65,6 +65,8 @@ class TrainResult:
         Epochs that were trained.
     is_early : bool
         Whether mIoU stood still for long enough to stop.
+    is_main : bool
+        Whether this is the process, of several, that wrote all this.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class TrainResult:
     metrics: Mapping[str, Any]
     epochs: int
     is_early: bool
+    is_main: bool = True
 
 
 def train(
@@ -441,6 +444,7 @@ class _Run:
             metrics=metrics,
             epochs=counters.epoch,
             is_early=counters.epoch < self.config.epochs,
+            is_main=self.world.is_main,
         )
 
 
