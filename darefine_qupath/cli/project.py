@@ -137,14 +137,17 @@ def _annotated(image: ImageSummary) -> str:
 def check(project: Path, mpp: float | None, settings: Path | None, as_json: bool) -> None:
     """Look for what would spoil training on PROJECT, or put its annotations in the wrong place.
 
-    Exit code 1 when there is an error among the findings.
+    Every annotation is rasterised over its pixels at two levels of its slide. Found are levels that lie beside each
+    other, annotations on glass, outside the image or of no valid shape, classes with few pixels, images without pixel
+    size, missing, damaged and duplicate images. Exit code 1 when there is an error among the findings.
     """
-    with open_project(project, engine="embedded") as opened:
-        findings = check_project(opened, read_settings(opened.folder, settings), mpp=mpp)
+    with open_project(project, engine="embedded") as opened, progress_bar("Checking") as report:
+        findings = check_project(opened, read_settings(opened.folder, settings), mpp=mpp, progress=report)
     if as_json:
         echo_json({"findings": [vars(finding) for finding in findings]})
     elif findings:
-        table(["level", "image", "finding"], [(f.level, f.image or "-", f.message) for f in findings])
+        for found in findings:
+            click.echo(f"{found.level}: {f'{found.image}: ' if found.image else ''}{found.message}")
     else:
         note("Nothing found.")
     if any(finding.level == "error" for finding in findings):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import shapely
@@ -14,16 +15,23 @@ import shapely
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, SlideError
-from darefine_qupath.geometry import Box, scaled_size
+from darefine_qupath.pipeline.placing import look_below
 from darefine_qupath.pipeline.selection import choose_images, misfit
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import Slide, open_slide, resolve_mpp
 
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
 __all__ = ["ClassSummary", "Finding", "ImageSummary", "ProjectSummary", "check_project", "summarise"]
 
 _FEW_PIXELS = 500_000
 _OVERHANG = 0.01
+_ON_GLASS = 0.9
+_MEGABYTE = 1 << 20
+_NAMED = 5
+"""Annotations with one kind of problem that are named; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +166,13 @@ class Finding:
     message: str
 
 
-def check_project(project: Project, settings: Settings, *, mpp: float | None = None) -> tuple[Finding, ...]:
+def check_project(
+    project: Project,
+    settings: Settings,
+    *,
+    mpp: float | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Finding, ...]:
     """Look for what would spoil training.
 
     Parameters
@@ -169,6 +183,8 @@ def check_project(project: Project, settings: Settings, *, mpp: float | None = N
         Its settings.
     mpp : float, optional
         Given by the user.
+    progress : callable, optional
+        Told images done, images in all, and a name.
 
     Returns
     -------
@@ -177,8 +193,10 @@ def check_project(project: Project, settings: Settings, *, mpp: float | None = N
     """
     findings: list[Finding] = []
     areas: dict[str, float] = {}
-    for entry in project.images:
+    for number, entry in enumerate(project.images):
         findings += _check_image(project, entry, settings, mpp, areas)
+        if progress is not None:
+            progress(number + 1, len(project.images), entry.name)
     findings += _check_duplicates(project.images)
     for name, area in sorted(areas.items()):
         if area < _FEW_PIXELS and not is_ignored(name):
@@ -206,8 +224,36 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
     for (uri, _), number in uris.items():
         if number > 1 and uri is not None:
             names_of = ", ".join(repr(image.name) for image in images if image.uri == uri)
-            message = f"{number} entries show the same file {uri}: {names_of}; a split could put them on both sides"
+            message = f"{number} entries show the same file {uri}: {names_of}; annotate one of them"
             yield Finding(level="warning", image="", message=message)
+    for same in _copies(images):
+        names_of = ", ".join(repr(image.name) for image in same)
+        message = (
+            f"{len(same)} files hold the same bytes: {names_of}; a split could put them on both sides, drop all but one"
+        )
+        yield Finding(level="error", image="", message=message)
+
+
+def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
+    """Images of different files that hold the same, told by their size and three of their megabytes."""
+    by_size: dict[int, dict[Path, ImageEntry]] = {}
+    for image in images:
+        if image.path is not None and image.path.is_file():
+            by_size.setdefault(image.path.stat().st_size, {}).setdefault(image.path.resolve(), image)
+    found: dict[tuple[int, str], list[ImageEntry]] = {}
+    for size, same in by_size.items():
+        for path, image in same.items() if len(same) > 1 else ():
+            found.setdefault((size, _fingerprint(path, size)), []).append(image)
+    return [same for same in found.values() if len(same) > 1]
+
+
+def _fingerprint(path: Path, size: int) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(0, size - _MEGABYTE)):
+            file.seek(start)
+            digest.update(file.read(_MEGABYTE))
+    return digest.hexdigest()
 
 
 def _check_image(
@@ -253,51 +299,91 @@ def _check_slide(entry: ImageEntry, slide: Slide, mpp: float | None) -> Iterator
 
 
 def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:
-    whole = shapely.box(0, 0, *slide.size)
     unclassified = sum(record.path_class is None for record in annotations)
     if unclassified:
         message = f"{unclassified} annotations have no class and are not learnt from"
         yield Finding(level="warning", image=entry.name, message=message)
-    for record in annotations:
-        problem = _problem(record, whole)
-        if problem is not None:
+    problems: dict[str, list[str]] = {}
+    for record, outside in zip(annotations, _shares_outside(annotations, slide), strict=True):
+        kind, detail = _problem(record, outside)
+        if kind:
             label = record.name or record.path_class or "annotation"
-            yield Finding(level="warning", image=entry.name, message=f"{label} {record.id}: {problem}")
+            problems.setdefault(kind, []).append(f"{label} {record.id}: {detail}")
+    for kind, messages in problems.items():
+        for message in messages[:_NAMED]:
+            yield Finding(level="warning", image=entry.name, message=message)
+        if len(messages) > _NAMED:
+            more = f"{len(messages) - _NAMED} more annotations: {kind}"
+            yield Finding(level="warning", image=entry.name, message=more)
     yield from _check_pixels(entry, annotations, slide)
 
 
-def _problem(record: Annotation, whole: shapely.Polygon) -> str | None:
+def _shares_outside(annotations: Sequence[Annotation], slide: Slide) -> list[float]:
+    """Share of each annotation's area beyond the image; 0 for what has no valid area."""
+    whole = shapely.box(0, 0, *slide.size)
+    return [
+        1 - record.geometry.intersection(whole).area / record.geometry.area
+        if record.geometry is not None and not _is_within(record.geometry, slide.size) and _is_sound(record.geometry)
+        else 0.0
+        for record in annotations
+    ]
+
+
+def _is_within(geometry: BaseGeometry, size: tuple[int, int]) -> bool:
+    if geometry.is_empty:
+        return True
+    left, top, right, bottom = geometry.bounds
+    return bool(left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1])
+
+
+def _is_sound(geometry: BaseGeometry) -> bool:
+    return bool(np.isfinite(geometry.bounds).all() and geometry.is_valid and geometry.area > 0)
+
+
+def _problem(record: Annotation, outside: float) -> tuple[str, str]:
+    """Kind and description of what is wrong with an annotation; empty where nothing is."""
     geometry = record.geometry
     if geometry is None or geometry.is_empty:
-        return "has no shape"
-    if record.path_class is not None and record.area == 0:
-        return "has no area and labels nothing (a line or points)"
+        return "no shape", "has no shape"
+    if not np.isfinite(shapely.get_coordinates(geometry)).all():
+        return "coordinates that are not numbers", "has a coordinate that is not a number; draw it again"
     if not geometry.is_valid:
-        return f"is not a valid shape: {shapely.is_valid_reason(geometry)}"
-    if geometry.area > 0:
-        outside = 1 - geometry.intersection(whole).area / geometry.area
-        if outside > _OVERHANG:
-            return f"lies {100 * outside:.0f} % outside the image"
-    return None
+        return "not a valid shape", f"is not a valid shape: {shapely.is_valid_reason(geometry)}"
+    if record.path_class is not None and record.area == 0:
+        return "no area", "has no area and labels nothing (a line or points)"
+    if outside > _OVERHANG:
+        return "outside the image", f"lies {100 * outside:.0f} % outside the image"
+    return "", ""
 
 
 def _check_pixels(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:
-    """Annotations over glass: read under each class at two levels and look for white."""
-    shapes = [r.geometry for r in annotations if r.path_class and not is_ignored(r.path_class) and r.area > 0]
-    for shape in shapes:
-        if shape is None or not shape.is_valid:
-            continue
-        point = shapely.point_on_surface(shape)
-        fine = _darkness(slide, Box(int(point.x) - 64, int(point.y) - 64, 128, 128), 1)
-        coarse = _darkness(slide, Box(int(point.x) - 64, int(point.y) - 64, 128, 128), 4)
-        if abs(fine - coarse) > 12:
-            yield Finding(
-                level="error",
-                image=entry.name,
-                message=f"At ({point.x:.0f}, {point.y:.0f}) the levels of the pyramid differ by "
-                f"{abs(fine - coarse):.0f} grey values: the file may be damaged or misaligned",
-            )
-
-
-def _darkness(slide: Slide, box: Box, downsample: float) -> float:
-    return float(np.mean(slide.read(box, scaled_size(box.size, downsample))))
+    """Rasterise every annotation over its pixels at two levels; say where they differ, and what lies on glass."""
+    learnt = [
+        record
+        for record in annotations
+        if record.path_class and not is_ignored(record.path_class) and record.geometry and _is_sound(record.geometry)
+    ]
+    places = list(look_below(slide, [record.geometry for record in learnt if record.geometry is not None]))
+    beside = [place for place in places if place.is_misaligned]
+    if beside:
+        first = beside[0]
+        what = (
+            f"the coarse level lies {first.shift} px beside level 0"
+            if first.shift != (0, 0)
+            else f"the levels differ by {first.difference:.0f} grey values"
+        )
+        yield Finding(
+            level="error",
+            image=entry.name,
+            message=f"Under {len(beside)} of {len(places)} annotations the levels of the pyramid differ, first at "
+            f"({first.x}, {first.y}): {what}; the file may be damaged or badly converted",
+        )
+    on_glass = [place for place in places if place.glass > _ON_GLASS]
+    if on_glass:
+        named = ", ".join(f"{learnt[place.index].path_class} at ({place.x}, {place.y})" for place in on_glass[:_NAMED])
+        yield Finding(
+            level="warning",
+            image=entry.name,
+            message=f"{len(on_glass)} of {len(places)} annotations lie on white glass ({named}); they may have been "
+            f"moved, or drawn on another image",
+        )
