@@ -14,7 +14,7 @@ import numpy as np
 
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles.reading import read_context, read_slice
+from darefine_qupath.tiles.reading import held, read_context, read_slice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,7 +183,8 @@ def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPix
         Everything that could be read.
     """
     slide = handles.get()
-    slices = tuple(_slice_or_none(slide, box, spec) for box in batch.slices)
+    near = held(slide, batch.slices, spec)
+    slices = tuple(_slice_or_none(near, box, spec) for box in batch.slices)
     contexts = [_context(slide, box, spec) for _, box in batch.opening]
     damaged = tuple(hole for _, holes in contexts for hole in holes)
     return BatchPixels(batch, slices, tuple(pixels for pixels, _ in contexts), damaged)
