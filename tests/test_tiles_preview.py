@@ -14,7 +14,7 @@ from darefine_qupath.classes import ClassMap, Colour
 from darefine_qupath.errors import TileError
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileIndex
-from darefine_qupath.tiles.preview import choose_examples, contact_sheet
+from darefine_qupath.tiles.preview import check_sheet, choose_examples, contact_sheet
 from darefine_qupath.tiles.screening import index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource
 from tests.tile_slides import ArraySlide
@@ -73,3 +73,35 @@ def test_no_tiles_give_no_sheet(source: TileSource, tmp_path: Path) -> None:
     tiles = tiles_of(source, SPEC).subset(np.zeros(0, int))
     with pytest.raises(TileError, match="There are no tiles to show"):
         contact_sheet(tiles, SlideReader([source], CLASSES), tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sheet.pdf", r"one of \.png, \.jpg, \.jpeg, not '\.pdf'; rename"),
+        ("none/a.png", "There is no folder .*none for"),
+    ],
+)
+def test_a_sheet_that_cannot_be_drawn_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(TileError, match=message):
+        check_sheet(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg"])
+def test_the_suffix_is_the_format(source: TileSource, tmp_path: Path, suffix: str) -> None:
+    tiles = tiles_of(source, SPEC)
+    path = contact_sheet(tiles, SlideReader([source], CLASSES, opener=opener), tmp_path / f"sheet{suffix}", number=1)
+    with Image.open(path) as image:
+        assert image.format == ("PNG" if suffix == ".png" else "JPEG")
+
+
+def test_a_slice_shows_the_outlines_of_its_mask(source: TileSource, tmp_path: Path) -> None:
+    tiles = tiles_of(source, SPEC)
+    with_rare = tiles.subset(tiles.counts[:, 1] > 0)
+    path = contact_sheet(with_rare, SlideReader([source], CLASSES, opener=opener), tmp_path / "a.png", number=1)
+    with Image.open(path) as image:
+        slice_shown = np.asarray(image.convert("RGB"))[42:262, 24:244]
+    pink, rare = (slice_shown == (240, 180, 210)).all(axis=2), (slice_shown == (200, 10, 220)).all(axis=2)
+    # The square fills 132 of 220 px of its slice, from 44 on: a line round it, and the tissue inside it still shows.
+    assert rare[46:174, 44].all()
+    assert pink[60:160, 60:160].all()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from darefine_qupath.errors import TileError
 from darefine_qupath.tiles.index import TileIndex, TileRecord
@@ -16,7 +16,9 @@ from darefine_qupath.tiles.storage import IGNORE_COLOUR, palette
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["choose_examples", "contact_sheet"]
+__all__ = ["check_sheet", "choose_examples", "contact_sheet"]
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 _SIDE = 220
 _GAP = 6
@@ -24,6 +26,8 @@ _LINE = 18
 _MARGIN = 24
 _INK = (30, 30, 30)
 _BOX_COLOUR = (0, 200, 255)
+_EDGE = 3
+"""Width of the outlines over a slice, in pixels of the sheet."""
 
 
 def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -57,10 +61,27 @@ def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[
     return np.array(chosen, np.int64)
 
 
+def check_sheet(path: Path) -> str:
+    """Picture format of a contact sheet, by the suffix of its file.
+
+    Raises
+    ------
+    TileError
+        If it is none that can be drawn, or the folder is not there: before any work is done.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise TileError(f"A contact sheet is one of {', '.join(_FORMATS)}, not {path.suffix!r}; rename {path}")
+    if not path.parent.is_dir():
+        raise TileError(f"There is no folder {path.parent} for the contact sheet {path.name}; make it first")
+    return _FORMATS[path.suffix.lower()]
+
+
 def contact_sheet(
     tiles: TileIndex, reader: TileReader, path: Path, *, number: int = 12, columns: int = 2, seed: int = 0
 ) -> Path:
     """Draw examples of slice, mask and context, with a table of the classes.
+
+    The slice is drawn with the outlines of its mask, the context with the slice's box.
 
     Parameters
     ----------
@@ -69,7 +90,7 @@ def contact_sheet(
     reader : TileReader
         Where their pixels are.
     path : Path
-        PNG to write.
+        PNG or JPEG to write.
     number : int, optional
         Examples.
     columns : int, optional
@@ -85,8 +106,9 @@ def contact_sheet(
     Raises
     ------
     TileError
-        If there are no tiles.
+        If there are no tiles, or the file cannot be of that kind; see `check_sheet`.
     """
+    kind = check_sheet(path)
     if not len(tiles):
         raise TileError("There are no tiles to show")
     examples = [tiles[int(index)] for index in choose_examples(tiles, number, seed=seed)]
@@ -98,23 +120,30 @@ def contact_sheet(
     colours = palette(tiles.classes)
     for place, record in enumerate(examples):
         corner = (_MARGIN + place % columns * cell[0], _MARGIN + place // columns * cell[1])
-        _draw_tile(sheet, corner, record, reader.read(record), colours)
+        _draw_tile(sheet, corner, record, reader.read(record), colours, tiles.classes.names)
     _draw_table(sheet, (_MARGIN, _MARGIN + rows * cell[1]), tiles)
-    sheet.save(path, "PNG")
+    sheet.save(path, kind, **({"quality": 92} if kind == "JPEG" else {}))
     return path
 
 
 def _draw_tile(
-    sheet: Image.Image, corner: tuple[int, int], record: TileRecord, pixels: TilePixels, colours: bytes
+    sheet: Image.Image,
+    corner: tuple[int, int],
+    record: TileRecord,
+    pixels: TilePixels,
+    colours: bytes,
+    names: tuple[str, ...],
 ) -> None:
     x, y = corner
     draw = ImageDraw.Draw(sheet)
     box = record.pair.slice
-    draw.text((x, y), f"{record.image.name}  x {box.x}  y {box.y}", fill=_INK, font=_font())
+    title = f"{record.image.name}  x {box.x}  y {box.y}   {_contents(record, names)}"
+    draw.text((x, y), _fitted(title, 3 * _SIDE), fill=_INK, font=_font())
     y += _LINE
     mask = Image.fromarray(pixels.mask)
     mask.putpalette(colours)
-    for picture in (Image.fromarray(pixels.slice), mask.convert("RGB"), Image.fromarray(pixels.context)):
+    outlined = _outlined(Image.fromarray(pixels.slice), mask)
+    for picture in (outlined, mask.convert("RGB"), Image.fromarray(pixels.context)):
         shown = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
         sheet.paste(shown, (x, y))
         draw.rectangle((x - 1, y - 1, x + _SIDE, y + _SIDE), outline=(160, 160, 160))
@@ -124,6 +153,32 @@ def _draw_tile(
     left, top = x + (box.x - record.pair.context.x) * scale, y + (box.y - record.pair.context.y) * scale
     side = record.spec.slice_px * scale
     draw.rectangle((left, top, left + side, top + side), outline=_BOX_COLOUR, width=2)
+
+
+def _contents(record: TileRecord, names: tuple[str, ...]) -> str:
+    """Share of each class in the mask, the largest first."""
+    total = sum(record.counts) + record.ignored
+    parts = sorted(zip((*record.counts, record.ignored), (*names, "ignored"), strict=True), reverse=True)
+    return ", ".join(f"{name} {count / total:.0%}" for count, name in parts if count >= 0.005 * total)
+
+
+def _fitted(text: str, width: int) -> str:
+    font = _font()
+    while font.getlength(text) > width:
+        text = f"{text[:-4]}..."
+    return text
+
+
+def _outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """Draw where the labels of a mask change, in the colour of the label, over its slice; as large as it is shown."""
+    labels = mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    indices = Image.fromarray(np.asarray(labels))
+    edges = np.asarray(indices.filter(ImageFilter.MaxFilter(_EDGE))) != np.asarray(
+        indices.filter(ImageFilter.MinFilter(_EDGE))
+    )
+    shown = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    shown.paste(labels.convert("RGB"), mask=Image.fromarray(edges))
+    return shown
 
 
 def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -> None:
