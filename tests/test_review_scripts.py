@@ -6,6 +6,7 @@ import pytest
 
 from darefine_qupath.errors import ReviewError
 from darefine_qupath.review import install_scripts, script_names
+from darefine_qupath.review.ours import RUN
 from darefine_qupath.review.places import _PREFIX as PLACE_NAME
 from darefine_qupath.review.writeback import _PREFIX as MEASUREMENT
 
@@ -28,8 +29,8 @@ def test_every_step_of_the_review_has_a_script() -> None:
 
 def test_scripts_speak_of_the_names_that_are_written() -> None:
     assert f'"{MEASUREMENT}confidence"' in text("hide_below_confidence.groovy")
-    assert f'startsWith("{MEASUREMENT}")' in text("accept_selected.groovy")
-    assert f'startsWith("{MEASUREMENT}")' in text("reject_selected.groovy")
+    assert f'containsKey("{RUN}")' in text("accept_selected.groovy")
+    assert f'containsKey("{RUN}")' in text("reject_selected.groovy")
     assert f"/{PLACE_NAME} \\d+/" in text("next_place.groovy")
     assert "setLocked(true)" in text("accept_selected.groovy")
 

@@ -20,7 +20,7 @@ if (options == null) {
 }
 if (options.metaClass.respondsTo(options, "setShowObjectPredicate")) {
     options.setShowObjectPredicate(limit > 0 ? ({ !isBelow(it) } as java.util.function.Predicate) : null)
-    println "${below.size()} predictions are below ${limit} and hidden"
+    println limit > 0 ? "${below.size()} predictions are below ${limit} and hidden" : "All predictions are shown"
 } else {
     QPEx.selectObjects(below)
     println "${below.size()} predictions are below ${limit} and selected"

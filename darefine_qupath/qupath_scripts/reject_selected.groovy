@@ -9,7 +9,7 @@
 import qupath.lib.gui.scripting.QPEx
 
 def selected = QPEx.getSelectedObjects().toList()
-def predictions = selected.findAll { it.getMeasurements().keySet().any { name -> name.startsWith("DA-RefineNet: ") } }
+def predictions = selected.findAll { isPrediction(it) }
 if (predictions.isEmpty()) {
     println "Select one or more predictions first"
     return
@@ -18,3 +18,13 @@ QPEx.removeObjects(predictions, true)
 QPEx.resetSelection()
 QPEx.fireHierarchyUpdate()
 println "Rejected ${predictions.size()}, left ${selected.size() - predictions.size()} alone. Save the image to keep it"
+
+/**
+ * Whether darefine wrote an object. Its metadata say so: measurements do not last, QuPath takes them away when the
+ * outline is edited.
+ */
+boolean isPrediction(object) {
+    boolean isNew = object.metaClass.respondsTo(object, "getMetadata")
+    def metadata = isNew ? object.getMetadata() : object.getUnmodifiableMetadataMap()
+    return metadata.containsKey("darefine.run")
+}
