@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 import click
 
 from darefine_qupath.checkpoint import describe, read_header
-from darefine_qupath.cli.options import image_option, mpp_option, project_argument, setting, settings_option
+from darefine_qupath.cli.options import (
+    FiniteRange,
+    image_option,
+    mpp_option,
+    project_argument,
+    setting,
+    settings_option,
+)
 from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, table
 from darefine_qupath.models import ENCODERS
 from darefine_qupath.pipeline.learning import (
+    Folds,
     TileRequest,
+    Tiles,
     TrainRequest,
+    divide_tiles,
     make_tiles,
     resume_training,
     train_on_project,
 )
-from darefine_qupath.tiles.preview import contact_sheet
-from darefine_qupath.tiles.screening import Screening
+from darefine_qupath.pipeline.parting import note_roles
+from darefine_qupath.tiles.preview import check_sheet, contact_sheet
+from darefine_qupath.tiles.split import Role
 from darefine_qupath.training import Progress, TrainResult
 
 __all__ = ["show", "tiles", "train"]
@@ -37,14 +49,43 @@ _TILE_OPTIONS = (
         type=click.Choice(["parent", "centred"]),
         help="Contexts on a grid (paper), or around each slice.",
     ),
+    click.option("--unlabelled", metavar="CLASS", help="Class of what no annotation covers, or 'ignore'."),
+    click.option("--min-labelled", type=FiniteRange(0, 1), help="Least share of a slice with a label; 0.01."),
+    click.option("--pixels", type=click.Choice(["jpeg", "webp"]), help="Store tiles as JPEG, or lossless as WebP."),
+    click.option("--quality", type=click.IntRange(1, 100), help="Of the JPEG; 95."),
 )
+_SPLIT_OPTIONS = (
+    click.option(
+        "--validation",
+        type=FiniteRange(0, 0.9),
+        help="Share of the tiles that validates, 0.2; whole cases where there are several.",
+    ),
+    click.option("--test", type=FiniteRange(0, 0.9), help="Share of the tiles that is held back, 0."),
+    click.option(
+        "--validation-image",
+        "--val-image",
+        "validation_images",
+        multiple=True,
+        metavar="NAME",
+        help="This image or case validates, all others train; may be repeated.",
+    ),
+    click.option(
+        "--test-image", "test_images", multiple=True, metavar="NAME", help="This image or case gives no tiles."
+    ),
+    click.option("--note-roles", is_flag=True, help="Write into the project which images train, validate and test."),
+)
+_SPLIT_KEYS = ("validation", "test", "validation_images", "test_images")
 _TILE_KEYS = ("size_px", "slice_um", "context_um", "stride_um", "slice_px", "context_px", "stride_px", "placement")
 
 
 def _tile_options(command: Any) -> Any:  # noqa: ANN401 - click's decorators
-    for option in reversed(_TILE_OPTIONS):
+    for option in reversed((*_TILE_OPTIONS, *_SPLIT_OPTIONS)):
         command = option(command)
     return command
+
+
+def _chosen(options: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: options[key] for key in keys}
 
 
 @click.command(short_help="Cut the training tiles of a project.")
@@ -55,10 +96,6 @@ def _tile_options(command: Any) -> Any:  # noqa: ANN401 - click's decorators
 @click.option(
     "--preview", type=click.Path(path_type=Path), help="Draw a contact sheet of slices, contexts and masks (PNG)."
 )
-@click.option("--unlabelled", metavar="CLASS", help="Class of what no annotation covers, or 'ignore'.")
-@click.option(
-    "--min-labelled", type=float, default=0.01, show_default=True, help="Least share of a slice with a label."
-)
 @_tile_options
 @image_option
 @mpp_option
@@ -68,39 +105,47 @@ def tiles(
     project: Path,
     out: Path | None,
     preview: Path | None,
-    unlabelled: str | None,
-    min_labelled: float,
     images: tuple[str, ...],
     mpp: float | None,
     settings: Path | None,
     as_json: bool,
-    **changes: Any,  # noqa: ANN401 - tile options
+    **options: Any,  # noqa: ANN401 - tile and split options
 ) -> None:
     """Cut the training tiles of PROJECT, count what is in them, and show some.
 
     Without --out nothing is written: the tiles are counted, and drawn where --preview asks for it. `darefine train`
-    cuts its tiles by itself; this command is for looking at them first.
+    cuts its tiles by itself; this command is for looking at them first, and for settling which images are held back.
     """
+    if preview is not None:
+        check_sheet(preview)
     request = TileRequest(
         project=project,
         settings=settings,
         images=images,
         mpp=mpp,
-        unlabelled=unlabelled,
-        tiles=changes,
-        screening=Screening(min_labelled=min_labelled),
+        unlabelled=options["unlabelled"],
+        tiles=_chosen(options, _TILE_KEYS),
+        screening={"min_labelled": options["min_labelled"]},
+        storage=_chosen(options, ("pixels", "quality")),
     )
     with progress_bar("Cutting tiles") as report:
-        made = make_tiles(request, out, progress=lambda done, total: report(done, total, ""))
+        made = make_tiles(
+            request,
+            out,
+            test_images=options["test_images"],
+            progress=lambda done, total: report(done, total, ""),
+        )
     index = made.index
     if preview is not None:
         contact_sheet(index, made.reader, preview)
         note(f"Contact sheet: {preview}")
+    roles = _roles(request, made, _chosen(options, _SPLIT_KEYS), note_them=options["note_roles"])
     pixels = index.class_pixels
     rows = list(zip(index.classes.names, pixels.tolist(), index.class_tiles.tolist(), strict=True))
     if as_json:
         classes = {name: {"pixels": count, "tiles": number_of} for name, count, number_of in rows}
-        echo_json({"num_tiles": len(index), "num_images": len(index.images), "classes": classes, "out": out})
+        found = {"num_tiles": len(index), "num_images": len(index.images), "classes": classes, "out": out}
+        echo_json({**found, "roles": roles} if roles else found)
         return
     total = max(1, int(pixels.sum()))
     table(
@@ -108,8 +153,24 @@ def tiles(
         [(name, f"{count:,}", percent(count / total), f"{number_of:,}") for name, count, number_of in rows],
         title=f"{len(index):,} tiles of {len(index.images)} images",
     )
+    if roles:
+        names = {source.id: source.name for source in made.corpus.sources} if made.corpus is not None else {}
+        table(["image", "role"], [(names.get(key, key), role) for key, role in sorted(roles.items())])
     if out is not None:
         note(f"Dataset: {out}")
+
+
+def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_them: bool) -> dict[str, Role]:
+    """Role of every image where a split was asked for, written into the project if that was too."""
+    if not note_them and not any(value not in (None, ()) for value in changes.values()):
+        return {}
+    split = divide_tiles(request, made, changes)
+    if split.is_spatial:
+        raise click.UsageError("There is one annotated case: it can be split only in parts, by darefine train")
+    roles: dict[str, Role] = {**split.images, **dict.fromkeys(made.held_back, "test")}
+    if note_them:
+        note(f"{note_roles(request.project, roles)} images have another role in the project than before")
+    return roles
 
 
 @click.command(short_help="Train a network on a project.")
@@ -125,6 +186,9 @@ def tiles(
     "--fusion", type=click.Choice(["attention", "add", "concat", "aligned"]), help="How slice and context meet."
 )
 @click.option("--network", type=click.Choice(["da-refinenet", "refinenet", "unet"]), help="The network.")
+@click.option(
+    "--input", type=click.Choice(["dual", "single", "multisize"]), help="With a context, without, or the slice twice."
+)
 @click.option("--width", type=int, help="Decoder channels; 256 in the paper, twice that at 1/32.")
 @click.option("--encoder-weights", metavar="FILE", help="imagenet, none, or a file of pretrained weights.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
@@ -137,17 +201,21 @@ def tiles(
     show_default=True,
     help="Your own annotations, or those and the predictions you reviewed.",
 )
-@click.option("--from", "init_from", type=click.Path(path_type=Path), metavar="MODEL", help="Start from this model.")
-@click.option("--unlabelled", metavar="CLASS", help="Class of what no annotation covers, or 'ignore'.")
 @click.option(
-    "--validation",
-    type=click.FloatRange(0, 0.9),
-    default=0.2,
-    show_default=True,
-    help="Share of the tiles that validates; whole slides where there are several.",
+    "--from",
+    "init_from",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="Start from this model; with --labels reviewed from the one that predicted, unless this is none.",
 )
-@click.option("--val-image", "val_images", multiple=True, metavar="NAME", help="This image validates; may be repeated.")
-@click.option("--test-image", "test_images", multiple=True, metavar="NAME", help="This image takes no part.")
+@click.option("--folds", type=int, help="Cross-validation: so many models, each case validating once.")
+@click.option("--fold", type=int, help="Train only this one of the folds, from 1.")
+@click.option("--max-per-image", type=int, help="Most training tiles of an image.")
+@click.option("--max-per-class", "max_per_image_class", type=int, help="Most training tiles of an image and class.")
+@click.option("--hard", metavar="RUN", help="Show what the model of this run gets wrong more often.")
+@click.option(
+    "--dataset", type=click.Path(path_type=Path), metavar="DIR", help="Keep the tiles there, for several runs."
+)
 @click.option("--on-the-fly", is_flag=True, help="Read slides while training; writes no tiles.")
 @_tile_options
 @image_option
@@ -168,7 +236,8 @@ def train(
     darefine train --resume runs/first
 
     Settings come from darefine.toml beside the project; options go over them. Images whose metadata darefine.role is
-    test give no tiles; val and train are kept to; the others are split by slide, or by case where metadata names one.
+    test give no tiles; validation and train are kept to; the others are split by slide, or by case where metadata
+    names one.
     """  # noqa: D301 - click wants the backspace
     if (resume is None) == (project is None or out is None):
         raise click.UsageError("Give PROJECT and -o RUN to start, or --resume RUN to go on")
@@ -181,12 +250,14 @@ def train(
             _report(training, progress)
 
         if resume is not None:
-            result = resume_training(resume, progress=step, tile_progress=cut)
+            result = resume_training(resume, progress=step, tile_progress=cut, announce=note)
         else:
             assert project is not None
             assert out is not None
-            result = train_on_project(_request(project, out, options), progress=step, tile_progress=cut)
-    _show_result(result, as_json=as_json)
+            request = _request(project, out, options)
+            result = train_on_project(request, progress=step, tile_progress=cut, announce=note)
+    if result.is_main:
+        _show_result(result, as_json=as_json)
 
 
 def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
@@ -196,8 +267,10 @@ def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
         "context_encoder": context or encoder,
         "fusion": options["fusion"],
         "network": options["network"],
+        "input": options["input"],
         "width": options["width"],
     }
+    is_anew = str(options["init_from"]) == "none"
     recipe = {key: options[key] for key in ("preset", "epochs", "batch_size", "device", "seed", "encoder_weights")}
     return TrainRequest(
         tiles=TileRequest(
@@ -207,16 +280,20 @@ def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
             mpp=options["mpp"],
             labels=options["labels"],
             unlabelled=options["unlabelled"],
-            tiles={key: options[key] for key in _TILE_KEYS},
+            tiles=_chosen(options, _TILE_KEYS),
+            screening={"min_labelled": options["min_labelled"]},
+            storage=_chosen(options, ("pixels", "quality")),
         ),
         out=out,
         model=model,
         train={**{key: value for key, value in recipe.items() if value is not None}, **options["extra"]},
         on_the_fly=options["on_the_fly"],
-        validation=options["validation"],
-        val_images=options["val_images"],
-        test_images=options["test_images"],
-        init_from=options["init_from"],
+        split=_chosen(options, (*_SPLIT_KEYS, "folds", "fold")),
+        sampling=_chosen(options, ("max_per_image", "max_per_image_class", "hard")),
+        dataset=options["dataset"],
+        note_roles=options["note_roles"],
+        init_from=None if is_anew else options["init_from"],
+        fine_tune=not is_anew,
     )
 
 
@@ -237,9 +314,12 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _show_result(result: TrainResult, *, as_json: bool) -> None:
+def _show_result(result: TrainResult | Folds, *, as_json: bool) -> None:
+    if isinstance(result, Folds):
+        _show_folds(result, as_json=as_json)
+        return
     if as_json:
-        echo_json({"model": result.best, "run": result.folder, "epochs": result.epochs, "metrics": result.metrics})
+        echo_json(_result_json(result))
         return
     iou = result.metrics.get("iou") or {}
     if iou:
@@ -248,6 +328,25 @@ def _show_result(result: TrainResult, *, as_json: bool) -> None:
     else:
         note("There was no validation; the model is that of the last epoch.")
     note(f"Model: {result.best}\nCurves and everything else: {result.folder}")
+
+
+def _result_json(result: TrainResult) -> dict[str, Any]:
+    return {"model": result.best, "run": result.folder, "epochs": result.epochs, "metrics": result.metrics}
+
+
+def _show_folds(folds: Folds, *, as_json: bool) -> None:
+    scores = [result.metrics.get("miou") for result in folds.results]
+    known = [score for score in scores if score is not None]
+    mean = statistics.fmean(known) if known else None
+    if as_json:
+        found = [_result_json(result) for result in folds.results]
+        echo_json({"run": folds.folder, "folds": found, "miou": mean})
+        return
+    rows = [
+        (str(fold), number(score), str(result.best))
+        for fold, (score, result) in enumerate(zip(scores, folds.results, strict=True), 1)
+    ]
+    table(["fold", "mIoU", "model"], [*rows, ("mean", number(mean), "")], title="Best validation of each fold")
 
 
 @click.command(short_help="Show what a model file holds.")

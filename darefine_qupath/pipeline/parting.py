@@ -63,6 +63,8 @@ class SplitSpec:
             raise ConfigError(f"validation = {self.validation} and test = {self.test} leave nothing to train on")
         if self.folds < 0 or self.folds == 1:
             raise ConfigError(f"folds = {self.folds} must be 2 or more, or 0 for none")
+        if self.fold and not self.folds:
+            raise ConfigError(f"fold = {self.fold} needs the number of folds too")
         if not 0 <= self.fold <= self.folds:
             raise ConfigError(f"fold = {self.fold} must be one of the folds, 1 to {self.folds}")
         if self.folds and self.validation_images:
