@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.project.javastream import (
+from darefine_qupath.project.javanodes import (
     Aborted,
     ClassDesc,
     Field,
@@ -27,10 +27,9 @@ from darefine_qupath.project.javastream import (
     ProxyDesc,
     Reset,
     Stream,
-    decode,
-    encode,
     modified_utf8,
 )
+from darefine_qupath.project.javastream import decode, encode
 from tests.conftest import DATA
 
 MAGIC = b"\xac\xed\x00\x05"

@@ -276,18 +276,67 @@ def test_a_killed_write_leaves_the_old_state_or_the_new() -> None:
     assert "20 kills: the project opened every time" in done.stdout
 
 
-def test_what_comes_back_wrong_is_not_written(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+Meddler = Callable[[qpdata.Document, Changes, qpdata.Edited], bytes]
+
+
+def _loses_an_object(before: qpdata.Document, changes: Changes, _: qpdata.Edited) -> bytes:
+    again = qpdata.Document(before.data)
+    return again.edit(replace(changes, remove=[again.found[4].id]), {}).content
+
+
+def _changes_another(before: qpdata.Document, _: Changes, edited: qpdata.Edited) -> bytes:
+    record = qpdata.read(before.data).objects[3]
+    after = qpdata.read(edited.content)
+    return qpdata.edit(after, Changes(replace=[replace(record, name="somebody else")]))
+
+
+def _moves_another(before: qpdata.Document, _: Changes, edited: qpdata.Edited) -> bytes:
+    after = qpdata.read(edited.content)
+    child = next(record for record in after.objects if record.parent is not None and record.kind == "annotation")
+    above = after.objects[0] if child.parent != after.objects[0].id else after.objects[1]
+    without = qpdata.read(qpdata.edit(after, Changes(remove=[child.id])))
+    assert before.path is not None
+    return qpdata.edit(without, Changes(add=[replace(child, parent=above.id)]))
+
+
+def _changes_what_was_added(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
+    after = qpdata.read(edited.content)
+    return qpdata.edit(after, Changes(replace=[replace(edited.touched[0], locked=True)]))
+
+
+def _changes_the_type(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
+    return edited.content.replace(b"BRIGHTFIELD_H_E", b"BRIGHTFIELD_X_Y")
+
+
+def _stops_early(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
+    return edited.content[:-3]
+
+
+@pytest.mark.parametrize(
+    ("meddler", "message"),
+    [
+        (_loses_an_object, "36 objects were written and 35 read back; nothing was changed"),
+        (_changes_another, "object .* came back changed; nothing was changed"),
+        (_moves_another, "objects came back in another order; nothing was changed"),
+        (_changes_what_was_added, "object .* came back with another locked; nothing was changed"),
+        (_changes_the_type, "what stands beside the objects came back changed; nothing was changed"),
+        (_stops_early, "cannot be read back, nothing was changed"),
+    ],
+)
+def test_what_comes_back_wrong_is_not_written(
+    meddler: Meddler, message: str, project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = listing(project.folder)
-    edit = qpdata.edit
+    edit = qpdata.Document.edit
 
-    def lossy(data: qpdata.ImageData, changes: Changes, colours: dict[str, Colour]) -> bytes:
-        return edit(data, replace(changes, remove=[data.objects[3].id]), colours)
+    def meddled(self: qpdata.Document, changes: Changes, colours: dict[str, Colour]) -> qpdata.Edited:
+        edited = edit(self, changes, colours)
+        with monkeypatch.context() as unmeddled:
+            unmeddled.setattr(qpdata.Document, "edit", edit)
+            return edited._replace(content=meddler(self, changes, edited))
 
-    monkeypatch.setattr(qpdata, "edit", lossy)
-    with pytest.raises(ProjectWriteError, match="36 objects were written and 35 read back; nothing was changed"):
-        add(project)
-    monkeypatch.setattr(qpdata, "edit", lambda *args: edit(*args)[:-3])
-    with pytest.raises(ProjectWriteError, match="cannot be read back, nothing was changed"):
+    monkeypatch.setattr(qpdata.Document, "edit", meddled)
+    with pytest.raises(ProjectWriteError, match=message):
         add(project)
     assert listing(project.folder) == before
 

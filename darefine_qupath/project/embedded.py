@@ -6,10 +6,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour, PathClass, default_colour
@@ -63,9 +64,13 @@ def project_file(path: Path) -> Path:
     return path
 
 
+_Verify = Callable[[qpdata.Document], None]
+"""Compares what was read back with what should be there; raises `ProjectWriteError`."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One image's data as last read: what `apply` builds upon and compares with."""
+    """One image's data as last read."""
 
     stamp: safety.Stamp
     data: qpdata.ImageData
@@ -258,15 +263,23 @@ class EmbeddedProject(Project):
             raise ProjectFormatError(f"QuPath stopped while saving; rename {left.name} to {_DATA_FILE}", path=path)
         return False
 
-    def _read(self, entry_id: str, *, for_edit: bool = False) -> _Read:
+    def _read(self, entry_id: str) -> _Read:
         path = self._data_file(entry_id)
         data, stamp = safety.read_stamped(path)
         self._stamps[entry_id] = stamp
         if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
             return self._last[1]
-        read = _Read(stamp, qpdata.read(data, path=path, for_edit=for_edit))
+        read = _Read(stamp, qpdata.read(data, path=path))
         self._last = (entry_id, read)
         return read
+
+    def _opened_data(self, image: ImageEntry) -> qpdata.Document:
+        """Open the objects of an image to be edited; those of an image that has none yet as QuPath would save them."""
+        path = self._data_file(image.id)
+        if not self._has_data(image.id):
+            return qpdata.Document(self._blank(self._record(image), image.image_type), path=path)
+        data, self._stamps[image.id] = safety.read_stamped(path)
+        return qpdata.Document(data, path=path)
 
     # -- objects
 
@@ -289,20 +302,21 @@ class EmbeddedProject(Project):
         with no_collection(), self._writing(image) as path:
             if image.id in self._stamps:
                 safety.check_unchanged(path, self._stamps[image.id])
-            before = self._read(image.id, for_edit=True) if self._has_data(image.id) else None
-            base = before.data if before else qpdata.read(self._blank(self._record(image), image.image_type), path=path)
+            # What was read before is about to change, and takes more memory than the write.
+            self._last = None
+            before = self._opened_data(image)
             if changes.is_empty:
-                return Applied(added=0, replaced=0, removed=0, num_objects=len(base.objects), backup=None)
+                return Applied(added=0, replaced=0, removed=0, num_objects=before.num_objects, backup=None)
             warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
-            classes = self._classes_for(changes, base)
-            content = self._edited(image, base, changes, {known.name: known.colour for known in classes})
-            expected = qpdata.expected(base, changes)
-            backup = self._store(image.id, content, expected, before, classes)
+            classes = self._classes_for(changes, before)
+            content, verify = self._edited(image, before, changes, {known.name: known.colour for known in classes})
+            del before  # its nodes are changed and used up
+            after, backup = self._store(image.id, content, verify, classes)
         return Applied(
             added=len(changes.add),
             replaced=len(changes.replace),
             removed=len(changes.remove),
-            num_objects=len(expected),
+            num_objects=after.num_objects,
             backup=backup,
             warnings=warnings,
             digest=self._digest(image),
@@ -310,13 +324,18 @@ class EmbeddedProject(Project):
 
     def _edited(
         self,
-        image: ImageEntry,  # noqa: ARG002 - for engines that open it
-        base: qpdata.ImageData,
+        image: ImageEntry,
+        before: qpdata.Document,
         changes: Changes,
         colours: Mapping[str, Colour],
-    ) -> bytes:
-        """Make the new ``data.qpdata`` of an image; `colours` are those of the project's classes."""
-        return qpdata.edit(base, changes, colours)
+    ) -> tuple[bytes, _Verify]:
+        """Make the new ``data.qpdata``, and what compares it; `colours` are those of the project's classes."""
+        path, former = self._data_file(image.id), before.data
+        content, touched = before.edit(changes, colours)
+        # What was made is compared with the former file as it is, not with the nodes that the edit changed.
+        return content, lambda after: qpdata.verify(
+            qpdata.Document(former, path=path), changes, touched, after, path=path
+        )
 
     def backups(self, image: ImageEntry) -> tuple[safety.Backup, ...]:
         """Former states of an image's objects, newest first."""
@@ -347,19 +366,19 @@ class EmbeddedProject(Project):
         """
         with self._writing(image) as path:
             content = safety.read_stamped(backup.path)[0]
-            objects = qpdata.read(content, path=backup.path).objects
-            before = None
-            with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
-                before = self._read(image.id) if path.is_file() else None
+            restored = {record.id for record in qpdata.read(content, path=backup.path).objects}
+            self._last = None
+            kept: set[UUID] = set()
+            if path.is_file():
+                with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
+                    kept = {item.id for item in self._opened_data(image).found[1:]}
             warnings = safety.qupath_warnings(path, image.path)
-            former = self._store(image.id, content, objects, before, None)
-        kept = {record.id for record in before.data.objects} if before else set()
-        restored = {record.id for record in objects}
+            after, former = self._store(image.id, content, lambda _: None, None)
         return Applied(
             added=len(restored - kept),
             replaced=0,
             removed=len(kept - restored),
-            num_objects=len(objects),
+            num_objects=after.num_objects,
             backup=former,
             warnings=warnings,
             digest=self._digest(image),
@@ -386,34 +405,25 @@ class EmbeddedProject(Project):
             yield path
 
     def _store(
-        self,
-        entry_id: str,
-        content: bytes,
-        expected: Sequence[Annotation],
-        before: _Read | None,
-        classes: Sequence[PathClass] | None,
-    ) -> Path | None:
-        """Replace an image's data, its summary and the class list together; return the backup."""
+        self, entry_id: str, content: bytes, verify: _Verify, classes: Sequence[PathClass] | None
+    ) -> tuple[qpdata.Document, Path | None]:
+        """Replace an image's data, its summary and the class list together; give what was read back and the backup."""
         path = self._data_file(entry_id)
         basis = self._stamps.get(entry_id) if path.is_file() else None
         with safety.Batch(self.folder) as batch:
             if classes is not None:
                 self._stage_classes(batch, classes)
             backup = safety.backup_path(self.folder, entry_id) if path.is_file() else None
-            staged = batch.stage(path, content, backup=backup)
-            data = _read_back(staged, content)
-            safety.verify_objects(expected, data.objects, path=path)
-            summary = qpdata.summary(data, size=self._size_of(entry_id), timestamp_ms=_now_ms())
+            after = _read_back(batch.stage(path, content, backup=backup), content)
+            verify(after)
+            summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
             batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
-            if before is not None or backup is None:
-                safety.check_unchanged(path, basis)
+            safety.check_unchanged(path, basis)
             batch.commit()
         safety.prune_backups(self.folder, entry_id)
-        stamp = safety.read_stamped(path)[1]
-        self._stamps[entry_id] = stamp
-        self._last = (entry_id, _Read(stamp, data))
+        self._stamps[entry_id] = safety.read_stamped(path)[1]
         self._images = None
-        return backup
+        return after, backup
 
     def _size_of(self, entry_id: str) -> Size | None:
         image = self.image(entry_id)
@@ -470,7 +480,7 @@ class EmbeddedProject(Project):
         if content != former and (classes or former is not None):
             batch.stage(self._classes_file, content)
 
-    def _classes_for(self, changes: Changes, data: qpdata.ImageData) -> tuple[PathClass, ...]:
+    def _classes_for(self, changes: Changes, data: qpdata.Document) -> tuple[PathClass, ...]:
         """Return the class list with the classes that new objects bring, in the colours they already have."""
         former, _ = self._stored_classes()
         listed = () if former is None else files.parse_classes(former, self._classes_file)
@@ -681,11 +691,10 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
     return files.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
 
 
-def _read_back(staged: Path, content: bytes) -> qpdata.ImageData:
+def _read_back(staged: Path, content: bytes) -> qpdata.Document:
     try:
-        found = safety.read_stamped(staged)[0]
-        if found != content:
+        if safety.read_stamped(staged)[0] != content:
             raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
-        return qpdata.read(found, path=staged)
+        return qpdata.Document(content, path=staged)
     except ProjectFormatError as error:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error

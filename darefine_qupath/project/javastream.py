@@ -6,82 +6,76 @@ stream refers to by a handle is, in the tree, the same Python object again; hand
 which nodes are written. That is what makes an edited tree a right stream: when the object that first held a class
 descriptor or a string is taken out, the definition moves to the first use that is left.
 
-Values of the tree are None, `bytes` (one segment of block data), and the node classes below. A node is equal to itself
-alone.
+The nodes of the tree are in `javanodes`. A file with tens of thousands of objects can be decoded so that those that are
+alike stay bytes until they are looked at (`javapacked`).
 """
 
 from __future__ import annotations
 
 import gc
 import struct
+import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from darefine_qupath.errors import ProjectFormatError
+from darefine_qupath.project.javanodes import (
+    ARRAY_CODES,
+    FIRST_HANDLE,
+    MAGIC,
+    MAX_SUPERCLASSES,
+    SC_BLOCK_DATA,
+    SC_ENUM,
+    SC_EXTERNALIZABLE,
+    SC_SERIALIZABLE,
+    TC_ARRAY,
+    TC_BLOCKDATA,
+    TC_BLOCKDATALONG,
+    TC_CLASS,
+    TC_CLASSDESC,
+    TC_ENDBLOCKDATA,
+    TC_ENUM,
+    TC_EXCEPTION,
+    TC_LONGSTRING,
+    TC_NULL,
+    TC_OBJECT,
+    TC_PROXYCLASSDESC,
+    TC_REFERENCE,
+    TC_RESET,
+    TC_STRING,
+    WIDTHS,
+    Aborted,
+    AnyDesc,
+    ClassDesc,
+    Content,
+    Field,
+    JavaArray,
+    JavaClass,
+    JavaEnum,
+    JavaObject,
+    JavaString,
+    LongBlock,
+    ProxyDesc,
+    Reset,
+    Stream,
+    TopLevel,
+    lineage,
+    modified_utf8,
+    text_of,
+)
+from darefine_qupath.project.javapacked import MAX_NODES, MIN_NODES, PackedObject, Source, Template, template_of
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+__all__ = ["decode", "encode", "no_collection"]
 
-__all__ = [
-    "Aborted",
-    "ClassDesc",
-    "Content",
-    "Field",
-    "JavaArray",
-    "JavaClass",
-    "JavaEnum",
-    "JavaObject",
-    "JavaString",
-    "LongBlock",
-    "ProxyDesc",
-    "Reset",
-    "Stream",
-    "decode",
-    "encode",
-    "modified_utf8",
-    "no_collection",
-]
-
-MAGIC = b"\xac\xed\x00\x05"
-
-TC_NULL = 0x70
-TC_REFERENCE = 0x71
-TC_CLASSDESC = 0x72
-TC_OBJECT = 0x73
-TC_STRING = 0x74
-TC_ARRAY = 0x75
-TC_CLASS = 0x76
-TC_BLOCKDATA = 0x77
-TC_ENDBLOCKDATA = 0x78
-TC_RESET = 0x79
-TC_BLOCKDATALONG = 0x7A
-TC_EXCEPTION = 0x7B
-TC_LONGSTRING = 0x7C
-TC_PROXYCLASSDESC = 0x7D
-TC_ENUM = 0x7E
-
-SC_WRITE_METHOD = 0x01
-SC_SERIALIZABLE = 0x02
-SC_EXTERNALIZABLE = 0x04
-SC_BLOCK_DATA = 0x08
-SC_ENUM = 0x10
-
-_FIRST_HANDLE = 0x7E0000
-_WIDTHS = {"B": 1, "C": 2, "D": 8, "F": 4, "I": 4, "J": 8, "S": 2, "Z": 1}
-_ARRAY_CODES = {*_WIDTHS, "[", "L"}
-_STRUCTS = {code: struct.Struct(f">{fmt}") for code, fmt in zip("BCDFIJSZ", "bHdfiqh?", strict=True)}
-_DTYPES = {"B": "i1", "C": ">u2", "D": ">f8", "F": ">f4", "I": ">i4", "J": ">i8", "S": ">i2", "Z": "?"}
-
-# No Java class has so many superclasses; the limit keeps the cost of a hostile chain linear.
-_MAX_SUPERCLASSES = 256
 # Objects inside the annotation of a class descriptor inside such an object and so on; Java itself writes none.
 _MAX_ANNOTATION_DEPTH = 16
+# Forms of one class that are tried on each of its objects; and objects that are looked at for a new form.
+_MAX_TEMPLATES, _MAX_ATTEMPTS = 12, 48
 
 _U2 = struct.Struct(">H")
 _I4 = struct.Struct(">i")
@@ -89,416 +83,6 @@ _U4 = struct.Struct(">I")
 _I8 = struct.Struct(">q")
 _DESC_HEAD = struct.Struct(">qBH")
 _REFERENCE = struct.Struct(">BI")
-
-
-def modified_utf8(text: str) -> bytes:
-    """Encode text as Java does: NUL as two bytes, a character beyond the BMP as two surrogates of three bytes."""
-    if text.isascii() and "\0" not in text:
-        return text.encode("ascii")
-    units = memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H")
-    # The native order of the cast is little-endian on every platform NumPy and GEOS wheels are built for.
-    return "".join(map(chr, units)).encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
-
-
-def _text_of(raw: bytes) -> str:
-    if raw.isascii():
-        return raw.decode("ascii")
-    if max(raw) >= 0xF0:
-        raise ProjectFormatError(f"{raw[:40]!r} is not modified UTF-8")
-    try:
-        text = raw.replace(b"\xc0\x80", b"\0").decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        raise ProjectFormatError(f"{raw[:40]!r} is not modified UTF-8") from None
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-
-
-class LongBlock(bytes):
-    """Block data of at most 255 bytes that the writer gave a four-byte length; Java itself never does."""
-
-    __slots__ = ()
-
-
-class JavaString:
-    """A string object.
-
-    Parameters
-    ----------
-    text : str
-        Its text.
-
-    Attributes
-    ----------
-    raw : bytes
-        Modified UTF-8, as in the stream.
-    is_long : bool
-        Whether its length has eight bytes; Java does so from 65,536 bytes on.
-    """
-
-    __slots__ = ("is_long", "raw")
-
-    def __init__(self, text: str) -> None:
-        self.raw = modified_utf8(text)
-        self.is_long = len(self.raw) > 0xFFFF
-
-    @classmethod
-    def of_raw(cls, raw: bytes, *, is_long: bool = False) -> JavaString:
-        """Make a string of bytes that stand in a stream."""
-        string = cls.__new__(cls)
-        string.raw = raw
-        string.is_long = is_long
-        return string
-
-    @property
-    def text(self) -> str:
-        """Text; raises `ProjectFormatError` where the bytes are not modified UTF-8."""
-        return _text_of(self.raw)
-
-    def __repr__(self) -> str:
-        return f"JavaString({self.raw[:40]!r})"
-
-
-class Field(NamedTuple):
-    """A field of a class: type code (one of ``BCDFIJSZ[L``), name, and the type string of a reference."""
-
-    code: str
-    name: str
-    type: JavaString | None = None
-
-
-class ClassDesc:
-    """A class descriptor.
-
-    Parameters
-    ----------
-    name : str
-        Binary name of the class.
-    uid : int
-        serialVersionUID, signed.
-    flags : int
-        ``SC_`` flags.
-    fields : sequence of Field
-        Primitives before references, as Java orders them.
-    parent : ClassDesc, ProxyDesc or None
-        Descriptor of the nearest serializable superclass.
-    annotation : sequence of Content
-        What ``annotateClass`` wrote; Java's own streams leave it empty.
-    """
-
-    __slots__ = ("_index", "_steps", "annotation", "fields", "flags", "is_complete", "name", "parent", "uid")
-
-    def __init__(
-        self,
-        name: str,
-        uid: int,
-        flags: int,
-        fields: Sequence[Field] = (),
-        parent: AnyDesc | None = None,
-        annotation: Sequence[Content] = (),
-    ) -> None:
-        self.name = name
-        self.uid = uid
-        self.flags = flags
-        self.fields = tuple(fields)
-        self.parent = parent
-        self.annotation: tuple[Content, ...] = tuple(annotation)
-        self.is_complete = True
-        self._steps: tuple[int, ...] | None = None
-        self._index: dict[str, tuple[int, int, str]] | None = None
-
-    @property
-    def is_externalizable(self) -> bool:
-        """Whether objects write themselves as they please, fields or not."""
-        return bool(self.flags & SC_EXTERNALIZABLE)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """How the data of an object is laid out, superclass first.
-
-        A positive number is so many bytes of primitives, a negative one so many references, and 0 is an annotation:
-        content up to an end mark. Externalizable objects have no layout.
-        """
-        if self._steps is None:
-            self._steps = tuple(_layout(self))
-        return self._steps
-
-    @property
-    def index(self) -> dict[str, tuple[int, int, str]]:
-        """Where a field stands: name to (position in the object's data, byte offset there, type code).
-
-        A field of a subclass hides one of the same name. The annotation of class ``C`` is named ``"@C"``.
-        """
-        if self._index is None:
-            self._index = _field_index(self)
-        return self._index
-
-    def __repr__(self) -> str:
-        return f"ClassDesc({self.name!r})"
-
-
-class ProxyDesc:
-    """Descriptor of a dynamic proxy class: the names of its interfaces."""
-
-    __slots__ = ("annotation", "interfaces", "is_complete", "parent")
-
-    def __init__(
-        self, interfaces: Sequence[str], parent: AnyDesc | None = None, annotation: Sequence[Content] = ()
-    ) -> None:
-        self.interfaces = tuple(interfaces)
-        self.parent = parent
-        self.annotation: tuple[Content, ...] = tuple(annotation)
-        self.is_complete = True
-
-    name = "a dynamic proxy"
-    flags = SC_SERIALIZABLE
-    fields: tuple[Field, ...] = ()
-    is_externalizable = False
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """As of a class: that of the superclass, since a proxy has no fields of its own."""
-        return () if self.parent is None else tuple(_layout(self))
-
-    @property
-    def index(self) -> dict[str, tuple[int, int, str]]:
-        """As of a class."""
-        return _field_index(self)
-
-
-AnyDesc: TypeAlias = ClassDesc | ProxyDesc
-
-
-class JavaObject:
-    """An object.
-
-    Parameters
-    ----------
-    desc : ClassDesc or ProxyDesc
-        Its class.
-    data : tuple
-        What an externalizable object wrote. Of others one item per step of the class (`ClassDesc.steps`), references
-        one by one: `bytes` of primitives, a value, or a tuple of values for an annotation.
-
-    Notes
-    -----
-    `content` is all that an object of an externalizable class has; `get` and `put` are for the fields of the others.
-    """
-
-    __slots__ = ("data", "desc")
-
-    def __init__(self, desc: AnyDesc, data: Sequence[Any] = ()) -> None:
-        self.desc = desc
-        self.data: tuple[Any, ...] = tuple(data)
-
-    @classmethod
-    def of(cls, desc: AnyDesc, values: Mapping[str, Any]) -> JavaObject:
-        """Lay out an object of a serializable class.
-
-        Parameters
-        ----------
-        desc : ClassDesc or ProxyDesc
-            Its class.
-        values : mapping of str to value
-            Fields by name (0 or null where left out), annotations by ``"@class name"``.
-        """
-        data: list[Any] = []
-        for part in _lineage(desc):
-            if not part.flags & SC_SERIALIZABLE:
-                continue
-            numbers = [field for field in part.fields if field.code in _WIDTHS]
-            if numbers:
-                data.append(b"".join([_STRUCTS[item.code].pack(values.get(item.name, 0)) for item in numbers]))
-            data.extend(values.get(field.name) for field in part.fields if field.code not in _WIDTHS)
-            if part.flags & SC_WRITE_METHOD:
-                data.append(tuple(values.get(f"@{part.name}", ())))
-        return cls(desc, data)
-
-    @property
-    def content(self) -> tuple[Content, ...]:
-        """What an externalizable object wrote."""
-        return self.data
-
-    @content.setter
-    def content(self, values: Sequence[Content]) -> None:
-        self.data = tuple(values)
-
-    def get(self, name: str) -> Any:  # noqa: ANN401 - a field holds whatever its type says
-        """Value of a field, or of an annotation by ``"@class name"``.
-
-        Raises
-        ------
-        KeyError
-            If the class has no such field.
-        """
-        position, offset, code = self.desc.index[name]
-        value = self.data[position]
-        return _STRUCTS[code].unpack_from(value, offset)[0] if code in _WIDTHS else value
-
-    def put(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Set a field."""
-        position, offset, code = self.desc.index[name]
-        data = list(self.data)
-        if code in _WIDTHS:
-            packed = bytearray(data[position])
-            _STRUCTS[code].pack_into(packed, offset, value)
-            data[position] = bytes(packed)
-        else:
-            data[position] = value
-        self.data = tuple(data)
-
-    def __repr__(self) -> str:
-        return f"JavaObject({self.desc.name!r})"
-
-
-class JavaArray:
-    """An array.
-
-    Parameters
-    ----------
-    desc : ClassDesc
-        Its class, named ``[F``, ``[Ljava.lang.Object;`` and so on.
-    data : bytes or tuple
-        Big-endian bytes of primitives, or the elements.
-    """
-
-    __slots__ = ("data", "desc")
-
-    def __init__(self, desc: AnyDesc, data: bytes | Sequence[Content] = ()) -> None:
-        self.desc = desc
-        self.data: bytes | tuple[Content, ...] = data if isinstance(data, bytes) else tuple(data)
-
-    @property
-    def code(self) -> str:
-        """Type code of the elements."""
-        return self.desc.name[1]
-
-    def numpy(self) -> NDArray[Any]:
-        """Elements of a primitive array, in the stream's byte order; a view, not a copy."""
-        if not isinstance(self.data, bytes):
-            raise ProjectFormatError(f"{self.desc.name} is not an array of numbers")
-        return np.frombuffer(self.data, _DTYPES[self.code])
-
-    def __repr__(self) -> str:
-        return f"JavaArray({self.desc.name!r})"
-
-
-class JavaEnum:
-    """An enum constant: its class and its name."""
-
-    __slots__ = ("constant", "desc")
-
-    def __init__(self, desc: AnyDesc, constant: JavaString) -> None:
-        self.desc = desc
-        self.constant = constant
-
-
-class JavaClass:
-    """A class itself, as an object."""
-
-    __slots__ = ("desc",)
-
-    def __init__(self, desc: AnyDesc) -> None:
-        self.desc = desc
-
-
-class Reset:
-    """Mark at the top level: the writer forgot all handles."""
-
-    __slots__ = ()
-
-
-class Aborted:
-    """Mark at the top level: the writer failed, and wrote the exception."""
-
-    __slots__ = ("exception",)
-
-    def __init__(self, exception: Content) -> None:
-        self.exception = exception
-
-
-Content: TypeAlias = bytes | JavaString | JavaObject | JavaArray | JavaEnum | JavaClass | ClassDesc | ProxyDesc | None
-TopLevel: TypeAlias = Content | Reset | Aborted
-
-
-class Stream:
-    """A decoded stream.
-
-    Parameters
-    ----------
-    contents : sequence
-        The values at the top level.
-
-    Attributes
-    ----------
-    contents : list
-        The same, to be edited.
-    nodes : list
-        Every node that had a handle, in stream order.
-    offsets : array of int
-        Where in the file each of `nodes` stands.
-    """
-
-    __slots__ = ("contents", "nodes", "offsets")
-
-    def __init__(self, contents: Iterable[TopLevel]) -> None:
-        self.contents = list(contents)
-        self.nodes: list[Content] = []
-        self.offsets = array("Q")
-
-    def offset_of(self, node: object) -> int | None:
-        """Byte offset of a node in the file that was decoded; None for one that did not stand there."""
-        for number, candidate in enumerate(self.nodes):
-            if candidate is node:
-                return self.offsets[number]
-        return None
-
-
-def _lineage(desc: AnyDesc) -> list[AnyDesc]:
-    chain: list[AnyDesc] = []
-    current: AnyDesc | None = desc
-    while current is not None:
-        chain.append(current)
-        if len(chain) > _MAX_SUPERCLASSES:
-            raise ProjectFormatError(f"{desc.name} has more than {_MAX_SUPERCLASSES} superclasses")
-        current = current.parent
-    return chain[::-1]
-
-
-def _layout(desc: AnyDesc) -> Iterator[int]:
-    if desc.is_externalizable:
-        return
-    for part in _lineage(desc):
-        if not part.flags & SC_SERIALIZABLE:
-            continue
-        size = sum(_WIDTHS.get(field.code, 0) for field in part.fields)
-        if size:
-            yield size
-        references = sum(field.code not in _WIDTHS for field in part.fields)
-        if references:
-            yield -references
-        if part.flags & SC_WRITE_METHOD:
-            yield 0
-
-
-def _field_index(desc: AnyDesc) -> dict[str, tuple[int, int, str]]:
-    index: dict[str, tuple[int, int, str]] = {}
-    position = 0
-    for part in _lineage(desc):
-        if not part.flags & SC_SERIALIZABLE:
-            continue
-        offset = 0
-        for field in part.fields:
-            if field.code in _WIDTHS:
-                index[field.name] = (position, offset, field.code)
-                offset += _WIDTHS[field.code]
-        position += bool(offset)
-        for field in part.fields:
-            if field.code not in _WIDTHS:
-                index[field.name] = (position, 0, field.code)
-                position += 1
-        if part.flags & SC_WRITE_METHOD:
-            index[f"@{part.name}"] = (position, 0, "@")
-            position += 1
-    return index
 
 
 @contextmanager
@@ -530,12 +114,14 @@ _new_array = JavaArray.__new__
 class _Frame:
     """An object or array whose values are being read."""
 
-    __slots__ = ("data", "left", "node", "out", "step", "steps")
+    __slots__ = ("data", "left", "node", "number", "out", "start", "step", "steps")
 
-    def __init__(self, node: JavaObject | JavaArray | None, steps: tuple[int, ...], left: int) -> None:
+    def __init__(self, node: JavaObject | JavaArray | None, steps: tuple[int, ...], left: int, start: int = 0) -> None:
         self.node = node
         self.steps = steps
         self.step = 0
+        self.start = start  # in the file, where the object may give a template
+        self.number = 0
         self.left = left  # values to read in this step; negative = up to the end mark
         self.data: list[Any] = []
         self.out = self.data  # where they go
@@ -544,13 +130,16 @@ class _Frame:
 class _Decoder:
     """Reads values from bytes; nesting stands on a list, not on Python's stack."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, is_compact: bool = False) -> None:
         self.data = data
         self.pos = 0
         self.stream = Stream(())
         self.stream.offsets = array("I" if len(data) < 1 << 32 else "Q")
         self.nodes = self.stream.nodes
-        self.offsets = self.stream.offsets
+        """Where nodes that are read go."""
+        self.known = self.nodes
+        """Nodes that handles refer to."""
+        self.offsets: array[int] | deque[int] = deque(maxlen=0) if is_compact else self.stream.offsets
         self.first = 0
         """Number of the node that has the first handle: moves at a reset."""
         self.annotation_depth = 0
@@ -561,17 +150,9 @@ class _Decoder:
         """Descriptors that were found complete, by the number of the node."""
         self.opened: _Frame | None = None
         """What the reader called last has begun and not finished."""
-        self.readers: list[Callable[[int], Any]] = [self._unknown] * 256
-        self.readers[TC_CLASSDESC] = self.readers[TC_PROXYCLASSDESC] = self._desc_value
-        self.readers[TC_OBJECT] = self._object
-        self.readers[TC_STRING] = self._string
-        self.readers[TC_LONGSTRING] = self._long_string
-        self.readers[TC_ARRAY] = self._array
-        self.readers[TC_CLASS] = self._class
-        self.readers[TC_ENUM] = self._enum
-        self.readers[TC_BLOCKDATA] = self._block
-        self.readers[TC_BLOCKDATALONG] = self._long_block
-        self.readers[TC_RESET] = self.readers[TC_EXCEPTION] = self._nested_mark
+        self.source = _source(data, self.stream) if is_compact else None
+        self.templates: dict[AnyDesc, list[Template]] = {}
+        self.attempts: dict[AnyDesc, int] = {}
 
     def run(self) -> Stream:
         if self.data[:4] != MAGIC:
@@ -594,22 +175,23 @@ class _Decoder:
             self._forget()
             return Aborted(exception)
         if tag in (TC_BLOCKDATA, TC_BLOCKDATALONG):
-            block: bytes = self.readers[tag](-1)
+            block: bytes = _READERS[tag](self, -1)
             return block
         return self._value()
 
     def _forget(self) -> None:
         self.first = len(self.nodes)
         self.described.clear()
+        self.templates.clear()
 
     def _value(self) -> Content:
         value: Content = self._values(1)[0]
         return value
 
-    def _values(self, count: int) -> list[Any]:
+    def _values(self, count: int) -> list[Any]:  # noqa: C901 - the loop that everything goes through is one piece
         """Read `count` values, or up to the end mark when negative."""
-        data, readers, nodes, uint = self.data, self.readers, self.nodes, _U4.unpack_from
-        lowest, offset = self.first, _FIRST_HANDLE - self.first
+        data, readers, nodes, uint = self.data, _READERS, self.known, _U4.unpack_from
+        lowest, offset, shared = self.first, FIRST_HANDLE - self.first, self._shared
         root = frame = _Frame(None, (), count)
         stack: list[_Frame] = []
         while True:
@@ -620,7 +202,7 @@ class _Decoder:
                     number = uint(data, self.pos + 1)[0] - offset
                     if not lowest <= number < len(nodes):
                         self._referred()
-                    out.append(nodes[number])
+                    out.append(shared(number) if nodes[number].__class__ is PackedObject else nodes[number])
                     self.pos += 5
                 elif tag == TC_NULL:
                     out.append(None)
@@ -629,7 +211,7 @@ class _Decoder:
                     self.pos += 1
                     break
                 else:
-                    out.append(readers[tag](left))
+                    out.append(readers[tag](self, left))
                     if self.opened is not None:
                         # Its place is taken already; what it holds comes next.
                         frame.left = left - 1
@@ -641,6 +223,8 @@ class _Decoder:
             if not self._next_step(frame):
                 if frame is root:
                     return root.data
+                if frame.start:
+                    self._learn(frame)
                 frame = stack.pop()
 
     def _next_step(self, frame: _Frame) -> bool:
@@ -668,11 +252,54 @@ class _Decoder:
 
     def _referred(self) -> Content:
         """Node that the handle at this place refers to."""
-        number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
-        if not self.first <= number < len(self.nodes):
+        number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
+        if not self.first <= number < len(self.known):
             raise ProjectFormatError(f"Handle {number - self.first} refers to nothing read so far", offset=self.pos)
         self.pos += 5
-        return self.nodes[number]
+        return self._shared(number)
+
+    def _shared(self, number: int) -> Content:
+        """Node that something else refers to: what it is in must not be decoded anew each time."""
+        node = self.known[number]
+        if isinstance(node, PackedObject) and node.number != number:
+            for place, inner in enumerate(node.open(), node.number):
+                self.known[place] = inner
+            return self.known[number]
+        return node
+
+    def _packed(self, desc: AnyDesc, start: int) -> PackedObject | None:
+        """Object of a form that is known, left as it is."""
+        templates = self.templates.get(desc, ())
+        for place, template in enumerate(templates):
+            end = template.fit(self.data, start)
+            if end >= 0:
+                if place:  # most objects are like the one before
+                    templates.insert(0, templates.pop(place))  # type: ignore[union-attr]
+                node = PackedObject(template, start, len(self.nodes))
+                self.nodes.extend([node] * template.num_nodes)
+                self.pos = end
+                return node
+        return None
+
+    def _learn(self, frame: _Frame) -> None:
+        """Make a template of an object that was just read, where it is worth it."""
+        if not MIN_NODES <= len(self.nodes) - frame.number <= MAX_NODES or self.source is None:
+            return
+        desc = frame.node.desc  # type: ignore[union-attr]
+        self.attempts[desc] = self.attempts.get(desc, 0) + 1
+        template = template_of(
+            self.source, self.nodes, first=self.first, number=frame.number, start=frame.start, end=self.pos
+        )
+        if template is not None:
+            self.templates.setdefault(desc, []).append(template)
+
+    def open_object(self, first: int, start: int) -> tuple[JavaObject, list[Content]]:
+        """Decode the object at `start` by itself; handles refer to `known`."""
+        self.pos, self.first = start, first
+        nodes = self.nodes
+        node: JavaObject = self._values(1)[0]
+        self.nodes, self.offsets = [], deque(maxlen=0)
+        return node, nodes
 
     def _take(self, size: int) -> bytes:
         end = self.pos + size
@@ -741,6 +368,8 @@ class _Decoder:
         layout = self.layouts.get(desc)
         if layout is None:
             layout = self.layouts[desc] = self._layout_of(desc, start)
+        if desc in self.templates and (packed := self._packed(desc, start)) is not None:
+            return packed
         steps, leading, left = layout
         node = _new_object(JavaObject)
         node.desc = desc
@@ -754,11 +383,20 @@ class _Decoder:
             frame = self.opened = _Frame(node, steps, left)
             if leading:
                 frame.data.append(self._take(leading))
+            elif self.source is not None and left < 0 and self._may_learn(desc):
+                frame.start, frame.number = start, len(self.nodes) - 1
         elif steps:
             frame = _Frame(node, steps, 0)
             if self._next_step(frame):
                 self.opened = frame
         return node
+
+    def _may_learn(self, desc: AnyDesc) -> bool:
+        return (
+            self.attempts.get(desc, 0) < _MAX_ATTEMPTS
+            and len(self.templates.get(desc, ())) < _MAX_TEMPLATES
+            and self.annotation_depth == 0
+        )
 
     @staticmethod
     def _layout_of(desc: AnyDesc, start: int) -> _Layout:
@@ -783,7 +421,7 @@ class _Decoder:
         self.pos += 1
         desc = self._desc_of("an array", start)
         code = desc.name[1:2]
-        if desc.name[0:1] != "[" or code not in _ARRAY_CODES:
+        if desc.name[0:1] != "[" or code not in ARRAY_CODES:
             raise ProjectFormatError(f"An array of class {desc.name!r}", offset=start)
         node = _new_array(JavaArray)
         node.desc = desc
@@ -794,8 +432,8 @@ class _Decoder:
         if size < 0:
             raise ProjectFormatError(f"An array of {size} elements", offset=start)
         self.pos += 4
-        if code in _WIDTHS:
-            node.data = self._take(size * _WIDTHS[code])
+        if code in WIDTHS:
+            node.data = self._take(size * WIDTHS[code])
         elif size:
             self.opened = _Frame(node, (), size)
         return node
@@ -840,7 +478,7 @@ class _Decoder:
         """Descriptor of an object's class; not null, and complete."""
         number = -1
         if self.data[self.pos] == TC_REFERENCE:
-            number = _U4.unpack_from(self.data, self.pos + 1)[0] - _FIRST_HANDLE + self.first
+            number = _U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
             known = self.described.get(number)
             if known is not None:
                 self.pos += 5
@@ -876,8 +514,8 @@ class _Decoder:
             if desc is None or desc.is_complete:
                 break
             chain.append(desc)
-            if len(chain) > _MAX_SUPERCLASSES:
-                raise ProjectFormatError(f"More than {_MAX_SUPERCLASSES} superclasses", offset=start)
+            if len(chain) > MAX_SUPERCLASSES:
+                raise ProjectFormatError(f"More than {MAX_SUPERCLASSES} superclasses", offset=start)
         for open_desc in chain:
             open_desc.is_complete = True
         return first
@@ -890,8 +528,8 @@ class _Decoder:
         desc = self._referred() if self.data[start] == TC_REFERENCE else None
         if not isinstance(desc, (ClassDesc, ProxyDesc)) or not desc.is_complete:
             raise ProjectFormatError("A class descriptor should stand here", offset=start)
-        if chain and len(chain) + len(_lineage(desc)) > _MAX_SUPERCLASSES:
-            raise ProjectFormatError(f"More than {_MAX_SUPERCLASSES} superclasses", offset=start)
+        if chain and len(chain) + len(lineage(desc)) > MAX_SUPERCLASSES:
+            raise ProjectFormatError(f"More than {MAX_SUPERCLASSES} superclasses", offset=start)
         return desc
 
     def _new_class_desc(self) -> ClassDesc:
@@ -906,7 +544,7 @@ class _Decoder:
         if flags & SC_SERIALIZABLE and flags & SC_EXTERNALIZABLE:
             raise ProjectFormatError(f"{name} is both serializable and externalizable", offset=start)
         desc.fields = tuple([self._field() for _ in range(num_fields)])
-        order = [field.code not in _WIDTHS for field in desc.fields]
+        order = [field.code not in WIDTHS for field in desc.fields]
         if order != sorted(order):
             raise ProjectFormatError(f"{name} has a primitive field after a reference", offset=start)
         desc.annotation = self._annotation()
@@ -917,7 +555,7 @@ class _Decoder:
         code = chr(self.data[start])
         self.pos += 1
         name = self._utf()
-        if code in _WIDTHS:
+        if code in WIDTHS:
             return Field(code, name)
         if code in "[L":
             return Field(code, name, self._string_or_handle())
@@ -954,7 +592,7 @@ class _Decoder:
         self.pos += 2
         raw = self._take(size)
         try:
-            text = _text_of(raw)
+            text = text_of(raw)
         except ProjectFormatError as error:
             raise ProjectFormatError(error.message, offset=start) from None
         if modified_utf8(text) != raw:
@@ -962,7 +600,44 @@ class _Decoder:
         return text
 
 
-def decode(data: bytes, *, path: Path | None = None) -> Stream:
+_Reading = Callable[[_Decoder, int], Any]
+_TAG_READERS: dict[int, _Reading] = {
+    TC_CLASSDESC: _Decoder._desc_value,
+    TC_PROXYCLASSDESC: _Decoder._desc_value,
+    TC_OBJECT: _Decoder._object,
+    TC_STRING: _Decoder._string,
+    TC_LONGSTRING: _Decoder._long_string,
+    TC_ARRAY: _Decoder._array,
+    TC_CLASS: _Decoder._class,
+    TC_ENUM: _Decoder._enum,
+    TC_BLOCKDATA: _Decoder._block,
+    TC_BLOCKDATALONG: _Decoder._long_block,
+    TC_RESET: _Decoder._nested_mark,
+    TC_EXCEPTION: _Decoder._nested_mark,
+}
+_READERS: list[_Reading] = [_TAG_READERS.get(tag, _Decoder._unknown) for tag in range(256)]
+
+
+def _source(data: bytes, stream: Stream) -> Source:
+    """Decode single objects of a stream; holds it by a weak reference, since its nodes hold the source."""
+    held = weakref.ref(stream)
+    decoder = _Decoder(data)
+
+    def node_at(number: int) -> Content:
+        return held().nodes[number]  # type: ignore[union-attr]
+
+    def open_object(template: Template, start: int) -> tuple[JavaObject, list[Content]]:
+        decoder.nodes = []
+        decoder.known = held().nodes  # type: ignore[union-attr]
+        try:
+            return decoder.open_object(template.first, start)
+        finally:
+            decoder.known = []
+
+    return Source(data, open_object, node_at)
+
+
+def decode(data: bytes, *, path: Path | None = None, is_compact: bool = False) -> Stream:
     """Decode an object stream.
 
     Parameters
@@ -971,6 +646,8 @@ def decode(data: bytes, *, path: Path | None = None) -> Stream:
         The whole stream.
     path : Path, optional
         Named in errors.
+    is_compact : bool, optional
+        Leave objects that are like others as bytes until they are looked at; such nodes live as long as the stream.
 
     Returns
     -------
@@ -982,7 +659,7 @@ def decode(data: bytes, *, path: Path | None = None) -> Stream:
     ProjectFormatError
         If it is not a stream, ends early, or holds what protocol 2 does not allow; with the byte offset.
     """
-    decoder = _Decoder(bytes(data))
+    decoder = _Decoder(bytes(data), is_compact=is_compact)
     try:
         with no_collection():
             return decoder.run()
@@ -991,9 +668,6 @@ def decode(data: bytes, *, path: Path | None = None) -> Stream:
     except ProjectFormatError as error:
         offset = decoder.pos if error.offset is None else error.offset
         raise ProjectFormatError(error.message, path=path, offset=offset) from None
-    finally:
-        # Bound methods make a cycle, which would keep the whole tree until the collector comes round.
-        decoder.readers.clear()
 
 
 class _End:
@@ -1008,13 +682,22 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.out = bytearray(MAGIC)
+        self.pieces: list[bytes | memoryview] = []
+        """What comes before `out`."""
+        self.copied: tuple[bytes, int, int] | None = None
+        """Bytes of a file that come next, and stay as they are: its data, first, end."""
         self.handles: dict[int, int] = {}
+        self.count = 0
+        """Nodes that have a handle; those inside an object that stays bytes are not among `handles`."""
+        self.patched: dict[Template, list[bytes] | None] = {}
+        """Literals of templates with the handles that nodes have now; None where they have not changed."""
         self.leading: dict[AnyDesc, int | None] = {}
         self.writers: dict[type, Callable[[Any], Iterator[Content] | None]] = {
             bytes: self._block,
             LongBlock: self._long_block,
             JavaString: self._string,
             JavaObject: self._object,
+            PackedObject: self._packed,
             JavaArray: self._array,
             JavaEnum: self._enum,
             JavaClass: self._class,
@@ -1027,15 +710,35 @@ class _Encoder:
         for value in contents:
             if isinstance(value, Reset):
                 self.out.append(TC_RESET)
-                self.handles.clear()
+                self._forget()
             elif isinstance(value, Aborted):
                 self.out.append(TC_EXCEPTION)
-                self.handles.clear()
+                self._forget()
                 self._values((value.exception,))
-                self.handles.clear()
+                self._forget()
             else:
                 self._values((value,))
-        return bytes(self.out)
+        self._copy_out()
+        self.pieces.append(bytes(self.out))
+        return b"".join(self.pieces)
+
+    def _copy(self, data: bytes, start: int, end: int) -> None:
+        """Copy bytes of a file; what lies side by side there is copied at once."""
+        copied = self.copied
+        if not self.out and copied is not None and copied[0] is data and copied[2] == start:
+            self.copied = (data, copied[1], end)
+            return
+        self._copy_out()
+        if self.out:
+            self.pieces.append(bytes(self.out))
+            self.out.clear()
+        self.copied = (data, start, end)
+
+    def _copy_out(self) -> None:
+        if self.copied is not None:
+            data, start, end = self.copied
+            self.pieces.append(memoryview(data)[start:end])
+            self.copied = None
 
     def _values(self, values: Iterable[Content]) -> None:
         out, handles, writers = self.out, self.handles, self.writers
@@ -1056,8 +759,14 @@ class _Encoder:
             else:
                 stack.pop()
 
+    def _forget(self) -> None:
+        self.handles.clear()
+        self.patched.clear()
+        self.count = 0
+
     def _register(self, node: object) -> None:
-        self.handles[id(node)] = _FIRST_HANDLE + len(self.handles)
+        self.handles[id(node)] = FIRST_HANDLE + self.count
+        self.count += 1
 
     def _block(self, block: bytes) -> None:
         if len(block) > 255:
@@ -1108,6 +817,38 @@ class _Encoder:
             self.out += data[0]
         return iter(data[leading:])
 
+    def _packed(self, node: PackedObject) -> Iterator[Content] | None:
+        template = node.template
+        if node.is_packed and template not in self.patched and not self._patch(template):
+            # It holds the first use that is left of a class, say: from now on it is an object like any other.
+            node.open()
+        if not node.is_packed:
+            return self._object(node)
+        self.handles[id(node)] = FIRST_HANDLE + self.count
+        self.count += template.num_nodes
+        literals = self.patched[template]
+        if literals is None:
+            self._copy(template.source.data, node.start, node.end)
+            return None
+        for literal, gap in zip(literals, node.gaps, strict=False):
+            self.out += literal
+            self.out += gap
+        self.out += literals[-1]
+        return None
+
+    def _patch(self, template: Template) -> bool:
+        """Find the present handles of what a template refers to; False where something is not written yet."""
+        literals = [bytearray(part.literal) for part in template.parts] + [bytearray(template.end)]
+        for part, offset, number in template.references:
+            handle = self.handles.get(id(template.source.node(number)))
+            if handle is None:
+                return False
+            _REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)
+        found = [bytes(literal) for literal in literals]
+        is_same = found == [*(part.literal for part in template.parts), template.end]
+        self.patched[template] = None if is_same else found
+        return True
+
     def _object_data(self, node: JavaObject) -> Iterator[Content]:
         out = self.out
         values = iter(node.data)
@@ -1124,9 +865,9 @@ class _Encoder:
     def _array(self, node: JavaArray) -> Iterator[Content] | None:
         self.out.append(TC_ARRAY)
         self._desc(node.desc)
-        self.handles[id(node)] = _FIRST_HANDLE + len(self.handles)
+        self._register(node)
         if isinstance(node.data, bytes):
-            self.out += _I4.pack(len(node.data) // _WIDTHS[node.desc.name[1]])
+            self.out += _I4.pack(len(node.data) // WIDTHS[node.desc.name[1]])
             self.out += node.data
             return None
         self.out += _I4.pack(len(node.data))
@@ -1215,5 +956,6 @@ def encode(stream: Stream) -> bytes:
     encoder = _Encoder()
     with no_collection():
         data = encoder.run(stream.contents)
+    # Bound methods make a cycle, which would keep what was written until the collector comes round.
     encoder.writers.clear()
     return data

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.project.javastream import ClassDesc, Content, JavaArray, JavaObject, JavaString, ProxyDesc
+from darefine_qupath.project.javanodes import ClassDesc, Content, JavaArray, JavaObject, JavaString, ProxyDesc
 
 __all__ = [
     "NodeError",

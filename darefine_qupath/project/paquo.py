@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from darefine_qupath.errors import (
     SlideNotFoundError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.project import files, qpdata, rois, uris
+from darefine_qupath.project import files, qpdata, rois, safety, uris
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.interface import Changes, ImageEntry
 
@@ -566,17 +566,21 @@ class PaquoProject(EmbeddedProject):
         return start_qupath()
 
     def _edited(
-        self, image: ImageEntry, base: qpdata.ImageData, changes: Changes, colours: Mapping[str, Colour]
-    ) -> bytes:
+        self, image: ImageEntry, before: qpdata.Document, changes: Changes, colours: Mapping[str, Colour]
+    ) -> tuple[bytes, Callable[[qpdata.Document], None]]:
         """Let QuPath make the changes; what it may not lose is compared before anything is replaced."""
         start_qupath()
-        qpdata.edit(base, changes, colours)  # the same refusals as the embedded engine, before QuPath sees anything
+        base = qpdata.read(before.data, path=before.path)
+        before.edit(changes, colours)  # the same refusals as the embedded engine, before QuPath sees anything
         with _java_errors(f"save {image.name!r}"), contextlib.closing(self._open(image, base.data)) as opened:
             _Editor(opened, base, colours).apply(changes)
             opened.keep_history([step.name for step in base.workflow])
             content = opened.written()
-        _check_rest(base, qpdata.read(content, path=base.path))
-        return content
+        after = qpdata.read(content, path=base.path)
+        _check_rest(base, after)
+        safety.verify_objects(qpdata.expected(base, changes), after.objects, path=self._data_file(image.id))
+        # What is read back from the disk are the same bytes.
+        return content, lambda _: None
 
     def _open(self, image: ImageEntry, content: bytes) -> _OpenImage:
         builder = _server_builder(self._record(image).builder)

@@ -1,13 +1,17 @@
 """QuPath's ``data.qpdata``: the objects of an image, read, edited and made anew.
 
 `read` gives an `ImageData`; `edit` gives the bytes of the changed file, `create` those of a new one; `stored` and
-`expected` say what will be read back, `summary` what stands in the ``summary.json`` beside the file.
+`expected` say what will be read back, `summary` what stands in the ``summary.json`` beside the file. `Document` is a
+file opened to be edited, and `verify` compares what an edit made with what it was made of.
 """
 
+from darefine_qupath.project.qpedit import Document, Edited, edit, verify
 from darefine_qupath.project.qpread import ImageData, Opaque, Stains, StainVector, TmaGrid, WorkflowStep, read
-from darefine_qupath.project.qpwrite import create, edit, expected, stored, stored_geometry, summary
+from darefine_qupath.project.qpwrite import create, expected, stored, stored_geometry, summary
 
 __all__ = [
+    "Document",
+    "Edited",
     "ImageData",
     "Opaque",
     "StainVector",
@@ -21,4 +25,5 @@ __all__ = [
     "stored",
     "stored_geometry",
     "summary",
+    "verify",
 ]

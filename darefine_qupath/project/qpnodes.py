@@ -14,7 +14,7 @@ from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Colour, default_colour
 from darefine_qupath.errors import AnnotationError
 from darefine_qupath.project import javautil
-from darefine_qupath.project.javastream import (
+from darefine_qupath.project.javanodes import (
     SC_BLOCK_DATA,
     SC_ENUM,
     SC_EXTERNALIZABLE,
@@ -29,6 +29,7 @@ from darefine_qupath.project.javastream import (
     JavaString,
     Stream,
 )
+from darefine_qupath.project.javapacked import distinct_nodes
 from darefine_qupath.project.javautil import hash_order, table_size
 from darefine_qupath.project.qpread import OBJECT_ID, class_of
 from darefine_qupath.project.rois import RoiSpec
@@ -207,20 +208,21 @@ class NodeBuilder:
         self._classes: dict[str, JavaObject] = {}
         self._strings: dict[str, JavaString] = {}
         self._lists: dict[tuple[str, ...], tuple[JavaObject, JavaObject]] = {}
-        for node in stream.nodes:
+        nodes = [node for _, node in distinct_nodes(stream)]
+        for node in nodes:
             if isinstance(node, ClassDesc):
                 self._note_desc(node)
-        self._note_objects(stream)
+        self._note_objects(nodes)
 
-    def _note_objects(self, stream: Stream) -> None:
+    def _note_objects(self, nodes: Sequence[Content]) -> None:
         object_id = OBJECT_ID.encode()
-        for node in stream.nodes:
+        for node in nodes:
             if node.__class__ is JavaString and node.raw == object_id:
                 self._strings[OBJECT_ID] = node
                 break
         integer, boolean, path_class = map(self._descs.get, ("java.lang.Integer", "java.lang.Boolean", _PATH_CLASS))
         wanted = {integer, boolean, path_class}
-        for found in [node for node in stream.nodes if isinstance(node, JavaObject) and node.desc in wanted]:
+        for found in [node for node in nodes if isinstance(node, JavaObject) and node.desc in wanted]:
             if found.desc is path_class:
                 self._classes.setdefault(class_of(found)[0], found)
             elif found.desc is boolean:

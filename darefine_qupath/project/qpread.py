@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -17,23 +18,15 @@ from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project import javautil
 from darefine_qupath.project.files import is_since
-from darefine_qupath.project.javastream import (
-    Content,
-    JavaArray,
-    JavaEnum,
-    JavaObject,
-    JavaString,
-    Stream,
-    decode,
-    no_collection,
-)
+from darefine_qupath.project.javanodes import Content, JavaArray, JavaEnum, JavaObject, JavaString, Stream
+from darefine_qupath.project.javapacked import PackedObject, Template, unpack
+from darefine_qupath.project.javastream import decode, no_collection
 from darefine_qupath.project.javautil import NodeError, list_items, map_items, text, type_name
 from darefine_qupath.project.rois import RoiBatch, RoiError, RoiRecord
 
 __all__ = [
     "OBJECT_ID",
     "Found",
-    "HeldStream",
     "ImageData",
     "ObjectParts",
     "Opaque",
@@ -42,7 +35,6 @@ __all__ = [
     "TmaGrid",
     "WorkflowStep",
     "class_of",
-    "objects_of",
     "read",
     "walk",
 ]
@@ -53,7 +45,7 @@ _VERSION_PREFIX = "Data file version"
 _OBJECTS = "qupath.lib.objects."
 _ROOT = f"{_OBJECTS}PathRootObject"
 _METADATA = f"{_OBJECTS}MetadataMap"
-_CLASS = f"{_OBJECTS}classes.PathClass"
+PATH_CLASS = f"{_OBJECTS}classes.PathClass"
 _HIERARCHY = f"{_OBJECTS}hierarchy.PathObjectHierarchy"
 _STAINS = "qupath.lib.color.ColorDeconvolutionStains"
 _WORKFLOW = "qupath.lib.plugins.workflow.Workflow"
@@ -64,7 +56,7 @@ _NUMERIC_LISTS = {
     f"{_LISTS}NumericMeasurementList$DoubleList": ("[D", 8, "d"),
 }
 _DEFAULT_LIST = f"{_LISTS}DefaultMeasurementList"
-_KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {
     f"{_OBJECTS}PathAnnotationObject": "annotation",
     f"{_OBJECTS}PathDetectionObject": "detection",
     f"{_OBJECTS}PathCellObject": "cell",
@@ -181,8 +173,6 @@ class ImageData:
         Identities that more than one object has.
     has_ids : bool
         Whether every object's identity is in the file; otherwise identities are derived from positions.
-    held : list of HeldStream
-        The decoded stream, where `read` was asked to hold it for the next `edit`, which takes it out.
     """
 
     path: Path | None
@@ -202,7 +192,11 @@ class ImageData:
     colours: Mapping[str, Colour]
     duplicates: frozenset[UUID]
     has_ids: bool
-    held: list[HeldStream] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def tally(self) -> list[tuple[Kind, str | None]]:
+        """Kind and class of every object."""
+        return [(record.kind, record.path_class) for record in self.objects]
 
 
 class _Budget:
@@ -224,6 +218,8 @@ class ObjectParts:
     ----------
     node : JavaObject
         The object.
+    content : tuple
+        What it wrote.
     id : UUID or None
         As stored.
     metadata : JavaObject or None
@@ -236,21 +232,22 @@ class ObjectParts:
         Slice of the content that the children take.
     """
 
-    __slots__ = ("first_child", "id", "layout", "measurements", "metadata", "node", "num_children")
+    __slots__ = ("content", "first_child", "id", "layout", "measurements", "metadata", "node", "num_children")
 
     def __init__(self, node: JavaObject) -> None:
         self.node = node
+        self.content = node.data
         self.id: UUID | None = None
         self.metadata: JavaObject | None = None
         self.measurements: Content = None
         try:
-            self._parse(node.data)
+            self._parse(self.content)
         except (IndexError, struct.error):
             raise NodeError(f"{node.desc.name} ends before its parts do", node) from None
 
     def _parse(self, content: Sequence[Content]) -> None:
         third = content[2]
-        kind = third.desc.name if third.__class__ is JavaObject else ""
+        kind = third.desc.name if isinstance(third, JavaObject) else ""
         if kind == _METADATA:
             self.layout, self.metadata, self.measurements, position = 3, third, content[3], 4  # type: ignore[assignment]
             self.id = _stored_id(third)  # type: ignore[arg-type]
@@ -297,7 +294,7 @@ class ObjectParts:
     @property
     def children(self) -> Sequence[Content]:
         """The objects below this one."""
-        return self.node.content[self.first_child : self.first_child + self.num_children]
+        return self.content[self.first_child : self.first_child + self.num_children]
 
     @property
     def tail(self) -> int:
@@ -307,7 +304,7 @@ class ObjectParts:
     @property
     def has_lock(self) -> bool:
         """Whether the tail begins with the lock; that of old files does not."""
-        content = self.node.content
+        content = self.content
         if self.tail >= len(content):
             raise NodeError(f"{self.node.desc.name} ends before its class", self.node)
         first = content[self.tail]
@@ -346,11 +343,24 @@ def _uuid_of(string: str | None) -> UUID | None:
 
 
 class Found(NamedTuple):
-    """An object as the hierarchy is walked: its parts, its identity, and the number of its parent (-1: none)."""
+    """An object of the hierarchy.
 
-    parts: ObjectParts
+    Attributes
+    ----------
+    node : JavaObject
+        The object.
+    id : UUID
+        Its identity, stored or derived.
+    parent : int
+        Number of the object above it; -1: none.
+    has_id : bool
+        Whether the identity is stored.
+    """
+
+    node: JavaObject
     id: UUID
     parent: int
+    has_id: bool
 
 
 def walk(root: JavaObject, salt: str) -> Iterator[Found]:
@@ -374,6 +384,7 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
         If something that is no object stands among them, or one stands there twice.
     """
     seen: set[int] = set()
+    places: dict[Template, int | None] = {}
     pending: list[tuple[Content, int]] = [(root, -1)]
     while pending:
         node, parent = pending.pop()
@@ -383,18 +394,43 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
         seen.add(id(node))
         if len(seen) == number:
             raise NodeError("An object is in the hierarchy twice", node)
+        identity = _packed_id(node, places) if isinstance(node, PackedObject) and node.is_packed else None
+        if identity is not None:
+            yield Found(node, identity, parent, has_id=True)
+            continue
         parts = ObjectParts(node)
-        identity = parts.id or uuid5(_ID_NAMESPACE, f"{salt}#{number}")
-        yield Found(parts, identity, parent)
         if parts.num_children:
+            if isinstance(node, PackedObject) and node.is_packed:
+                # Its children must be the same nodes from now on.
+                node.open()
+                parts = ObjectParts(node)
             pending.extend([(child, number) for child in reversed(parts.children)])
+        yield Found(node, parts.id or uuid5(_ID_NAMESPACE, f"{salt}#{number}"), parent, parts.id is not None)
 
 
-class HeldStream(NamedTuple):
-    """A decoded file and its objects, the root first."""
+def _packed_id(node: PackedObject, places: dict[Template, int | None]) -> UUID | None:
+    """Find the stored identity of an object without children, and do not decode it; None where that cannot be."""
+    template = node.template
+    if template not in places:
+        places[template] = _place_of_id(node)
+    place = places[template]
+    if place is None:
+        return None
+    raw = node.gap(place)[2:]
+    return _uuid_of(raw.decode("ascii")) if raw.isascii() else None
 
-    stream: Stream
-    objects: list[Found]
+
+def _place_of_id(node: PackedObject) -> int | None:
+    """Which gap of a template holds the identity."""
+    parts = ObjectParts(node)
+    if parts.id is None or parts.layout != 3 or parts.num_children:
+        return None
+    texts = [gap[2:] if part.gap == 0 else b"" for part, gap in zip(node.template.parts, node.gaps, strict=True)]
+    stored = str(parts.id).encode()
+    # Where the key is a gap too, others of this form may have other keys.
+    if texts.count(stored) != 1 or OBJECT_ID.encode() in texts:
+        return None
+    return texts.index(stored)
 
 
 class _Row(NamedTuple):
@@ -435,7 +471,7 @@ class _Row(NamedTuple):
         )
 
 
-class _Reader:
+class Reader:
     """Takes what records need out of the hierarchy's nodes, so that the nodes can go before the geometries come."""
 
     def __init__(self, size: int, rois: RoiBatch) -> None:
@@ -443,7 +479,8 @@ class _Reader:
         self.rois = rois
         self.classes: dict[int, str] = {}
         self.colours: dict[str, Colour] = {}
-        self.names: dict[int, list[str]] = {}
+        self.names: dict[int, tuple[Content, list[str]]] = {}
+        """By node; the node is kept, so that no other can come to have its id."""
         self.ids: list[UUID] = []
         self.has_ids = True
         self.cores: dict[int, UUID] = {}
@@ -451,24 +488,25 @@ class _Reader:
     def rows(self, objects: Iterable[Found]) -> list[_Row]:
         """Rows of all objects but the root, parents before children."""
         rows = []
-        for parts, identity, parent in objects:
+        for node, identity, parent, has_id in objects:
             self.ids.append(identity)
-            self.has_ids = self.has_ids and parts.id is not None
+            self.has_ids = self.has_ids and has_id
             if parent >= 0:
-                rows.append(self._row(parts, identity, self.ids[parent] if parent else None))
+                rows.append(self.row(node, identity, self.ids[parent] if parent else None))
         return rows
 
-    def _row(self, parts: ObjectParts, identity: UUID, parent: UUID | None) -> _Row:
-        node = parts.node
-        kind = _KINDS.get(node.desc.name)
+    def row(self, node: JavaObject, identity: UUID, parent: UUID | None) -> _Row:
+        """Row of one object."""
+        parts = ObjectParts(node)
+        kind = KINDS.get(node.desc.name)
         if kind is None:
             raise NodeError(f"{node.desc.name} is not a kind of object that can be read", node)
         if kind == "tma core":
             self.cores[id(node)] = identity
-        content = node.data
+        content = parts.content
         tail = content[parts.tail :]
         locked = False
-        if tail and tail[0].__class__ is JavaObject and tail[0].desc.name == _BOOLEAN:
+        if tail and isinstance(tail[0], JavaObject) and tail[0].desc.name == _BOOLEAN:
             locked = tail[0].data[0] != b"\0"
             tail = tail[1:]
         if len(tail) < 3 or not isinstance(tail[2], bytes) or len(tail[2]) < 8:
@@ -552,7 +590,7 @@ class _Reader:
         if "values" not in index or "names" not in index:
             raise NodeError(f"{node.desc.name} has no names or no values", node)
         values, names_node = node.data[index["values"][0]], node.data[index["names"][0]]
-        names = self.names.get(id(names_node)) or self._names(names_node)
+        names = self._names(names_node)
         if not isinstance(values, JavaArray) or values.desc.name != array_class:
             raise NodeError(f"{type_name(values)} where measured values should be", node)
         count = len(names)
@@ -563,10 +601,10 @@ class _Reader:
         return dict(zip(names, [value if value == value else math.nan for value in numbers], strict=True))
 
     def _names(self, node: Content) -> list[str]:
-        names = self.names.get(id(node))
-        if names is None:
-            names = self.names[id(node)] = [self._text(item) or "" for item in list_items(node)]
-        return names
+        known = self.names.get(id(node))
+        if known is None:
+            known = self.names[id(node)] = (node, [self._text(item) or "" for item in list_items(node)])
+        return known[1]
 
 
 def _plain(value: float) -> float:
@@ -586,7 +624,7 @@ def class_of(node: Content) -> tuple[str, Colour | None]:
     colour: Colour | None = None
     current = node
     while current is not None:
-        if not isinstance(current, JavaObject) or current.desc.name != _CLASS:
+        if not isinstance(current, JavaObject) or current.desc.name != PATH_CLASS:
             raise NodeError(f"{type_name(current)} where a class should be", node)
         if current is node:
             packed = javautil.field(current, "colorRGB")
@@ -599,7 +637,7 @@ def class_of(node: Content) -> tuple[str, Colour | None]:
 
 
 @dataclass(slots=True)
-class _Items:
+class Items:
     """Top-level items by type, as QuPath itself tells them apart."""
 
     data_version: str = ""
@@ -611,10 +649,12 @@ class _Items:
     hierarchy: JavaObject | None = None
     properties: Mapping[str, Any] = field(default_factory=dict)
     is_complete: bool = False
+    qupath_version: str | None = None
+    server: Mapping[str, Any] | None = None
 
 
-def _items(stream: Stream) -> _Items:
-    items = _Items()
+def _items(stream: Stream) -> Items:
+    items = Items()
     contents = iter(stream.contents)
     first = next(contents, None)
     if not isinstance(first, bytes) or len(first) < 2:
@@ -638,11 +678,19 @@ def _items(stream: Stream) -> _Items:
                 break
             if not has_server:
                 items.server_text, has_server = text(item) or "", True
+                _parse_server(items)
         elif isinstance(item, JavaEnum) and item.desc.name == _IMAGE_TYPE:
             items.image_type = text(item.constant) or "UNSET"
         elif isinstance(item, JavaObject) and item.desc.name in readers:
             readers[item.desc.name](item)
     return items
+
+
+def _parse_server(items: Items) -> None:
+    wrapper = _json(items.server_text) or {}
+    version, server = wrapper.get("qupathVersion"), wrapper.get("server")
+    items.qupath_version = None if version is None else str(version)
+    items.server = server if isinstance(server, dict) else None
 
 
 def _locale(node: JavaObject) -> str:
@@ -794,19 +842,7 @@ def _tma_grid(hierarchy: JavaObject, ids: Mapping[int, UUID]) -> TmaGrid | None:
     )
 
 
-def objects_of(stream: Stream) -> list[Found]:
-    """Objects of a decoded file, parents before children; the root comes first.
-
-    Raises
-    ------
-    NodeError
-        If something in it is not what it should be.
-    """
-    items = _items(stream)
-    return list(walk(_root(items), items.server_text))
-
-
-def _root(items: _Items) -> JavaObject:
+def root_of(items: Items) -> JavaObject:
     if items.hierarchy is None:
         raise NodeError("The file has no object hierarchy", None)
     root = javautil.field(items.hierarchy, "rootObject")
@@ -818,43 +854,62 @@ def _root(items: _Items) -> JavaObject:
 class _Collected(NamedTuple):
     """All that a file says but for the geometries; no node of its stream."""
 
-    items: _Items
-    reader: _Reader
+    items: Items
+    reader: Reader
     rows: list[_Row]
     tma_grid: TmaGrid | None
     qupath_version: str | None
     server: Mapping[str, Any] | None
-    held: list[HeldStream]
 
 
-def _collect(
-    stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None, *, holds: bool = False
-) -> _Collected:
-    items = _items(stream)
-    if not items.is_complete:
-        raise ProjectFormatError(
-            "The file ends without its closing 'EOF': its end is missing; take QuPath's data.qpdata.bkp or a backup",
-            path=path,
-            offset=len(data),
-        )
-    wrapper = _json(items.server_text) or {}
-    version, server = wrapper.get("qupathVersion"), wrapper.get("server")
-    version = None if version is None else str(version)
+def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None) -> _Collected:
+    items = complete_items(stream, data, path)
     if rois is None:
-        rois = RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(version or "", 0, 6))
-    reader = _Reader(len(data), rois)
-    found: Iterable[Found] = walk(_root(items), items.server_text)
-    held = [HeldStream(stream, found := list(found))] if holds else []
-    rows = reader.rows(found)
+        rois = roi_batch(items, data)
+    reader = Reader(len(data), rois)
+    rows = reader.rows(walk(root_of(items), items.server_text))
     grid = _tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
     items.hierarchy = None
-    return _Collected(items, reader, rows, grid, version, server if isinstance(server, dict) else None, held)
+    return _Collected(items, reader, rows, grid, items.qupath_version, items.server)
 
 
-def _decode_and_collect(data: bytes, path: Path | None, *, holds: bool) -> _Collected:
+def roi_batch(items: Items, data: bytes) -> RoiBatch:
+    """Batch for the ROIs of a file."""
+    return RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(items.qupath_version or "", 0, 6))
+
+
+def complete_items(stream: Stream, data: bytes, path: Path | None) -> Items:
+    """Top-level items of a whole file.
+
+    Raises
+    ------
+    ProjectFormatError
+        If its end is missing.
+    """
+    items = _items(stream)
+    if items.is_complete:
+        return items
+    raise ProjectFormatError(
+        "The file ends without its closing 'EOF': its end is missing; take QuPath's data.qpdata.bkp or a backup",
+        path=path,
+        offset=len(data),
+    )
+
+
+def open_compact(data: bytes, path: Path | None) -> Stream:
+    """Decode a file; objects that are alike stay bytes, but for those that define a path class."""
+    stream = decode(data, path=path, is_compact=True)
+    unpack(stream, PATH_CLASS)
+    return stream
+
+
+def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
+    with contextlib.suppress(NodeError):
+        return _collect(open_compact(data, path), data, path)
+    # Only the whole tree tells where a node stands.
     stream = decode(data, path=path)
     try:
-        return _collect(stream, data, path, holds=holds)
+        return _collect(stream, data, path)
     except NodeError as error:
         raise ProjectFormatError(error.message, path=path, offset=stream.offset_of(error.node) or 4) from None
 
@@ -883,14 +938,15 @@ def _offset_of_roi(slot: int, data: bytes) -> int | None:
     return None
 
 
-def _duplicates(ids: Sequence[UUID]) -> frozenset[UUID]:
+def duplicates_of(ids: Sequence[UUID]) -> frozenset[UUID]:
+    """Identities that occur more than once."""
     if len(set(ids)) == len(ids):
         return frozenset()
     seen: set[UUID] = set()
     return frozenset(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]
 
 
-def read(data: bytes, *, path: Path | None = None, for_edit: bool = False) -> ImageData:
+def read(data: bytes, *, path: Path | None = None) -> ImageData:
     """Read a ``data.qpdata`` file.
 
     Parameters
@@ -899,8 +955,6 @@ def read(data: bytes, *, path: Path | None = None, for_edit: bool = False) -> Im
         The whole file.
     path : Path, optional
         Named in errors.
-    for_edit : bool, optional
-        Hold the decoded stream, so that the next `edit` need not decode again; takes five times the file in memory.
 
     Returns
     -------
@@ -913,7 +967,7 @@ def read(data: bytes, *, path: Path | None = None, for_edit: bool = False) -> Im
         If the file is damaged or holds something that cannot be read; names file, offset and class.
     """
     with no_collection():
-        items, reader, rows, grid, version, server, held = _decode_and_collect(data, path, holds=for_edit)
+        items, reader, rows, grid, version, server = _decode_and_collect(data, path)
         try:
             rois = reader.rois.build()
         except RoiError as error:
@@ -938,7 +992,6 @@ def read(data: bytes, *, path: Path | None = None, for_edit: bool = False) -> Im
         tma_grid=grid,
         properties=items.properties,
         colours=reader.colours,
-        duplicates=_duplicates(reader.ids),
+        duplicates=duplicates_of(reader.ids),
         has_ids=reader.has_ids,
-        held=held,
     )

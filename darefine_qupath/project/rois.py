@@ -18,7 +18,7 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Plane, RoiKind
 from darefine_qupath.errors import AnnotationError
-from darefine_qupath.project.javastream import AnyDesc, ClassDesc, Content, JavaArray, JavaObject
+from darefine_qupath.project.javanodes import AnyDesc, ClassDesc, Content, JavaArray, JavaObject
 from darefine_qupath.project.javautil import NodeError, type_name
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ _ELLIPSE_CORNERS = 100
 # fill memory.
 _MAX_CROSSINGS = 20_000
 _MAX_WKB_DEPTH = 8
-# ROIs that are made at once.
-_PORTION_ROIS, _PORTION_BYTES = 4096, 2_000_000
+# ROIs that are made at once; geometries that are rounded at once.
+_PORTION_ROIS, _PORTION_BYTES, _PORTION_SHAPES = 4096, 500_000, 256
 
 
 class RoiRecord(NamedTuple):
@@ -609,6 +609,13 @@ def specs_of(shapes: Sequence[tuple[BaseGeometry, RoiKind | None]]) -> list[RoiS
     AnnotationError
         If a geometry is empty, invalid, of mixed types, or not finite.
     """
+    specs: list[RoiSpec] = []
+    for first in range(0, len(shapes), _PORTION_SHAPES):
+        specs += _specs_of(shapes[first : first + _PORTION_SHAPES])
+    return specs
+
+
+def _specs_of(shapes: Sequence[tuple[BaseGeometry, RoiKind | None]]) -> list[RoiSpec]:
     geometries = np.empty(len(shapes), object)
     geometries[:] = [geometry for geometry, _ in shapes]
     coordinates, owners = shapely.get_coordinates(geometries, return_index=True)
