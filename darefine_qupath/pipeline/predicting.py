@@ -20,6 +20,7 @@ from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size, fit_within
 from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.pipeline.lineage import MODEL_FILE
 from darefine_qupath.pipeline.scoring import SlideScore, score_context, score_slide, truth_labels, truth_of
 from darefine_qupath.pipeline.selection import Skipped, choose_images, misfit
 from darefine_qupath.pipeline.settings import read_settings
@@ -370,6 +371,8 @@ def _finish(
                 parameters={
                     "prediction": dict(score_map.settings),
                     "fingerprint": score_map.fingerprint,
+                    # Where a training on the reviewed labels finds the model that it goes on from.
+                    MODEL_FILE: str(request.model.resolve()),
                     # What the model was trained on, so that a review can say what is unlike it.
                     "stain": read_header(request.model).provenance.get("stain"),
                 },

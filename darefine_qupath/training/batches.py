@@ -10,6 +10,8 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ from darefine_qupath.models import box_within
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.loading import TileItem
 from darefine_qupath.tiles.sampling import epoch_order
+from darefine_qupath.tiles.sources import SlideReader
 from darefine_qupath.training.augment import Batch
 from darefine_qupath.training.recipe import TrainConfig
 
@@ -174,6 +177,7 @@ def load_batches(
         _AsDataset(data),
         batch_sampler=_Noted(iter(planned), log),
         num_workers=workers,
+        multiprocessing_context=_workers_like(data) if workers else None,
         collate_fn=_collate,
         pin_memory=pin,
         worker_init_fn=_ignore_signals if workers else None,
@@ -181,6 +185,19 @@ def load_batches(
     )
     for batch, ids in loader:
         yield Loaded(placed=log.pop(0), batch=batch, ids=ids)
+
+
+def _workers_like(data: TileData) -> BaseContext | None:
+    """How workers start; None for the platform's own way.
+
+    Workers that read slides do not fork from this process: handles, and the threads of a reader that has been used
+    here, must not follow. They fork from a server that has loaded the libraries and nothing else.
+    """
+    if not isinstance(getattr(data, "reader", None), SlideReader) or "forkserver" not in get_all_start_methods():
+        return None
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, SlideReader.__module__])
+    return context
 
 
 class _AsDataset(Dataset[tuple[TileItem, Tensor]]):
