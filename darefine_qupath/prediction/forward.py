@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from darefine_qupath.errors import PredictionError
@@ -361,28 +362,29 @@ def _turn_boxes(box_B4: Tensor, symmetry: int) -> Tensor:
 def _pool(logits_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:
     """Average logits over map pixels, of each over the part that the slice covers.
 
-    The result has room for any phase, so that every batch of a slide has the same shape. Averaging is separable, and
-    as a product of matrices several times faster than pooling a padded copy.
+    The result has room for any phase, so that every batch of a slide has the same shape.
     """
     if stride == 1:
         return logits_BKHW
-    height, width = logits_BKHW.shape[-2:]
-    rows_BhH = np.stack([_averages(height, down, stride) for down, _ in phases])
-    columns_BwW = np.stack([_averages(width, right, stride) for _, right in phases])
-    rows_B1hH = torch.from_numpy(rows_BhH).to(logits_BKHW.device)[:, None]
-    columns_B1Ww = torch.from_numpy(columns_BwW).to(logits_BKHW.device)[:, None].mT
-    return rows_B1hH @ (logits_BKHW @ columns_B1Ww)
+    batch, classes, height, width = logits_BKHW.shape
+    down, right = (pooled_length(side, stride - 1, stride) for side in (height, width))
+    # Not channels-last: torch pools a handful of channels several times slower so.
+    padded = torch.zeros((batch, classes, down * stride, right * stride), device=logits_BKHW.device)
+    share_Bhw = np.empty((batch, down, right), np.float32)
+    for index, (row, column) in enumerate(phases):
+        padded[index, :, row : row + height, column : column + width] = logits_BKHW[index]
+        share_Bhw[index] = np.outer(_covered(height, row, stride, down), _covered(width, column, stride, right))
+    share_B1hw = torch.from_numpy(np.maximum(share_Bhw, 1 / stride**2)).to(logits_BKHW.device)[:, None]
+    return F.avg_pool2d(padded, stride) / share_B1hw
 
 
 @lru_cache(maxsize=256)
-def _averages(length: int, phase: int, stride: int) -> NDArray[np.float32]:
-    """Matrix that averages `length` input pixels over each map pixel along one axis; zero where there are none."""
-    num = pooled_length(length, stride - 1, stride)
-    place = (np.arange(length) + phase) // stride
-    inside = (place == np.arange(num)[:, None]).astype(np.float32)
-    averages: NDArray[np.float32] = inside / np.maximum(inside.sum(axis=1, keepdims=True), 1)
-    averages.setflags(write=False)
-    return averages
+def _covered(length: int, phase: int, stride: int, num: int) -> NDArray[np.float32]:
+    """Part of each of `num` map pixels, along one axis, that a slice covers."""
+    inside = np.zeros(num * stride, np.float32)
+    inside[phase : phase + length] = 1
+    part: NDArray[np.float32] = inside.reshape(num, stride).mean(axis=1)
+    return part
 
 
 def choose_batch_size(device: torch.device, size_px: int) -> int:
