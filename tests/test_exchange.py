@@ -275,6 +275,11 @@ EXTERNAL = """<?xml version="1.0"?><!DOCTYPE a [<!ENTITY xxe SYSTEM "file:///etc
 <Annotations><Annotation Name="&xxe;"/></Annotations>"""
 
 
+HALO = """<Annotations><Annotation Name="Tumor"><Regions><Region Type="Polygon" NegativeROA="0">
+<Vertices><V X="10" Y="10"/><V X="99" Y="10"/><V X="99" Y="99"/></Vertices></Region></Regions></Annotation>
+</Annotations>"""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -282,13 +287,25 @@ EXTERNAL = """<?xml version="1.0"?><!DOCTYPE a [<!ENTITY xxe SYSTEM "file:///etc
         (EXTERNAL, "declares entities"),
         ("<Annotations><Annotation>", "XML is damaged"),
         ("<html><body/></html>", "its root is <html>"),
+        (HALO, "annotations of HALO .* export them from HALO as GeoJSON"),
         ('{"a": 1}', "JSON without features"),
         ("[1, 2", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("x,y\n1,2\n", "neither Aperio or ASAP"),
         ("", "neither Aperio or ASAP"),
     ],
-    ids=["entities", "external entity", "cut short", "html", "other json", "damaged json", "deep json", "csv", "empty"],
+    ids=[
+        "entities",
+        "external entity",
+        "cut short",
+        "html",
+        "halo",
+        "other json",
+        "damaged json",
+        "deep json",
+        "csv",
+        "empty",
+    ],
 )
 def test_other_files_are_refused_by_name(write: Write, text: str, message: str) -> None:
     path = write(text)

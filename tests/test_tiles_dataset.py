@@ -455,6 +455,35 @@ def test_a_damaged_slide_is_named(sources: tuple[TileSource, ...], tmp_path: Pat
         build_dataset([replace(sources[0], path=path)], SPEC, CLASSES, tmp_path / "out", workers=workers)
 
 
+class SpottySlide(ArraySlide):
+    """A slide that cannot be read at one spot."""
+
+    def read(self, box: Box, size: tuple[int, int]) -> np.ndarray:
+        if box.intersection(Box(210, 60, 10, 10)) is not None:
+            raise SlideError(f"the box {box.x}, {box.y} cannot be read")
+        return super().read(box, size)
+
+
+def test_tiles_on_a_damaged_spot_are_left_out_and_counted(
+    sources: tuple[TileSource, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = index_tiles(sources[:1], SPEC, CLASSES)
+    index = build_dataset(
+        sources[:1], SPEC, CLASSES, tmp_path, opener=lambda _: SpottySlide(ramps(500, 400)), workers=0
+    )
+    spot = Box(210, 60, 10, 10)
+    expected = [
+        record.id
+        for record in whole
+        if record.pair.slice.intersection(spot) is None and record.pair.context.intersection(spot) is None
+    ]
+    assert 0 < len(expected) < len(whole)
+    assert index.ids() == expected
+    assert f"{len(whole) - len(expected)} tiles cannot be read and are left out; the first: the box" in caplog.text
+    assert same(load_index(tmp_path), index)
+    assert all(DatasetReader(tmp_path).read(record).slice.shape == (32, 32, 3) for record in index)
+
+
 def test_a_reader_shares_contexts_and_closes_its_slides(sources: tuple[TileSource, ...]) -> None:
     opened: list[ArraySlide] = []
 

@@ -70,7 +70,17 @@ def read_aperio(path: Path, root: Element, *, mpp: float | None = None, classes:
     -------
     Imported
         One annotation per region that is not a cut-out.
+
+    Raises
+    ------
+    ExchangeError
+        If the file is HALO's, which has the same root.
     """
+    if root.find(".//Vertices/V") is not None:
+        raise ExchangeError(
+            f"{path}: annotations of HALO (corners are <V>, not <Vertex>), whose XML is not read; export them "
+            f"from HALO as GeoJSON"
+        )
     collector = Collector(path, classes)
     stated = _positive(root.get("MicronsPerPixel"))
     if mpp is not None and stated is not None and abs(stated / mpp - 1) > _MPP_TOLERANCE:

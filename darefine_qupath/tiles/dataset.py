@@ -22,7 +22,7 @@ import numpy as np
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import DarefineError, SlideNotFoundError, TileError
+from darefine_qupath.errors import DarefineError, SlideError, SlideNotFoundError, TileError
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
 from darefine_qupath.tiles.screening import (
     Finder,
@@ -325,9 +325,11 @@ class _Journal:
             self._append(header)
 
     def add(self, job: Job, found: Found) -> None:
-        """Note a finished job, whose files are written."""
-        self._append(_canonical({"job": job.key, "rows": found.rows.tolist(), "digests": found.digests}) + b"\n")
+        """Note a finished job, whose files are written; one with unreadable tiles is tried again by the next build."""
         self.found[job.key] = found
+        if found.unreadable:
+            return
+        self._append(_canonical({"job": job.key, "rows": found.rows.tolist(), "digests": found.digests}) + b"\n")
 
     def _append(self, line: bytes) -> None:
         self._file.write(line)
@@ -352,11 +354,17 @@ def _do_missing(
     if done:
         _log.info("%d of %d tiles were done before", done, total)
     missing = (job for job in _jobs(plans) if job.key not in journal.found)
+    unreadable: list[str] = []
     for job, found in run_jobs(missing, finder, workers):
         journal.add(job, found)
+        unreadable += found.unreadable
         done += len(job.pairs)
         if progress is not None:
             progress(done, total)
+    if unreadable and not any(len(found.rows) for found in journal.found.values()):
+        raise SlideError(unreadable[0])
+    if unreadable:
+        _log.warning("%d tiles cannot be read and are left out; the first: %s", len(unreadable), unreadable[0])
 
 
 def _index(plans: Sequence[ImagePlan], found: Mapping[str, Found], spec: TileSpec, classes: ClassMap) -> TileIndex:

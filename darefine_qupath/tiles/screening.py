@@ -17,12 +17,12 @@ import numpy as np
 
 from darefine_qupath.annotations import LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
-from darefine_qupath.errors import TileError
+from darefine_qupath.errors import SlideError, TileError
 from darefine_qupath.geometry import Box
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.plan import TilePair, plan_tiles
-from darefine_qupath.tiles.reading import iter_pairs
+from darefine_qupath.tiles.reading import held, read_context, read_slice
 from darefine_qupath.tiles.sources import (
     Opener,
     SlideReader,
@@ -94,10 +94,13 @@ class Found(NamedTuple):
         As `TileIndex.of_rows` takes them.
     digests : tuple of str
         SHA-256 of each tile's stored pixels; empty when none are stored.
+    unreadable : tuple of str
+        What the slide said where it is damaged; those tiles are not among the rows.
     """
 
     rows: NDArray[np.int64]
     digests: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +246,12 @@ class Finder:
                 rows.append((job.image, pair.slice.x, pair.slice.y, pair.context.x, pair.context.y, *counts.tolist()))
                 if self._folder is not None:
                     kept.append((pair, mask))
-        digests = () if self._folder is None else _store(self._folder, slide, job, kept)
-        return Found(np.array(rows, np.int64).reshape(-1, 6 + self._num_classes), digests)
+        table = np.array(rows, np.int64).reshape(-1, 6 + self._num_classes)
+        if self._folder is None:
+            return Found(table, ())
+        digests, unreadable = _store(self._folder, slide, job, kept)
+        is_stored = np.array([digest is not None for digest in digests], bool)
+        return Found(table[is_stored], tuple(digest for digest in digests if digest is not None), unreadable)
 
     def close(self) -> None:
         """Close the slides."""
@@ -253,18 +260,27 @@ class Finder:
 
 def _store(
     folder: PixelFolder, slide: Slide, job: Job, tiles: Sequence[tuple[TilePair, NDArray[np.uint8]]]
-) -> tuple[str, ...]:
-    """Write tiles of a job, each context once; gives their digests."""
-    pixels = iter_pairs(slide, [pair for pair, _ in tiles], job.spec)
-    digests, context, context_data = [], None, b""
-    for (_, mask), (pair, found) in zip(tiles, pixels, strict=True):
-        if pair.context != context:
-            context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found.context)
-        digest = sha256(folder.write(job.image_id, "slice", pair.slice, found.slice))
+) -> tuple[list[str | None], tuple[str, ...]]:
+    """Write tiles of a job, each context once; gives their digests, None where the slide is damaged, and why."""
+    near = held(slide, [pair.slice for pair, _ in tiles], job.spec)
+    digests: list[str | None] = []
+    unreadable, context, context_data = [], None, b""
+    for pair, mask in tiles:
+        try:
+            pixels = read_slice(near, pair.slice, job.spec)
+            if pair.context != context:
+                found = read_context(slide, pair.context, job.spec)
+                context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found)
+        except SlideError as error:
+            # One damaged spot must not cost all the annotations of a slide.
+            digests.append(None)
+            unreadable.append(str(error))
+            continue
+        digest = sha256(folder.write(job.image_id, "slice", pair.slice, pixels))
         digest.update(folder.write(job.image_id, "mask", pair.slice, mask))
         digest.update(context_data)
         digests.append(digest.hexdigest())
-    return tuple(digests)
+    return digests, tuple(unreadable)
 
 
 def run_jobs(jobs: Iterable[Job], finder: Finder, workers: int) -> Iterator[tuple[Job, Found]]:
