@@ -108,6 +108,65 @@ def parse_json(data: bytes, path: Path) -> Any:  # noqa: ANN401 - JSON is any va
         raise ProjectFormatError("this JSON is nested too deeply", path=path, offset=start) from None
 
 
+class _MisplacedError(Exception):
+    """A value of a JSON file is not what it should be.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong.
+    keys : str or int
+        The way to the value, from the outside in.
+    """
+
+    def __init__(self, message: str, *keys: str | int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.keys = keys
+
+
+def _offset_of(data: bytes, keys: Sequence[str | int]) -> int:
+    """Byte offset of a value in a JSON file; where a key is missing, of the object that should have it."""
+    start = len(_BOM) if data.startswith(_BOM) else 0
+    text = data[start:].decode()
+    position = _after_blanks(text, 0)
+    for key in keys:
+        inner = _position_of(text, position, key)
+        if inner is None:
+            break
+        position = inner
+    return start + len(text[:position].encode())
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while text[position : position + 1] in tuple(" \t\r\n"):
+        position += 1
+    return position
+
+
+def _position_of(text: str, position: int, key: str | int) -> int | None:
+    """Find an item of the object or array at `position`; of a key that is there twice the last, as it is read."""
+    decoder = json.JSONDecoder(parse_int=str)  # Python refuses to convert thousands of digits
+    found = None
+    index: str | int = -1
+    is_object = text[position] == "{"
+    if text[position] not in "{[":
+        return None
+    position = _after_blanks(text, position + 1)
+    while text[position] not in "}]":
+        if is_object:
+            index, position = decoder.raw_decode(text, position)
+            position = _after_blanks(text, _after_blanks(text, position) + 1)
+        else:
+            index = int(index) + 1
+        if index == key:
+            found = position
+        position = _after_blanks(text, decoder.raw_decode(text, position)[1])
+        if text[position] == ",":
+            position = _after_blanks(text, position + 1)
+    return found
+
+
 # Gson escapes what could end a script element, and we what UTF-8 cannot hold: half a surrogate pair.
 _ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x20), *map(ord, "<>&='\u2028\u2029"), *range(0xD800, 0xE000))}
 _ESCAPES |= {ord(char): f"\\{letter}" for char, letter in zip('\t\b\n\r\f"\\', 'tbnrf"\\', strict=True)}
@@ -213,47 +272,76 @@ def parse_project(data: bytes, path: Path) -> JsonObject:
         If it is one of QuPath 0.1.
     """
     document = parse_json(data, path)
+    try:
+        return _checked_project(document, path)
+    except _MisplacedError as error:
+        raise ProjectFormatError(error.message, path=path, offset=_offset_of(data, error.keys)) from None
+
+
+def _checked_project(document: Any, path: Path) -> JsonObject:  # noqa: ANN401 - JSON is any value
     if not isinstance(document, dict):
-        raise ProjectFormatError("this is not a QuPath project: the JSON is not an object", path=path)
+        raise _MisplacedError("this is not a QuPath project: the JSON is not an object")
     if not {"version", "lastID", "images"} & document.keys():
-        raise ProjectFormatError("this is not a QuPath project: no version, lastID or images", path=path)
+        raise _MisplacedError("this is not a QuPath project: no version, lastID or images")
     images = document.get("images", [])
     if not isinstance(images, list) or not all(isinstance(entry, dict) for entry in images):
-        raise ProjectFormatError("images is not a list of entries", path=path)
+        raise _MisplacedError("images is not a list of entries", "images")
     if any("path" in entry and "serverBuilder" not in entry for entry in images):
         raise ProjectUnsupportedError(f"{path} is a project of QuPath 0.1; open and save it in QuPath 0.2 or later")
-    entry_records(document, path)
+    _checked_records(document)
     return document
 
 
 def entry_records(document: Mapping[str, Any], path: Path) -> tuple[EntryRecord, ...]:
     """Entries of a project, in its order.
 
+    Parameters
+    ----------
+    document : mapping
+        What `parse_project` gave.
+    path : Path
+        The file, for messages.
+
+    Returns
+    -------
+    tuple of EntryRecord
+        One for each of ``images``.
+
     Raises
     ------
     ProjectFormatError
         If an entry has no server or no id of its own.
     """
-    records = tuple(_entry_record(entry, index, path) for index, entry in enumerate(document.get("images", [])))
+    try:
+        return _checked_records(document)
+    except _MisplacedError as error:
+        raise ProjectFormatError(error.message, path=path) from None
+
+
+def _checked_records(document: Mapping[str, Any]) -> tuple[EntryRecord, ...]:
+    records = tuple(_entry_record(entry, index) for index, entry in enumerate(document.get("images", [])))
     seen: set[int] = set()
-    for record in records:
+    for index, record in enumerate(records):
         if record.id in seen:
-            raise ProjectFormatError(f"entry id {record.id} occurs twice", path=path)
+            raise _MisplacedError(f"entry id {record.id} occurs twice", "images", index, "entryID")
         seen.add(record.id)
     return records
 
 
-def _entry_record(entry: Mapping[str, Any], index: int, path: Path) -> EntryRecord:
+def _entry_record(entry: Mapping[str, Any], index: int) -> EntryRecord:
     number, builder, metadata = entry.get("entryID"), entry.get("serverBuilder"), entry.get("metadata")
     # The id names a folder: nothing but a plain number may get there.
     if isinstance(number, str) and re.fullmatch(r"[0-9]{1,18}", number):
         number = int(number)
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ProjectFormatError(f"image {index + 1} has entryID {str(number)[:40]!r}, not a number", path=path)
+        message = f"image {index + 1} has entryID {str(number)[:40]!r}, not a number"
+        raise _MisplacedError(message, "images", index, "entryID")
     if not isinstance(builder, dict):
-        raise ProjectFormatError(f"image {index + 1} (entry {number}) has no serverBuilder", path=path)
+        message = f"image {index + 1} (entry {number}) has no serverBuilder"
+        raise _MisplacedError(message, "images", index, "serverBuilder")
     if not isinstance(metadata, dict | None):
-        raise ProjectFormatError(f"image {index + 1} (entry {number}) has metadata that is not an object", path=path)
+        message = f"image {index + 1} (entry {number}) has metadata that is not an object"
+        raise _MisplacedError(message, "images", index, "metadata")
     name, description = entry.get("imageName"), entry.get("description")
     return EntryRecord(
         id=number,
@@ -566,12 +654,22 @@ def with_uri(builder: JsonObject, uri: str) -> JsonObject:
 # -- classes.json
 
 
-def _class_items(document: object, path: Path) -> list[JsonObject]:
+def _class_list(data: bytes, path: Path) -> tuple[JsonObject, list[JsonObject]]:
+    """Read a class list: the whole document, and its classes."""
+    document = parse_json(data, path)
+    try:
+        return document, _class_items(document)
+    except _MisplacedError as error:
+        raise ProjectFormatError(error.message, path=path, offset=_offset_of(data, error.keys)) from None
+
+
+def _class_items(document: object) -> list[JsonObject]:
     items = document.get("pathClasses", []) if isinstance(document, dict) else None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ProjectFormatError("this is not a class list: pathClasses is not a list of classes", path=path)
-    if not all(isinstance(item.get("name"), str) for item in items):
-        raise ProjectFormatError("a class in pathClasses has no name", path=path)
+        raise _MisplacedError("this is not a class list: pathClasses is not a list of classes", "pathClasses")
+    for index, item in enumerate(items):
+        if not isinstance(item.get("name"), str):
+            raise _MisplacedError("a class in pathClasses has no name", "pathClasses", index, "name")
     return items
 
 
@@ -584,7 +682,7 @@ def parse_classes(data: bytes, path: Path) -> tuple[PathClass, ...]:
         If it is not a class list.
     """
     classes: dict[str, PathClass] = {}
-    for item in _class_items(parse_json(data, path), path):
+    for item in _class_list(data, path)[1]:
         argb = item.get("color")
         colour = Colour.from_argb(argb) if isinstance(argb, int) else default_colour(item["name"])
         classes.setdefault(item["name"], PathClass(item["name"], colour))
@@ -608,8 +706,8 @@ def classes_json(classes: Sequence[PathClass], former: bytes | None, path: Path)
     bytes
         As QuPath writes it.
     """
-    document = {} if former is None else parse_json(former, path)
-    known = {item["name"]: item for item in _class_items(document, path)}
+    document, stored = ({}, []) if former is None else _class_list(former, path)
+    known = {item["name"]: item for item in stored}
     items = [
         known.get(path_class.name, {}) | {"name": path_class.name, "color": path_class.colour.argb}
         for path_class in classes
