@@ -57,6 +57,23 @@ _THIN_FROM_PX = 16
 _WARNINGS = threading.Lock()
 
 
+class _Scratch(threading.local):
+    """Memory that a thread uses again and again: fresh pages cost more than the sums that are put into them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[type, NDArray[Any]] = {}
+
+    def room(self, shape: tuple[int, int], dtype: type) -> NDArray[Any]:
+        """Array of any content, until the thread asks for one of this type again."""
+        size = shape[0] * shape[1]
+        if dtype not in self._kept or self._kept[dtype].size < size:
+            self._kept[dtype] = np.empty(size, dtype)
+        return self._kept[dtype][:size].reshape(shape)
+
+
+_SCRATCH = _Scratch()
+
+
 class Dataset(Protocol):
     """What is used of an open rasterio dataset; the first band is read."""
 
@@ -527,8 +544,10 @@ class _Rings:
         Green's theorem on the lattice: a sum over a region is the sum of row-wise running totals along its upright
         edges, taken down one side and up the other. No pixel needs to know its piece.
         """
-        totals = np.zeros((layer.shape[0], layer.shape[1] + 1), np.uint32 if layer.dtype == np.uint8 else np.float64)
-        np.cumsum(layer, axis=1, out=totals[:, 1:])
+        dtype = np.uint32 if layer.dtype == np.uint8 else np.float64
+        totals = _SCRATCH.room((layer.shape[0], layer.shape[1] + 1), dtype)
+        totals[:, 0] = 0
+        np.cumsum(layer, axis=1, out=totals[:, 1:], dtype=dtype)
         upright = np.flatnonzero(self.down)
         down = self.down[upright]
         rows = self.points[upright, 1] - (down < 0)
@@ -683,10 +702,12 @@ def _second_counts(rings: _Rings, block: Box, plan: _Plan) -> NDArray[np.int64]:
     if plan.runner_up is None:
         return np.zeros((len(rings.labels), 0), np.int64)
     layer = plan.runner_up.read(block.shift(plan.columns[0], plan.rows[0]))
-    present = np.flatnonzero(np.bincount(layer.ravel(), minlength=IGNORE + 1)[:IGNORE])
+    # One more than each label, so that IGNORE becomes 0.
+    num_labels = int((layer + np.uint8(1)).max())
     counts = np.zeros((len(rings.labels), IGNORE), np.int64)
-    for label in present:
-        counts[:, label] = np.rint(rings.zone_sums((layer == label).view(np.uint8)))
+    here = _SCRATCH.room(layer.shape, np.uint8)
+    for label in range(num_labels):
+        counts[:, label] = np.rint(rings.zone_sums(np.equal(layer, label, out=here.view(bool)).view(np.uint8)))
     return counts
 
 
