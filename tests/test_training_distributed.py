@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from darefine_qupath.cli import main
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.training import RunFolder
@@ -39,6 +40,31 @@ run(out / "stopped", resume=True)
 """
 
 
+# Batch norm and dropout are those of each process; without them the processes are one.
+SETTINGS = """
+[classes]
+names = ["Normal", "Benign", "In situ", "Invasive"]
+unlabelled = "Normal"
+[tiles]
+size_px = 32
+slice_um = 128
+context_um = 640
+stride_um = 128
+[model]
+network = "refinenet"
+slice_encoder = "resnet18"
+width = 8
+dropout = 0.0
+[train]
+preset = "modern"
+epochs = 1
+batch_size = 4
+samples_per_epoch = 12
+freeze_batch_norm = "yes"
+workers = 0
+"""
+
+
 def run(out: Path, **changes: object) -> None:
     toy_train(out, CONFIG, model=MODEL, train_data=toy_data(17), **changes)
 
@@ -49,13 +75,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start_two(out: Path) -> list[str]:
-    """Start two processes as torchrun would; return what each printed."""
+def start_two(*command: str) -> list[str]:
+    """Start two Python processes as torchrun would; return what each printed."""
     port = str(free_port())
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(out)],
+            [sys.executable, *command],
             env={**os.environ, **common, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -74,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Folder with the runs ``one``, ``two`` and ``stopped``, and what the two processes printed."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "one")
-    return folder, start_two(folder)
+    return folder, start_two("-c", WORKER, str(folder))
 
 
 Runs = tuple[Path, list[str]]
@@ -96,6 +122,18 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(runs: Runs) -> N
     assert all(text.startswith("STOPPED") for text in runs[1])
     whole, parts = (load_file(runs[0] / name / "last.safetensors") for name in ("two", "stopped"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_command_line_cuts_tiles_once_and_has_the_loss_of_one(tmp_path: Path) -> None:
+    (tmp_path / "darefine.toml").write_text(SETTINGS)
+    command = ["train", str(ROOT / "projects" / "tiny"), "--settings", str(tmp_path / "darefine.toml"), "-o"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, str(tmp_path / "one")])
+    printed = start_two("-c", "from darefine_qupath.cli import main; main()", *command, str(tmp_path / "two"))
+    one, two = (RunFolder(tmp_path / name).records()[0] for name in ("one", "two"))
+    assert ended.value.code == 0
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert [bool(text) for text in printed] == [True, False]
 
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
