@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import contextmanager
@@ -59,11 +60,25 @@ def replacing(path: Path, error: type[DarefineError]) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a renaming in `folder` on the disk, where the system can."""
+    """Make renames in a folder last through a power cut; Windows does that by itself.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+
+    Raises
+    ------
+    OSError
+        If the disk fails. A network file system that cannot sync a folder is no failure.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from darefine_qupath.atomic import replacing
+from darefine_qupath.atomic import replacing, sync_folder
 from darefine_qupath.errors import ExchangeError, SlideError
 
 
@@ -49,6 +50,24 @@ def test_says_why_the_system_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"former"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_network_share_that_cannot_sync_a_folder_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    path = tmp_path / "mask.tif"
+    with replacing(path, ExchangeError) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+    sync_folder(tmp_path)
 
 
 def test_names_a_missing_folder(tmp_path: Path) -> None:

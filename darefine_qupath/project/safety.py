@@ -26,6 +26,7 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation
+from darefine_qupath.atomic import sync_folder
 from darefine_qupath.errors import (
     ProjectChangedError,
     ProjectFormatError,
@@ -234,21 +235,6 @@ def write_error(what: Path, error: OSError) -> ProjectWriteError:
     }
     hint = hints.get(error.errno or 0, "")
     return ProjectWriteError(f"Cannot write to {what}: {error.strerror or error}{hint}. The project is as it was")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut; Windows does that by itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_synced(path: Path, data: bytes) -> None:
