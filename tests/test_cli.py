@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -14,24 +13,10 @@ from darefine_qupath.cli import main
 from darefine_qupath.cli.group import COMMANDS, darefine
 from darefine_qupath.errors import ProjectWriteError
 from darefine_qupath.project import Changes, open_project
+from tests.conftest import Run
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 QUPATH = Path(__file__).parent / "data" / "qupath"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; gives exit code, standard output and standard error."""
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def _copy(tmp_path: Path, source: Path = TINY) -> Path:

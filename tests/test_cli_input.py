@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from darefine_qupath.cli import main
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.pipeline.learning import resume_training
+from tests.conftest import Run
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; gives exit code, standard output and standard error."""
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def _refused(result: tuple[int, str, str]) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.cli import main
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.pipeline.predicting import map_folder
 from darefine_qupath.pipeline.reviewing import find_places
@@ -20,26 +18,12 @@ from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
 from darefine_qupath.project import Project, open_project
 from darefine_qupath.review import mark_places, undo, write_back
+from tests.conftest import Run
 from tests.fake_project import square
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 CLASSES = ClassMap(names=("Normal", "Benign", "In situ", "Invasive"))
 SIDE = 1664
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process; gives exit code, standard output and standard error."""
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
