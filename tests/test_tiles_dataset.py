@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from darefine_qupath.tiles import screening as screening_module
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
 from darefine_qupath.tiles.loading import TileDataset
+from darefine_qupath.tiles.reading import read_context
 from darefine_qupath.tiles.screening import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage, encode_mask, palette
@@ -455,11 +457,14 @@ def test_a_damaged_slide_is_named(sources: tuple[TileSource, ...], tmp_path: Pat
         build_dataset([replace(sources[0], path=path)], SPEC, CLASSES, tmp_path / "out", workers=workers)
 
 
+SPOT = Box(210, 60, 10, 10)
+
+
 class SpottySlide(ArraySlide):
     """A slide that cannot be read at one spot."""
 
     def read(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        if box.intersection(Box(210, 60, 10, 10)) is not None:
+        if box.intersection(SPOT) is not None:
             raise SlideError(f"the box {box.x}, {box.y} cannot be read")
         return super().read(box, size)
 
@@ -469,19 +474,74 @@ def test_tiles_on_a_damaged_spot_are_left_out_and_counted(
 ) -> None:
     whole = index_tiles(sources[:1], SPEC, CLASSES)
     index = build_dataset(
-        sources[:1], SPEC, CLASSES, tmp_path, opener=lambda _: SpottySlide(ramps(500, 400)), workers=0
+        sources[:1], SPEC, CLASSES, tmp_path, storage=LOSSLESS, opener=lambda _: SpottySlide(ramps(500, 400))
     )
-    spot = Box(210, 60, 10, 10)
-    expected = [
-        record.id
-        for record in whole
-        if record.pair.slice.intersection(spot) is None and record.pair.context.intersection(spot) is None
-    ]
+    expected = [record.id for record in whole if record.pair.slice.intersection(SPOT) is None]
     assert 0 < len(expected) < len(whole)
     assert index.ids() == expected
     assert f"{len(whole) - len(expected)} tiles cannot be read and are left out; the first: the box" in caplog.text
+    assert "1 contexts are white where the slide is damaged; the first: array: 2 pieces" in caplog.text
     assert same(load_index(tmp_path), index)
-    assert all(DatasetReader(tmp_path).read(record).slice.shape == (32, 32, 3) for record in index)
+    # Of the context only the pieces on the spot are lost.
+    around = next(record for record in index if record.pair.context.intersection(SPOT) is not None)
+    box, side = around.pair.context, around.spec.context_size_px
+    rows, columns = (np.indices((side, side)) + 0.5) * box.width / side
+    piece = box.width / 8
+    near = (abs(columns + box.x - 215) < 5 + piece) & (abs(rows + box.y - 65) < 5 + piece)
+    context = DatasetReader(tmp_path).read(around).context
+    undamaged = read_context(ArraySlide(ramps(500, 400)), box, around.spec)
+    assert (context[(abs(columns + box.x - 215) < 5) & (abs(rows + box.y - 65) < 5)] == 255).all()
+    np.testing.assert_array_equal(context[~near], undamaged[~near])
+
+
+def test_slides_read_on_the_fly_lose_to_damage_what_stored_tiles_lose(
+    sources: tuple[TileSource, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def opener(_: TileSource) -> SpottySlide:
+        return SpottySlide(ramps(500, 400))
+
+    whole = index_tiles(sources[:1], SPEC, CLASSES)
+    stored = build_dataset(sources[:1], SPEC, CLASSES, tmp_path, opener=opener, storage=LOSSLESS)
+    from_disk, kept = DatasetReader(tmp_path), {record.id for record in stored}
+    with SlideReader(sources[:1], CLASSES, opener=opener) as reader:
+        for record in [*whole, *whole]:
+            found = reader.read(record)
+            if record.id in kept:
+                for ours, theirs in zip(found, from_disk.read(record), strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+            else:
+                assert (found.mask == IGNORE).all()
+                assert (found.slice == 255).all()
+    lost = [message for message in caplog.messages if "cannot be read and gives no labels" in message]
+    assert len(lost) == len(whole) - len(stored) > 0
+    assert sum("pieces of the context at x 192, y 0 cannot be read" in message for message in caplog.messages) == 2
+
+
+def test_a_slide_repaired_to_the_same_size_is_cut_again(
+    sources: tuple[TileSource, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slide, out = tmp_path / "slide.tif", tmp_path / "out"
+    shutil.copy(sources[0].path, slide)
+    source = replace(sources[0], path=slide)
+    spotty = build_dataset([source], SPEC, CLASSES, out, opener=lambda _: SpottySlide(ramps(500, 400)))
+    assert same(build_dataset([source], SPEC, CLASSES, out), spotty)
+    digest, later = dataset_digest(out), slide.stat().st_mtime_ns + 10**9
+    os.utime(slide, ns=(later, later))
+    # A dataset that several runs share is not taken from under them.
+    assert same(build_dataset([source], SPEC, CLASSES, out), spotty)
+    assert "was cut before the slides of 1 were written the last time" in caplog.text
+    repaired = build_dataset([source], SPEC, CLASSES, out, overwrite=True)
+    assert len(repaired) > len(spotty)
+    assert dataset_digest(out) != digest
+
+
+def test_a_copy_of_a_slide_gives_a_dataset_of_the_same_digest(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
+    build_dataset(sources[:1], SPEC, CLASSES, tmp_path / "one")
+    copy = tmp_path / sources[0].path.name
+    shutil.copyfile(sources[0].path, copy)
+    os.utime(copy, (1, 1))
+    build_dataset([replace(sources[0], path=copy)], SPEC, CLASSES, tmp_path / "two")
+    assert dataset_digest(tmp_path / "one") == dataset_digest(tmp_path / "two")
 
 
 def test_a_reader_shares_contexts_and_closes_its_slides(sources: tuple[TileSource, ...]) -> None:

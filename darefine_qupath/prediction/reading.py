@@ -10,13 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles.reading import held, read_context, read_slice
+from darefine_qupath.tiles.reading import held, mended_context, read_slice
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from darefine_qupath.prediction.plan import Parent
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from darefine_qupath.tiles.spec import PixelSpec
 
 __all__ = ["Batch", "BatchPixels", "SlideHandles", "batches", "read_ahead", "read_batch"]
-
-_CONTEXT_PIECES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +162,7 @@ def read_ahead(
 def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPixels:
     """Read the slices of a batch and the contexts of the parents it opens.
 
-    A slice that cannot be read becomes None. A context that cannot be read is put together from pieces, those that
-    are damaged white: its slices elsewhere are still worth predicting.
+    A slice that cannot be read becomes None; for a context see `mended_context`.
 
     Parameters
     ----------
@@ -185,16 +181,9 @@ def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPix
     slide = handles.get()
     near = held(slide, batch.slices, spec)
     slices = tuple(_slice_or_none(near, box, spec) for box in batch.slices)
-    contexts = [_context(slide, box, spec) for _, box in batch.opening]
+    contexts = [mended_context(slide, box, spec) for _, box in batch.opening]
     damaged = tuple(hole for _, holes in contexts for hole in holes)
     return BatchPixels(batch, slices, tuple(pixels for pixels, _ in contexts), damaged)
-
-
-def _context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], list[Box]]:
-    try:
-        return read_context(slide, box, spec), []
-    except SlideError:
-        return _context_in_pieces(slide, box, spec)
 
 
 def _slice_or_none(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8] | None:
@@ -202,24 +191,3 @@ def _slice_or_none(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8]
         return read_slice(slide, box, spec)
     except SlideError:
         return None
-
-
-def _context_in_pieces(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], list[Box]]:
-    side = spec.context_size_px
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    holes = []
-    cuts = [round(side * index / _CONTEXT_PIECES) for index in range(_CONTEXT_PIECES + 1)]
-    edges = [round(box.width * cut / side) for cut in cuts]
-    spans = [
-        (slice(cuts[index], cuts[index + 1]), edges[index], edges[index + 1] - edges[index])
-        for index in range(_CONTEXT_PIECES)
-        if cuts[index + 1] > cuts[index] and edges[index + 1] > edges[index]
-    ]
-    for rows, top, height in spans:
-        for columns, left, width in spans:
-            piece = Box(box.x + left, box.y + top, width, height)
-            try:
-                canvas[rows, columns] = slide.read(piece, (columns.stop - columns.start, rows.stop - rows.start))
-            except SlideError:
-                holes.append(piece)
-    return canvas, holes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -104,18 +105,19 @@ def build_dataset(
     screening, storage = screening or Screening(), storage or Storage()
     try:
         request = _request(sources, spec, classes, screening, storage)
-        if _is_complete(out, _digest(request), overwrite=overwrite):
+        state = {"request": _digest(request), "modified": _modified(sources)}
+        if _is_complete(out, state, overwrite=overwrite):
             return load_index(out)
         plans = plan_sources(sources, spec, classes, screening, opener)
         folder = PixelFolder(root=out / _PIXELS, storage=storage, classes=classes)
         for plan in plans:
             folder.make(plan.image.id)
         finder = Finder(SlideReader(sources, classes, opener=opener), classes, screening.min_labelled, folder)
-        with _Journal(out / _JOURNAL, _digest(request)) as journal:
+        with _Journal(out / _JOURNAL, state) as journal:
             _do_missing(plans, finder, journal, workers, progress)
         index = _index(plans, journal.found, spec, classes)
         _write_tiles(out / _TILES, index, [d for job in _jobs(plans) for d in journal.found[job.key].digests])
-        _write_manifest(out, index, request)
+        _write_manifest(out, index, request, state)
     except DarefineError:
         raise
     except OSError as error:
@@ -218,7 +220,7 @@ def _request(
                 "id": source.id,
                 "name": source.name,
                 "file": source.path.name,
-                "bytes": _num_bytes(source),
+                "bytes": _stat(source).st_size,
                 "mpp": source.mpp,
                 "crop_bounds": source.crop_bounds,
                 "annotations": _annotations_digest(source.annotations),
@@ -230,9 +232,14 @@ def _request(
     }
 
 
-def _num_bytes(source: TileSource) -> int:
+def _modified(sources: Sequence[TileSource]) -> dict[str, int]:
+    """When each slide file was last written, in nanoseconds: a repaired slide may have the size of the damaged one."""
+    return {source.id: _stat(source).st_mtime_ns for source in sources}
+
+
+def _stat(source: TileSource) -> os.stat_result:
     try:
-        return source.path.stat().st_size
+        return source.path.stat()
     except OSError as error:
         raise SlideNotFoundError(f"{source.name}: there is no slide {source.path} ({error.strerror})") from None
 
@@ -257,15 +264,28 @@ def _digest(data: Any) -> str:  # noqa: ANN401 - any JSON value
     return sha256(_canonical(data)).hexdigest()
 
 
-def _is_complete(out: Path, request: str, *, overwrite: bool) -> bool:
+def _is_complete(out: Path, state: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Whether `out` holds just this dataset; clear it of another one, or refuse."""
-    held = _held_request(out)
-    if held is None or held == request:
-        return held == request and (out / _MANIFEST).exists()
-    if not overwrite:
+    held, is_finished = _held_state(out), (out / _MANIFEST).exists()
+    if held is None:
+        return False
+    if held["request"] != state["request"] and not overwrite:
         raise TileError(
             f"{out} holds a dataset of other slides, annotations or settings; overwrite it or give another folder"
         )
+    if held == state:
+        return is_finished
+    if held["request"] == state["request"]:
+        changed = [key for key, time in state["modified"].items() if held["modified"].get(key) != time]
+        if is_finished and not overwrite:
+            _log.warning(
+                "%s was cut before the slides of %s were written the last time (image ids); if their pixels changed, "
+                "give another folder",
+                out,
+                ", ".join(changed),
+            )
+            return True
+        _log.info("The slides of %s were written since tiles were cut (image ids); they are cut again", changed)
     # The manifest goes first: a folder cleared by half must not look finished.
     for name in (_MANIFEST, _TILES, _JOURNAL):
         (out / name).unlink(missing_ok=True)
@@ -273,16 +293,17 @@ def _is_complete(out: Path, request: str, *, overwrite: bool) -> bool:
     return False
 
 
-def _held_request(out: Path) -> str | None:
-    """Digest of the request that `out` was or is being built for; None when it holds no dataset of ours."""
-    if (out / _MANIFEST).exists():
-        return str(_manifest(out)["request"])
+def _held_state(out: Path) -> dict[str, Any] | None:
+    """Digest and times of the slides that `out` was or is being built for; None when it holds no dataset of ours."""
     journal = out / _JOURNAL
-    if not journal.exists():
+    if (out / _MANIFEST).exists():
+        found: Mapping[str, Any] | None = _manifest(out)
+    elif journal.exists():
+        with journal.open("rb") as lines:
+            found = _parsed(lines.readline())
+    else:
         return None
-    with journal.open("rb") as lines:
-        header = _parsed(lines.readline())
-    return None if header is None else str(header.get("request"))
+    return None if found is None else {"request": found.get("request"), "modified": dict(found.get("modified", {}))}
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -303,13 +324,13 @@ class _Journal:
     ----------
     path : Path
         The file; what it holds of the same request is kept.
-    request : str
-        Digest of the request.
+    state : mapping
+        Digest of the request, and when its slides were written.
     """
 
-    def __init__(self, path: Path, request: str) -> None:
+    def __init__(self, path: Path, state: Mapping[str, Any]) -> None:
         self.found: dict[str, Found] = {}
-        header = _canonical({"request": request}) + b"\n"
+        header = _canonical(state) + b"\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
@@ -325,9 +346,9 @@ class _Journal:
             self._append(header)
 
     def add(self, job: Job, found: Found) -> None:
-        """Note a finished job, whose files are written; one with unreadable tiles is tried again by the next build."""
+        """Note a finished job, whose files are written; one on a damaged spot is tried again by the next build."""
         self.found[job.key] = found
-        if found.unreadable:
+        if found.unreadable or found.mended:
             return
         self._append(_canonical({"job": job.key, "rows": found.rows.tolist(), "digests": found.digests}) + b"\n")
 
@@ -355,9 +376,11 @@ def _do_missing(
         _log.info("%d of %d tiles were done before", done, total)
     missing = (job for job in _jobs(plans) if job.key not in journal.found)
     unreadable: list[str] = []
+    mended: list[str] = []
     for job, found in run_jobs(missing, finder, workers):
         journal.add(job, found)
         unreadable += found.unreadable
+        mended += found.mended
         done += len(job.pairs)
         if progress is not None:
             progress(done, total)
@@ -365,6 +388,8 @@ def _do_missing(
         raise SlideError(unreadable[0])
     if unreadable:
         _log.warning("%d tiles cannot be read and are left out; the first: %s", len(unreadable), unreadable[0])
+    if mended:
+        _log.warning("%d contexts are white where the slide is damaged; the first: %s", len(mended), mended[0])
 
 
 def _index(plans: Sequence[ImagePlan], found: Mapping[str, Found], spec: TileSpec, classes: ClassMap) -> TileIndex:
@@ -393,15 +418,17 @@ def _row(tile: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[int, ...]
     return (numbers[tile["image"]], *tile["slice"][:2], *tile["context"][:2], *tile["counts"], tile["ignored"])
 
 
-def _write_manifest(out: Path, index: TileIndex, request: Mapping[str, Any]) -> None:
+def _write_manifest(out: Path, index: TileIndex, request: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     manifest = {
         **{key: request[key] for key in ("format", "version", "spec", "classes", "screening", "storage")},
-        "request": _digest(request),
+        "request": state["request"],
         "images": [image.to_json() for image in index.images],
         "num_tiles": len(index),
         "class_pixels": dict(zip(index.classes.names, index.class_pixels.tolist(), strict=True)),
     }
     manifest["digest"] = sha256(_canonical(manifest) + (out / _TILES).read_bytes()).hexdigest()
+    # Not in the digest: a copy of a slide gives the same tiles.
+    manifest["modified"] = state["modified"]
     with replacing(out / _MANIFEST, TileError) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / _JOURNAL).unlink()

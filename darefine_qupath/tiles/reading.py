@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box
 from darefine_qupath.slides import PyramidSlide
 from darefine_qupath.tiles.plan import TilePair, group_by_context
 from darefine_qupath.tiles.spec import PixelSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from darefine_qupath.slides import Slide
 
-__all__ = ["PairPixels", "held", "iter_pairs", "read_context", "read_pair", "read_slice"]
+__all__ = ["PairPixels", "held", "iter_pairs", "mended_context", "read_context", "read_pair", "read_slice"]
+
+_PIECES = 8
+"""Pieces along each side into which a context is cut that cannot be read as a whole."""
 
 
 class PairPixels(NamedTuple):
@@ -72,6 +77,52 @@ def read_context(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8]:
         RGB; white outside the slide.
     """
     return slide.read(box, (spec.context_size_px, spec.context_size_px))
+
+
+def mended_context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], tuple[Box, ...]]:
+    """Read a context of which a part may be damaged: one bad spot must not cost all the slices inside.
+
+    Parameters
+    ----------
+    slide : Slide
+        An open slide.
+    box : Box
+        Context of a `TilePair`, in level-0 pixels.
+    spec : PixelSpec
+        What the tiles were planned with.
+
+    Returns
+    -------
+    ndarray of uint8, shape (context_size_px, context_size_px, 3)
+        As `read_context` gives it; where the slide is damaged put together from pieces, white those that fail.
+    tuple of Box
+        The white pieces, in level-0 pixels; none where the slide is whole.
+    """
+    try:
+        return read_context(slide, box, spec), ()
+    except SlideError:
+        return _context_in_pieces(slide, box, spec)
+
+
+def _context_in_pieces(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], tuple[Box, ...]]:
+    side = spec.context_size_px
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    holes = []
+    cuts = [round(side * index / _PIECES) for index in range(_PIECES + 1)]
+    edges = [round(box.width * cut / side) for cut in cuts]
+    spans = [
+        (slice(cuts[index], cuts[index + 1]), edges[index], edges[index + 1] - edges[index])
+        for index in range(_PIECES)
+        if cuts[index + 1] > cuts[index] and edges[index + 1] > edges[index]
+    ]
+    for rows, top, height in spans:
+        for columns, left, width in spans:
+            piece = Box(box.x + left, box.y + top, width, height)
+            try:
+                canvas[rows, columns] = slide.read(piece, (columns.stop - columns.start, rows.stop - rows.start))
+            except SlideError:
+                holes.append(piece)
+    return canvas, tuple(holes)
 
 
 def read_pair(slide: Slide, pair: TilePair, spec: PixelSpec) -> PairPixels:

@@ -22,7 +22,7 @@ from darefine_qupath.geometry import Box
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.plan import TilePair, plan_tiles
-from darefine_qupath.tiles.reading import held, read_context, read_slice
+from darefine_qupath.tiles.reading import held, mended_context, read_slice
 from darefine_qupath.tiles.sources import (
     Opener,
     SlideReader,
@@ -31,6 +31,7 @@ from darefine_qupath.tiles.sources import (
     open_source,
     paint_mask,
     spec_on,
+    white_context,
 )
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 from darefine_qupath.tiles.storage import PixelFolder
@@ -96,11 +97,14 @@ class Found(NamedTuple):
         SHA-256 of each tile's stored pixels; empty when none are stored.
     unreadable : tuple of str
         What the slide said where it is damaged; those tiles are not among the rows.
+    mended : tuple of str
+        One sentence for every context that is white where the slide is damaged.
     """
 
     rows: NDArray[np.int64]
     digests: tuple[str, ...]
     unreadable: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +253,7 @@ class Finder:
         table = np.array(rows, np.int64).reshape(-1, 6 + self._num_classes)
         if self._folder is None:
             return Found(table, ())
-        digests, unreadable = _store(self._folder, slide, job, kept)
-        is_stored = np.array([digest is not None for digest in digests], bool)
-        return Found(table[is_stored], tuple(digest for digest in digests if digest is not None), unreadable)
+        return _store(self._folder, slide, job, table, kept)
 
     def close(self) -> None:
         """Close the slides."""
@@ -259,28 +261,33 @@ class Finder:
 
 
 def _store(
-    folder: PixelFolder, slide: Slide, job: Job, tiles: Sequence[tuple[TilePair, NDArray[np.uint8]]]
-) -> tuple[list[str | None], tuple[str, ...]]:
-    """Write tiles of a job, each context once; gives their digests, None where the slide is damaged, and why."""
+    folder: PixelFolder,
+    slide: Slide,
+    job: Job,
+    rows: NDArray[np.int64],
+    tiles: Sequence[tuple[TilePair, NDArray[np.uint8]]],
+) -> Found:
+    """Write tiles of a job, each context once, and leave out those on a damaged spot of the slide."""
     near = held(slide, [pair.slice for pair, _ in tiles], job.spec)
-    digests: list[str | None] = []
-    unreadable, context, context_data = [], None, b""
-    for pair, mask in tiles:
+    stored, digests = [], []
+    unreadable, mended, context, context_data = [], [], None, b""
+    for number, (pair, mask) in enumerate(tiles):
         try:
             pixels = read_slice(near, pair.slice, job.spec)
-            if pair.context != context:
-                found = read_context(slide, pair.context, job.spec)
-                context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found)
         except SlideError as error:
-            # One damaged spot must not cost all the annotations of a slide.
-            digests.append(None)
             unreadable.append(str(error))
             continue
+        if pair.context != context:
+            found, holes = mended_context(slide, pair.context, job.spec)
+            context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found)
+            if holes:
+                mended.append(white_context(slide, pair.context, holes))
         digest = sha256(folder.write(job.image_id, "slice", pair.slice, pixels))
         digest.update(folder.write(job.image_id, "mask", pair.slice, mask))
         digest.update(context_data)
         digests.append(digest.hexdigest())
-    return digests, tuple(unreadable)
+        stored.append(number)
+    return Found(rows[stored], tuple(digests), tuple(unreadable), tuple(mended))
 
 
 def run_jobs(jobs: Iterable[Job], finder: Finder, workers: int) -> Iterator[tuple[Job, Found]]:
