@@ -3,14 +3,15 @@
 An object that many others resemble is described once by a `Template`: the bytes that they share (tags, handles of
 classes, short blocks), and the gaps between them (numbers, texts, arrays of numbers). Bytes that fit a template decode
 to the same tree but for what is in the gaps, so they need not be decoded before somebody asks: a `PackedObject` is a
-`JavaObject` that holds its place in the file and decodes itself when its `data` is looked at.
+`JavaObject` that holds its place in the file. When its `data` is looked at, its nodes are made anew around its gaps;
+the template knows how, so that its bytes are never decoded one by one.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from darefine_qupath.project.javanodes import (
     ARRAY_CODES,
@@ -30,11 +31,14 @@ from darefine_qupath.project.javanodes import (
     WIDTHS,
     ClassDesc,
     Content,
+    JavaArray,
+    JavaEnum,
     JavaObject,
+    JavaString,
     Stream,
 )
 
-__all__ = ["PackedObject", "Part", "Reference", "Source", "Template", "distinct_nodes", "template_of", "unpack"]
+__all__ = ["PackedObject", "Part", "Reference", "Template", "distinct_nodes", "template_of", "unpack"]
 
 MIN_NODES, MAX_NODES = 6, 64
 """Nodes of an object that is worth a template: smaller ones gain nothing, larger ones are rarely alike."""
@@ -65,37 +69,15 @@ class Part(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A handle in the shared bytes: number of the part (the end is the last one), offset in it, number of the node."""
+    """A handle in the shared bytes: number of the part (the end is the last one), offset in it, node it refers to."""
 
     part: int
     offset: int
-    number: int
+    node: Content
 
 
-class Source:
-    """Where packed objects come from.
-
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    open_object : callable
-        Decodes the object at an offset: gives it, and all nodes that it defines.
-    node : callable
-        Node by number.
-    """
-
-    __slots__ = ("data", "node", "open_object")
-
-    def __init__(
-        self,
-        data: bytes,
-        open_object: Callable[[Template, int], tuple[JavaObject, list[Content]]],
-        node: Callable[[int], Content],
-    ) -> None:
-        self.data = data
-        self.open_object = open_object
-        self.node = node
+_Maker: TypeAlias = Callable[[list[bytes], list[Content]], Any]
+"""Makes a value out of what is in the gaps, and appends the nodes that it makes to a list."""
 
 
 class Template:
@@ -103,6 +85,8 @@ class Template:
 
     Attributes
     ----------
+    data : bytes
+        The file.
     desc : ClassDesc
         Their class.
     parts : tuple of Part
@@ -115,37 +99,36 @@ class Template:
         Nodes that an object defines.
     classes : frozenset of str
         Classes of the objects and arrays among them.
-    first : int
-        Number of the node that has the first handle.
-    source : Source
-        The file.
+    make : callable
+        Makes an object of this form: takes the bytes in its gaps, and a list that its nodes are appended to.
     """
 
-    __slots__ = ("classes", "desc", "end", "first", "num_nodes", "parts", "references", "source")
+    __slots__ = ("classes", "data", "desc", "end", "make", "num_nodes", "parts", "references")
 
     def __init__(
         self,
+        data: bytes,
         desc: ClassDesc,
+        *,
         parts: Sequence[Part],
         end: bytes,
         references: Sequence[Reference],
         num_nodes: int,
         classes: frozenset[str],
-        first: int,
-        source: Source,
+        make: _Maker,
     ) -> None:
+        self.data = data
         self.desc = desc
         self.parts = tuple(parts)
         self.end = end
         self.references = tuple(references)
         self.num_nodes = num_nodes
         self.classes = classes
-        self.first = first
-        self.source = source
+        self.make = make
 
-    def fit(self, data: bytes, start: int) -> int:
+    def fit(self, start: int) -> int:
         """Offset behind the object that begins at `start`; -1 when it is of another form."""
-        position = start
+        data, position = self.data, start
         try:
             for literal, length, gap in self.parts:
                 if not data.startswith(literal, position):
@@ -166,7 +149,7 @@ class Template:
 
     def gaps(self, start: int, last: int | None = None) -> list[bytes]:
         """Bytes in the gaps of an object that fits, sizes included; those up to number `last`."""
-        data, position = self.source.data, start
+        data, position = self.data, start
         found = []
         for _, length, gap in self.parts if last is None else self.parts[: last + 1]:
             first = position + length
@@ -181,7 +164,7 @@ class Template:
 
 
 class PackedObject(JavaObject):
-    """An object that is decoded when its `data` is looked at, anew each time; setting `data` keeps what was set.
+    """An object whose `data` is made when it is looked at, anew each time; setting `data` keeps what was set.
 
     Attributes
     ----------
@@ -212,7 +195,7 @@ class PackedObject(JavaObject):
         """As of any object; nodes in it are new ones until it is opened."""
         if self._own is not None:
             return self._own
-        return self.template.source.open_object(self.template, self.start)[0].data
+        return self._made([]).data
 
     @data.setter
     def data(self, values: tuple[Any, ...]) -> None:
@@ -222,14 +205,18 @@ class PackedObject(JavaObject):
         """Decode for good, so that its nodes stay the same; gives those that it defines, itself first."""
         if self._own is not None:
             return []
-        node, nodes = self.template.source.open_object(self.template, self.start)
-        self._own = node.data
+        nodes: list[Content] = []
+        self._own = self._made(nodes).data
         return [self, *nodes[1:]]
+
+    def _made(self, nodes: list[Content]) -> JavaObject:
+        node: JavaObject = self.template.make(self.gaps, nodes)
+        return node
 
     @property
     def end(self) -> int:
         """Where it ends in the file."""
-        return self.template.fit(self.template.source.data, self.start)
+        return self.template.fit(self.start)
 
     def gap(self, number: int) -> bytes:
         """One part of what it does not share with others of its form, its size included."""
@@ -245,8 +232,80 @@ class _IrregularError(Exception):
     """An object holds what a template cannot describe."""
 
 
+class _Fixed(NamedTuple):
+    """A value that all objects of a form share."""
+
+    value: Content
+
+
+_new_object = JavaObject.__new__
+_new_string = JavaString.__new__
+_new_array = JavaArray.__new__
+
+
+def _tuple_maker(values: Sequence[_Maker | _Fixed]) -> _Maker:
+    fixed = [value.value if isinstance(value, _Fixed) else None for value in values]
+    makers = [(place, value) for place, value in enumerate(values) if not isinstance(value, _Fixed)]
+
+    def make(gaps: list[bytes], nodes: list[Content]) -> tuple[Any, ...]:
+        made = fixed.copy()
+        for place, maker in makers:
+            made[place] = maker(gaps, nodes)
+        return tuple(made)
+
+    return make
+
+
+def _object_maker(desc: ClassDesc, make_data: _Maker) -> _Maker:
+    def make(gaps: list[bytes], nodes: list[Content]) -> JavaObject:
+        node = _new_object(JavaObject)
+        node.desc = desc
+        nodes.append(node)
+        node.data = make_data(gaps, nodes)
+        return node
+
+    return make
+
+
+def _array_maker(desc: ClassDesc, make_data: _Maker) -> _Maker:
+    def make(gaps: list[bytes], nodes: list[Content]) -> JavaArray:
+        node = _new_array(JavaArray)
+        node.desc = desc
+        nodes.append(node)
+        node.data = make_data(gaps, nodes)
+        return node
+
+    return make
+
+
+def _enum_maker(desc: ClassDesc, constant: _Maker | _Fixed) -> _Maker:
+    def make(gaps: list[bytes], nodes: list[Content]) -> JavaEnum:
+        node = JavaEnum.__new__(JavaEnum)
+        node.desc = desc
+        nodes.append(node)
+        node.constant = constant.value if isinstance(constant, _Fixed) else constant(gaps, nodes)  # type: ignore[assignment]
+        return node
+
+    return make
+
+
+def _string_maker(number: int) -> _Maker:
+    def make(gaps: list[bytes], nodes: list[Content]) -> JavaString:
+        node = _new_string(JavaString)
+        node.raw = gaps[number][2:]
+        node.is_long = False
+        nodes.append(node)
+        return node
+
+    return make
+
+
+def _bytes_maker(number: int, first: int = 0) -> _Maker:
+    return lambda gaps, _: gaps[number][first:]
+
+
 class _Outliner:
-    """Follows one object through its bytes, and tells what others of its form would share."""
+    """Follows one object through its bytes; tells what others of its form would share, and how to make one of them."""
 
     def __init__(self, data: bytes, nodes: Sequence[Content], first: int, number: int, start: int) -> None:
         self.data = data
@@ -255,19 +314,21 @@ class _Outliner:
         self.limit = number
         self.begin = self.position = start
         self.parts: list[Part] = []
-        self.places: list[tuple[int, int]] = []
+        self.places: list[tuple[int, Content]] = []
         self.references: list[Reference] = []
         self.count = 0
         self.classes: set[str] = set()
 
-    def gap(self, gap: int, size: int) -> None:
+    def gap(self, gap: int, size: int) -> int:
+        """Begin the next part; gives the number of the gap."""
         literal = self.literal()
         self.parts.append(Part(literal, len(literal), gap))
         self.begin = self.position = self.position + size
+        return len(self.parts) - 1
 
     def literal(self) -> bytes:
         part = len(self.parts)
-        self.references += [Reference(part, place - self.begin, number) for place, number in self.places]
+        self.references += [Reference(part, place - self.begin, node) for place, node in self.places]
         self.places.clear()
         return self.data[self.begin : self.position]
 
@@ -275,9 +336,10 @@ class _Outliner:
         number: int = _U4.unpack_from(self.data, self.position + 1)[0] - FIRST_HANDLE + self.first
         if not self.first <= number < self.limit:
             raise _IrregularError
-        self.places.append((self.position, number))
+        node = self.nodes[number]
+        self.places.append((self.position, node))
         self.position += 5
-        return self.nodes[number]
+        return node
 
     def desc(self) -> ClassDesc:
         self.position += 1
@@ -287,72 +349,75 @@ class _Outliner:
         self.count += 1
         return desc
 
-    def value(self, depth: int) -> None:
+    def value(self, depth: int) -> _Maker | _Fixed:
         tag = self.data[self.position]
         if tag == TC_REFERENCE:
-            self.reference()
-        elif tag == TC_NULL:
+            return _Fixed(self.reference())
+        if tag == TC_NULL:
             self.position += 1
-        elif depth > _MAX_DEPTH or tag not in _OUTLINES:
+            return _Fixed(None)
+        if depth > _MAX_DEPTH or tag not in _OUTLINES:
             raise _IrregularError
-        else:
-            _OUTLINES[tag](self, depth)
+        return _OUTLINES[tag](self, depth)
 
-    def values(self, count: int, depth: int) -> None:
+    def values(self, count: int, depth: int) -> list[_Maker | _Fixed]:
         """Follow `count` values, or those up to the end mark when negative."""
+        values: list[_Maker | _Fixed] = []
         while count:
             if count < 0 and self.data[self.position] == TC_ENDBLOCKDATA:
                 self.position += 1
-                return
-            self.value(depth)
+                break
+            values.append(self.value(depth))
             count -= 1
+        return values
 
-    def string(self, _: int) -> None:
+    def string(self, _: int) -> _Maker:
         self.count += 1
         self.position += 1
-        self.gap(0, 2 + int.from_bytes(self.data[self.position : self.position + 2], "big"))
+        return _string_maker(self.gap(0, 2 + int.from_bytes(self.data[self.position : self.position + 2], "big")))
 
-    def block(self, _: int) -> None:
+    def block(self, _: int) -> _Maker | _Fixed:
         size = self.data[self.position + 1]
         self.position += 2
-        if size <= _SHORT_BLOCK:
-            self.position += size
-        else:
-            self.gap(size, size)
+        if size > _SHORT_BLOCK:
+            return _bytes_maker(self.gap(size, size))
+        self.position += size
+        return _Fixed(self.data[self.position - size : self.position])
 
-    def array(self, depth: int) -> None:
-        name = self.desc().name
-        self.classes.add(name)
-        code = name[1:2]
+    def array(self, depth: int) -> _Maker:
+        desc = self.desc()
+        self.classes.add(desc.name)
+        code = desc.name[1:2]
         if code not in ARRAY_CODES:
             raise _IrregularError
         count = _I4.unpack_from(self.data, self.position)[0]
         if code in WIDTHS:
-            self.gap(-WIDTHS[code], 4 + count * WIDTHS[code])
-        else:
-            self.position += 4
-            self.values(count, depth + 1)
+            return _array_maker(desc, _bytes_maker(self.gap(-WIDTHS[code], 4 + count * WIDTHS[code]), 4))
+        self.position += 4
+        return _array_maker(desc, _tuple_maker(self.values(count, depth + 1)))
 
-    def enum(self, depth: int) -> None:
-        self.desc()
-        self.value(depth + 1)
+    def enum(self, depth: int) -> _Maker:
+        return _enum_maker(self.desc(), self.value(depth + 1))
 
-    def object(self, depth: int) -> None:
+    def object(self, depth: int) -> _Maker:
         desc = self.desc()
         self.classes.add(desc.name)
         if desc.flags & SC_EXTERNALIZABLE and desc.flags & SC_BLOCK_DATA:
-            self.values(-1, depth + 1)
-            return
+            return _object_maker(desc, _tuple_maker(self.values(-1, depth + 1)))
         if not desc.flags & SC_SERIALIZABLE or desc.flags & SC_ENUM:
             raise _IrregularError
+        values: list[_Maker | _Fixed] = []
         for step in desc.steps:
             if step > 0:
-                self.gap(step, step)
+                values.append(_bytes_maker(self.gap(step, step)))
+            elif step < 0:
+                values += self.values(-step, depth + 1)
             else:
-                self.values(-step or -1, depth + 1)
+                values.append(_tuple_maker(self.values(-1, depth + 1)))
+        return _object_maker(desc, _tuple_maker(values))
 
 
-_OUTLINES: dict[int, Callable[[_Outliner, int], None]] = {
+_OUTLINES: dict[int, Callable[[_Outliner, int], _Maker | _Fixed]] = {
     TC_OBJECT: _Outliner.object,
     TC_ARRAY: _Outliner.array,
     TC_STRING: _Outliner.string,
@@ -379,13 +444,13 @@ def distinct_nodes(stream: Stream) -> Iterator[tuple[int, Content]]:
 
 
 def template_of(
-    source: Source, nodes: Sequence[Content], *, first: int, number: int, start: int, end: int
+    data: bytes, nodes: Sequence[Content], *, first: int, number: int, start: int, end: int
 ) -> Template | None:
     """Make a template of an object that was decoded.
 
     Parameters
     ----------
-    source : Source
+    data : bytes
         The file.
     nodes : sequence of nodes
         All that were read so far.
@@ -401,15 +466,23 @@ def template_of(
     Template or None
         None where others could not be alike: it defines classes, refers to itself, or holds long texts.
     """
-    outline = _Outliner(source.data, nodes, first, number, start)
+    outline = _Outliner(data, nodes, first, number, start)
     try:
-        outline.value(0)
+        make = outline.value(0)
     except _IrregularError:
         return None
     desc = nodes[number].desc  # type: ignore[union-attr]
     ending = outline.literal()
-    if outline.position != end or outline.count != len(nodes) - number or not isinstance(desc, ClassDesc):
+    is_whole = outline.position == end and outline.count == len(nodes) - number
+    if not is_whole or isinstance(make, _Fixed) or not isinstance(desc, ClassDesc):
         return None
     return Template(
-        desc, outline.parts, ending, outline.references, outline.count, frozenset(outline.classes), first, source
+        data,
+        desc,
+        parts=outline.parts,
+        end=ending,
+        references=outline.references,
+        num_nodes=outline.count,
+        classes=frozenset(outline.classes),
+        make=make,
     )

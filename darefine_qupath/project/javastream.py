@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import struct
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +67,7 @@ from darefine_qupath.project.javanodes import (
     modified_utf8,
     text_of,
 )
-from darefine_qupath.project.javapacked import MAX_NODES, MIN_NODES, PackedObject, Source, Template, template_of
+from darefine_qupath.project.javapacked import MAX_NODES, MIN_NODES, PackedObject, Template, template_of
 
 __all__ = ["decode", "encode", "no_collection"]
 
@@ -136,9 +135,6 @@ class _Decoder:
         self.stream = Stream(())
         self.stream.offsets = array("I" if len(data) < 1 << 32 else "Q")
         self.nodes = self.stream.nodes
-        """Where nodes that are read go."""
-        self.known = self.nodes
-        """Nodes that handles refer to."""
         self.offsets: array[int] | deque[int] = deque(maxlen=0) if is_compact else self.stream.offsets
         self.first = 0
         """Number of the node that has the first handle: moves at a reset."""
@@ -150,7 +146,7 @@ class _Decoder:
         """Descriptors that were found complete, by the number of the node."""
         self.opened: _Frame | None = None
         """What the reader called last has begun and not finished."""
-        self.source = _source(data, self.stream) if is_compact else None
+        self.is_compact = is_compact
         self.templates: dict[AnyDesc, list[Template]] = {}
         self.attempts: dict[AnyDesc, int] = {}
 
@@ -190,7 +186,7 @@ class _Decoder:
 
     def _values(self, count: int) -> list[Any]:  # noqa: C901 - the loop that everything goes through is one piece
         """Read `count` values, or up to the end mark when negative."""
-        data, readers, nodes, uint = self.data, _READERS, self.known, _U4.unpack_from
+        data, readers, nodes, uint = self.data, _READERS, self.nodes, _U4.unpack_from
         lowest, offset, shared = self.first, FIRST_HANDLE - self.first, self._shared
         root = frame = _Frame(None, (), count)
         stack: list[_Frame] = []
@@ -253,25 +249,25 @@ class _Decoder:
     def _referred(self) -> Content:
         """Node that the handle at this place refers to."""
         number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
-        if not self.first <= number < len(self.known):
+        if not self.first <= number < len(self.nodes):
             raise ProjectFormatError(f"Handle {number - self.first} refers to nothing read so far", offset=self.pos)
         self.pos += 5
         return self._shared(number)
 
     def _shared(self, number: int) -> Content:
         """Node that something else refers to: what it is in must not be decoded anew each time."""
-        node = self.known[number]
+        node = self.nodes[number]
         if isinstance(node, PackedObject) and node.number != number:
             for place, inner in enumerate(node.open(), node.number):
-                self.known[place] = inner
-            return self.known[number]
+                self.nodes[place] = inner
+            return self.nodes[number]
         return node
 
     def _packed(self, desc: AnyDesc, start: int) -> PackedObject | None:
         """Object of a form that is known, left as it is."""
         templates = self.templates.get(desc, ())
         for place, template in enumerate(templates):
-            end = template.fit(self.data, start)
+            end = template.fit(start)
             if end >= 0:
                 if place:  # most objects are like the one before
                     templates.insert(0, templates.pop(place))  # type: ignore[union-attr]
@@ -283,23 +279,15 @@ class _Decoder:
 
     def _learn(self, frame: _Frame) -> None:
         """Make a template of an object that was just read, where it is worth it."""
-        if not MIN_NODES <= len(self.nodes) - frame.number <= MAX_NODES or self.source is None:
+        if not MIN_NODES <= len(self.nodes) - frame.number <= MAX_NODES:
             return
         desc = frame.node.desc  # type: ignore[union-attr]
         self.attempts[desc] = self.attempts.get(desc, 0) + 1
         template = template_of(
-            self.source, self.nodes, first=self.first, number=frame.number, start=frame.start, end=self.pos
+            self.data, self.nodes, first=self.first, number=frame.number, start=frame.start, end=self.pos
         )
         if template is not None:
             self.templates.setdefault(desc, []).append(template)
-
-    def open_object(self, first: int, start: int) -> tuple[JavaObject, list[Content]]:
-        """Decode the object at `start` by itself; handles refer to `known`."""
-        self.pos, self.first = start, first
-        nodes = self.nodes
-        node: JavaObject = self._values(1)[0]
-        self.nodes, self.offsets = [], deque(maxlen=0)
-        return node, nodes
 
     def _take(self, size: int) -> bytes:
         end = self.pos + size
@@ -383,7 +371,7 @@ class _Decoder:
             frame = self.opened = _Frame(node, steps, left)
             if leading:
                 frame.data.append(self._take(leading))
-            elif self.source is not None and left < 0 and self._may_learn(desc):
+            elif self.is_compact and left < 0 and self._may_learn(desc):
                 frame.start, frame.number = start, len(self.nodes) - 1
         elif steps:
             frame = _Frame(node, steps, 0)
@@ -618,25 +606,6 @@ _TAG_READERS: dict[int, _Reading] = {
 _READERS: list[_Reading] = [_TAG_READERS.get(tag, _Decoder._unknown) for tag in range(256)]
 
 
-def _source(data: bytes, stream: Stream) -> Source:
-    """Decode single objects of a stream; holds it by a weak reference, since its nodes hold the source."""
-    held = weakref.ref(stream)
-    decoder = _Decoder(data)
-
-    def node_at(number: int) -> Content:
-        return held().nodes[number]  # type: ignore[union-attr]
-
-    def open_object(template: Template, start: int) -> tuple[JavaObject, list[Content]]:
-        decoder.nodes = []
-        decoder.known = held().nodes  # type: ignore[union-attr]
-        try:
-            return decoder.open_object(template.first, start)
-        finally:
-            decoder.known = []
-
-    return Source(data, open_object, node_at)
-
-
 def decode(data: bytes, *, path: Path | None = None, is_compact: bool = False) -> Stream:
     """Decode an object stream.
 
@@ -828,7 +797,7 @@ class _Encoder:
         self.count += template.num_nodes
         literals = self.patched[template]
         if literals is None:
-            self._copy(template.source.data, node.start, node.end)
+            self._copy(template.data, node.start, node.end)
             return None
         for literal, gap in zip(literals, node.gaps, strict=False):
             self.out += literal
@@ -839,8 +808,8 @@ class _Encoder:
     def _patch(self, template: Template) -> bool:
         """Find the present handles of what a template refers to; False where something is not written yet."""
         literals = [bytearray(part.literal) for part in template.parts] + [bytearray(template.end)]
-        for part, offset, number in template.references:
-            handle = self.handles.get(id(template.source.node(number)))
+        for part, offset, node in template.references:
+            handle = self.handles.get(id(node))
             if handle is None:
                 return False
             _REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)

@@ -207,9 +207,7 @@ class Document:
         rois = roi_batch(self._items, self.data)
         reader = Reader(len(self.data), rois)
         try:
-            rows = [
-                reader.row(self.found[number].node, self.found[number].id, self.parent(number)) for number in numbers
-            ]
+            rows = [reader.row(self.found[number], self.parent(number)) for number in numbers]
             shapes = rois.build()
         except NodeError as error:
             raise self._named(error) from None
@@ -586,7 +584,7 @@ class _Comparison:
                 _blanked(one) == _blanked(two)
                 and len(one.references) == len(two.references)
                 and all(
-                    ours[:2] == theirs[:2] and self.same(one.source.node(ours.number), two.source.node(theirs.number))
+                    ours[:2] == theirs[:2] and self.same(ours.node, theirs.node)
                     for ours, theirs in zip(one.references, two.references, strict=True)
                 )
             )

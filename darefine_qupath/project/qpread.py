@@ -220,8 +220,6 @@ class ObjectParts:
         The object.
     content : tuple
         What it wrote.
-    id : UUID or None
-        As stored.
     metadata : JavaObject or None
         MetadataMap.
     measurements : JavaObject or None
@@ -232,12 +230,11 @@ class ObjectParts:
         Slice of the content that the children take.
     """
 
-    __slots__ = ("content", "first_child", "id", "layout", "measurements", "metadata", "node", "num_children")
+    __slots__ = ("content", "first_child", "layout", "measurements", "metadata", "node", "num_children")
 
     def __init__(self, node: JavaObject) -> None:
         self.node = node
         self.content = node.data
-        self.id: UUID | None = None
         self.metadata: JavaObject | None = None
         self.measurements: Content = None
         try:
@@ -250,7 +247,6 @@ class ObjectParts:
         kind = third.desc.name if isinstance(third, JavaObject) else ""
         if kind == _METADATA:
             self.layout, self.metadata, self.measurements, position = 3, third, content[3], 4  # type: ignore[assignment]
-            self.id = _stored_id(third)  # type: ignore[arg-type]
         elif kind == "java.util.UUID":
             self._parse_v4(content)
             return
@@ -263,9 +259,6 @@ class ObjectParts:
 
     def _parse_v4(self, content: Sequence[Content]) -> None:
         self.layout = 4
-        identity = content[2]
-        high, low = (javautil.field(identity, f"{part}SigBits") for part in ("most", "least"))  # type: ignore[arg-type]
-        self.id = UUID(int=((high & (2**64 - 1)) << 64) | (low & (2**64 - 1)))
         block = content[3]
         if not isinstance(block, bytes):
             raise NodeError(f"{self.node.desc.name} has {type_name(block)} where its fields' number is", self.node)
@@ -290,6 +283,15 @@ class ObjectParts:
             )
         self.first_child = first
         self.num_children = count
+
+    @property
+    def id(self) -> UUID | None:
+        """Identity as stored; None where there is none."""
+        if self.layout == 4:
+            identity: Any = self.content[2]
+            high, low = (javautil.field(identity, f"{part}SigBits") for part in ("most", "least"))
+            return UUID(int=((high & (2**64 - 1)) << 64) | (low & (2**64 - 1)))
+        return None if self.layout == 2 or self.metadata is None else _stored_id(self.metadata)
 
     @property
     def children(self) -> Sequence[Content]:
@@ -394,18 +396,20 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
         seen.add(id(node))
         if len(seen) == number:
             raise NodeError("An object is in the hierarchy twice", node)
-        identity = _packed_id(node, places) if isinstance(node, PackedObject) and node.is_packed else None
+        is_packed = isinstance(node, PackedObject) and node.is_packed
+        identity = _packed_id(node, places) if is_packed else None  # type: ignore[arg-type]
         if identity is not None:
             yield Found(node, identity, parent, has_id=True)
             continue
         parts = ObjectParts(node)
         if parts.num_children:
-            if isinstance(node, PackedObject) and node.is_packed:
+            if is_packed:
                 # Its children must be the same nodes from now on.
-                node.open()
+                node.open()  # type: ignore[attr-defined]
                 parts = ObjectParts(node)
             pending.extend([(child, number) for child in reversed(parts.children)])
-        yield Found(node, parts.id or uuid5(_ID_NAMESPACE, f"{salt}#{number}"), parent, parts.id is not None)
+        identity = parts.id
+        yield Found(node, identity or uuid5(_ID_NAMESPACE, f"{salt}#{number}"), parent, identity is not None)
 
 
 def _packed_id(node: PackedObject, places: dict[Template, int | None]) -> UUID | None:
@@ -423,10 +427,11 @@ def _packed_id(node: PackedObject, places: dict[Template, int | None]) -> UUID |
 def _place_of_id(node: PackedObject) -> int | None:
     """Which gap of a template holds the identity."""
     parts = ObjectParts(node)
-    if parts.id is None or parts.layout != 3 or parts.num_children:
+    identity = parts.id
+    if identity is None or parts.layout != 3 or parts.num_children:
         return None
     texts = [gap[2:] if part.gap == 0 else b"" for part, gap in zip(node.template.parts, node.gaps, strict=True)]
-    stored = str(parts.id).encode()
+    stored = str(identity).encode()
     # Where the key is a gap too, others of this form may have other keys.
     if texts.count(stored) != 1 or OBJECT_ID.encode() in texts:
         return None
@@ -488,15 +493,16 @@ class Reader:
     def rows(self, objects: Iterable[Found]) -> list[_Row]:
         """Rows of all objects but the root, parents before children."""
         rows = []
-        for node, identity, parent, has_id in objects:
-            self.ids.append(identity)
-            self.has_ids = self.has_ids and has_id
-            if parent >= 0:
-                rows.append(self.row(node, identity, self.ids[parent] if parent else None))
+        for found in objects:
+            self.ids.append(found.id)
+            self.has_ids = self.has_ids and found.has_id
+            if found.parent >= 0:
+                rows.append(self.row(found, self.ids[found.parent] if found.parent else None))
         return rows
 
-    def row(self, node: JavaObject, identity: UUID, parent: UUID | None) -> _Row:
-        """Row of one object."""
+    def row(self, found: Found, parent: UUID | None) -> _Row:
+        """Row of one object, and of the identity of the one above."""
+        node, identity, _, has_id = found
         parts = ObjectParts(node)
         kind = KINDS.get(node.desc.name)
         if kind is None:
@@ -521,7 +527,7 @@ class Reader:
             locked,
             self._path_class(tail[0]),
             self._measurements(parts.measurements),
-            self._metadata(parts),
+            self._metadata(parts, has_id=has_id),
             _plain(probability),
             kind == "tma core" and tail[2][8:9] not in (b"", b"\0"),
             self._roi(tail[1]),
@@ -553,17 +559,18 @@ class Reader:
                 self.colours.setdefault(name, colour)
         return name or None
 
-    def _metadata(self, parts: ObjectParts) -> dict[str, str]:
+    def _metadata(self, parts: ObjectParts, *, has_id: bool) -> dict[str, str]:
         """Metadata without the identity."""
         if parts.metadata is None:
             return {}
-        _, keys, values = parts.metadata.content
-        if parts.id is not None and parts.layout == 3 and len(keys.data) == 1:  # type: ignore[union-attr]
+        is_id_inside = has_id and parts.layout == 3
+        _, keys, values = parts.metadata.data
+        if is_id_inside and len(keys.data) == 1:
             return {}
         metadata = {}
-        for key, value in zip(keys.data, values.data, strict=True):  # type: ignore[union-attr]
+        for key, value in zip(keys.data, values.data, strict=True):
             metadata[self._text(key) or ""] = self._text(value) or ""
-        if parts.id is not None and parts.layout == 3:
+        if is_id_inside:
             metadata.pop(OBJECT_ID, None)
         return metadata
 
