@@ -329,10 +329,36 @@ def test_fastslide_is_the_fast_path_and_agrees(jpeg_slide: Path) -> None:
         assert (fast.reader, reference.reader) == ("fastslide", "openslide")
 
 
+@pytest.fixture
+def no_fastslide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A platform without a wheel of it."""
+    monkeypatch.setattr(sources, "fastslide", None)
+
+
+@pytest.mark.usefixtures("no_fastslide")
+def test_gdal_is_the_fast_path_where_there_is_no_fastslide(tmp_path: Path) -> None:
+    path = write_jpeg_pyramid(tmp_path / "odd.tif", ramp(1001, 811))
+    with open_slide(path) as fast, open_slide(path, reader="openslide") as reference:
+        for box, size in [(Box(300, 200, 500, 500), (500, 500)), (Box(-50, 600, 500, 500), (250, 250))]:
+            difference = fast.read(box, size).astype(int) - reference.read(box, size)
+            assert np.abs(difference).mean() < 2
+        assert (fast.reader, reference.reader) == ("tifffile", "openslide")
+        # OpenSlide interpolates at a downsample of 1.9987, so that neighbours cannot share what was read.
+        whole = Box(100, 100, 600, 600)
+        assert reference.hold(whole, 2) is None
+        held = fast.hold(whole, 2)
+        assert held is not None
+        part = Box(300, 240, 200, 200)
+        assert (held.read(part, (100, 100)) == fast.read(part, (100, 100))).all()
+
+
 @needs_fastslide
-def test_fastslide_is_refused_where_its_pixels_differ(jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darefine_qupath.slides.reading._MAX_SLIDE_DIFFERENCE", 0.0)
-    assert open_slide(jpeg_slide).reader == "openslide"
+@pytest.mark.parametrize(("largest", "reader"), [(0.0, "openslide"), (0.2, "tifffile"), (2.0, "fastslide")])
+def test_a_reader_is_refused_where_its_pixels_differ(
+    jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch, largest: float, reader: str
+) -> None:
+    monkeypatch.setattr("darefine_qupath.slides.reading._MAX_SLIDE_DIFFERENCE", largest)
+    assert open_slide(jpeg_slide).reader == reader
 
 
 @needs_fastslide
@@ -345,7 +371,7 @@ def test_fastslide_that_does_not_answer_is_given_up(
     with open_slide(jpeg_slide, reader="openslide") as reference:
         box = Box(0, 0, 700, 700)
         assert (slide.read(box, (700, 700)) == reference.read(box, (700, 700))).all()
-    assert slide.reader == "openslide"
+    assert slide.reader == "tifffile"
     assert "gave no answer" in caplog.text
 
 
@@ -367,7 +393,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     if not hasattr(os, "fork"):
         pytest.skip("this system does not fork")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == ["(600, 600, 3) fastslide", "(600, 600, 3) openslide", "0"]
+    assert done.stdout.splitlines() == ["(600, 600, 3) fastslide", "(600, 600, 3) tifffile", "0"]
     assert "spawn" in done.stderr
 
 
@@ -503,8 +529,11 @@ def damaged(jpeg_slide: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("reader", ["openslide", FAST])
-def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str) -> None:
+@pytest.mark.parametrize("reader", ["openslide", FAST, "without fastslide"])
+def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reader == "without fastslide":
+        monkeypatch.setattr(sources, "fastslide", None)
+        reader = "auto"
     with open_slide(damaged, reader=reader) as slide:
         for _ in range(2):
             with pytest.raises(SlideError, match=r"damaged\.tif: the box x 400, y 200, 300 x 300 \(level-0 pixels\)"):

@@ -61,11 +61,16 @@ _SOURCES: Mapping[str, Callable[[Path], Source]] = {
     "pillow": PillowSource,
 }
 
+_FastSource = FastSlideSource | TiffSource
+
+_FAST_SOURCES: tuple[type[_FastSource], ...] = (FastSlideSource, TiffSource)
+"""Readers that serve in OpenSlide's place where they agree with it, which interpolates some levels and is slow."""
+
 _MAX_WINDOW_PIXELS = 1 << 24
 """Level pixels that are held at a time; a larger read is done in parts, with the same result."""
 
 _MAX_SLIDE_DIFFERENCE = 2.0
-"""Mean difference in grey levels up to which fastslide's pixels count as OpenSlide's."""
+"""Mean difference in grey levels up to which another reader's pixels count as OpenSlide's."""
 
 _PROBE_SIDE = 256
 _NUM_PROBES = 4
@@ -129,7 +134,8 @@ class PyramidSlide:
         self._reader = reader
         self._source: Source | None = None
         self._pid = -1
-        self._fast_usable: bool | None = None if reader == "auto" else False
+        self._fast_sources: tuple[type[_FastSource], ...] = _FAST_SOURCES if reader == "auto" else ()
+        self._is_probed = False
         self._fast: _FastPath | None = None
         source = self._opened()
         self._file_levels = source.levels
@@ -279,7 +285,7 @@ class PyramidSlide:
         return self._source
 
     def _read_level(self, level: int, window: Box) -> NDArray[np.uint8]:
-        """Whole pixels inside a level: through fastslide where it serves, else as the reference reads them."""
+        """Whole pixels inside a level: by the fast path where there is one, else as the reference reads them."""
         source, fast = self._opened(), self._fast_path()
         if fast is None or not fast.guard.is_whole(level, window):
             return source.read(level, window)
@@ -287,38 +293,47 @@ class PyramidSlide:
             return fast.source.read(level, window)
         except SlideStuckError as error:
             _log.warning("%s: %s; OpenSlide goes on", self.path, error)
-            self._fast_usable, self._fast = False, None
+            self._give_up_fast_source()
             return source.read(level, window)
 
     def _fast_path(self) -> _FastPath | None:
-        """Return fastslide for this process; the first read finds out whether it may be used."""
-        if self._fast is None and self._fast_usable is not False:
+        """Return the fast path of this process; the first read finds out which one may be used."""
+        if self._fast is None and self._fast_sources:
             self._fast = self._open_fast_path(self._opened())
         return self._fast
 
     def _open_fast_path(self, reference: Source) -> _FastPath | None:
-        if not fastslide_works_here() or reference.name != "openslide":
-            if self._fast_usable:
-                _warn_of_fork(os.getpid())
-            self._fast_usable = False
-            return None
-        guard = TileGuard.of(self.path, reference.levels)
+        guard = TileGuard.of(self.path, reference.levels) if reference.name == "openslide" else None
         if guard is None:
-            self._fast_usable = False
+            self._fast_sources = ()
+            return None
+        while self._fast_sources:
+            fast = self._try_fast_source(self._fast_sources[0], guard, reference)
+            if fast is not None:
+                return fast
+            self._give_up_fast_source()
+        guard.close()
+        return None
+
+    def _try_fast_source(self, kind: type[_FastSource], guard: TileGuard, reference: Source) -> _FastPath | None:
+        if kind is FastSlideSource and not fastslide_works_here():
+            if self._is_probed:
+                _warn_of_fork(os.getpid())
             return None
         try:
-            fast = _FastPath(FastSlideSource(self.path), guard)
-        except SlideFormatError:
-            self._fast_usable = False
-            guard.close()
+            fast = _FastPath(kind(self.path), guard)
+        except SlideError:
             return None
-        if self._fast_usable is None:
-            self._fast_usable = _same_pixels(reference, fast)
-            _log.info("%s: fastslide %s", self.path, "reads it" if self._fast_usable else "reads it differently")
-        if self._fast_usable:
+        if not self._is_probed:
+            self._is_probed = _same_pixels(reference, fast)
+            _log.info("%s: %s %s", self.path, kind.name, "reads it" if self._is_probed else "reads it differently")
+        if self._is_probed:
             return fast
-        fast.close()
+        fast.source.close()
         return None
+
+    def _give_up_fast_source(self) -> None:
+        self._fast_sources, self._is_probed, self._fast = self._fast_sources[1:], False, None
 
     def close(self) -> None:
         """Give the file back; a later read opens it again."""
@@ -380,14 +395,14 @@ def _filter(scale: float) -> tuple[Image.Resampling, float]:
 def _warn_of_fork(pid: int) -> None:
     _log.warning(
         "Process %d was forked from one that had read slides through fastslide, whose threads do not survive that; "
-        "OpenSlide reads here, more slowly. Start worker processes with 'spawn' or 'forkserver'",
+        "another reader goes on here. Start worker processes with 'spawn' or 'forkserver'",
         pid,
     )
 
 
 @dataclass(frozen=True)
 class _FastPath:
-    source: FastSlideSource
+    source: _FastSource
     guard: TileGuard
 
     def close(self) -> None:
@@ -396,7 +411,7 @@ class _FastPath:
 
 
 def _same_pixels(reference: Source, fast: _FastPath) -> bool:
-    """Whether fastslide has the same levels, and the same level 0 at some places and in the last corner."""
+    """Whether a reader has the same levels, and the same level 0 at some places and in the last corner."""
     if fast.source.levels != reference.levels:
         return False
     try:
@@ -464,8 +479,9 @@ def open_slide(path: Path | str, *, crop_bounds: bool = True, reader: str = "aut
     crop_bounds : bool, optional
         Whether to crop to OpenSlide's bounds, as QuPath does unless its image server has ``--no-crop``.
     reader : str, optional
-        ``"auto"`` takes OpenSlide, and reads through fastslide where that is installed and agrees with it; else
-        tifffile with GDAL for a TIFF, Pillow for any other image, fastslide for what none of them knows.
+        ``"auto"`` takes OpenSlide, and reads through fastslide or GDAL where one of them agrees with it; what
+        OpenSlide does not open goes to tifffile with GDAL if it is a TIFF, to Pillow if it is any other image, to
+        fastslide if none of them knows it.
         ``"openslide"``, ``"fastslide"``, ``"tifffile"`` and ``"pillow"`` insist on one.
 
     Returns

@@ -59,7 +59,8 @@ MAX_PLAIN_PIXELS = 500_000_000
 _PLAUSIBLE_MPP = (0.01, 20.0)
 """Micrometres per pixel of a microscope; 72 and 96 dots per inch would be 353 and 265."""
 
-_FAST_CACHE_BYTES = 64 << 20
+_CACHE_BYTES = 64 << 20
+"""What fastslide and GDAL may keep of decoded tiles; GDAL's own limit is a share of the machine's memory."""
 
 FAST_PATIENCE_S = 20.0
 """Seconds after which a read through fastslide counts as lost: some damaged tiles make it wait forever."""
@@ -263,7 +264,7 @@ class FastSlideSource:
         self._path = path
         self._is_stuck = False
         try:
-            self._slide = fastslide.FastSlide.from_file_path(path, cache=_FAST_CACHE_BYTES)
+            self._slide = fastslide.FastSlide.from_file_path(path, cache=_CACHE_BYTES)
         except (RuntimeError, ValueError, OSError) as error:
             raise SlideFormatError(f"{path}: fastslide does not open it ({_reason(error)})") from error
         slide = self._slide
@@ -318,7 +319,7 @@ _AXES = {"Z": "z-slices", "T": "time points", "C": "channels", "Q": "images", "I
 
 
 class TiffSource:
-    """A TIFF that OpenSlide does not open: described by tifffile, read in windows through GDAL.
+    """A TIFF described by tifffile and read in windows through GDAL, which copies the pixels of any level.
 
     Parameters
     ----------
@@ -354,7 +355,7 @@ class TiffSource:
         dataset = self._datasets[level]
         bands = range(1, min(dataset.count, 4) + 1)
         try:
-            with self._lock:
+            with self._lock, rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
                 pixels = dataset.read(list(bands), window=Window(window.x, window.y, window.width, window.height))
         except RasterioError as error:
             raise _unreadable(error) from error
