@@ -361,7 +361,7 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
         raise CheckpointError(f"{path} has a damaged header; {expected}") from None
     if kind != FORMAT or version != VERSION:
         hint = "; a newer darefine wrote it, upgrade" if isinstance(version, int) and version > VERSION else ""
-        raise CheckpointError(f"{path} is a {kind} version {version}; {expected}{hint}")
+        raise CheckpointError(f"{path} is {kind} version {version}; {expected}{hint}")
     try:
         return CheckpointHeader(
             model=ModelConfig.from_json(data["model"]),

@@ -34,6 +34,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError
 from darefine_qupath.models import ModelConfig, Normalisation, build_model
 from darefine_qupath.tiles import TileSpec
+from tests.conftest import Run
 from tests.stored_logits import BOX_B4, image, seeded_state
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
@@ -182,9 +183,9 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "is a darefine-model version 2; expected darefine-model version 1; a newer darefine wrote it"),
-        ({"version": 0}, "is a darefine-model version 0; expected darefine-model version 1$"),
-        ({"format": "darefine-dataset"}, "is a darefine-dataset version 1; expected darefine-model version 1"),
+        ({"version": 2}, "is darefine-model version 2; expected darefine-model version 1; a newer darefine wrote it"),
+        ({"version": 0}, "is darefine-model version 0; expected darefine-model version 1$"),
+        ({"format": "darefine-dataset"}, "is darefine-dataset version 1; expected darefine-model version 1"),
         ({"model": {"network": "segnet"}}, "damaged header: network = 'segnet' is not one of"),
         ({"model": {"depth": 1}}, r"damaged header: Unknown network setting \['depth'\]"),
         ({"model": []}, "damaged header"),
@@ -394,6 +395,17 @@ def test_onnx_logits_match(config: ModelConfig, tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = checkpoint.build()(slices[:count], contexts[:count], BOX_B4[:count])
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not ONNX, reason="needs the extra 'onnx' (onnx, onnxruntime, onnxscript)")
+def test_onnx_is_a_command(file: Path, tmp_path: Path, run: Run) -> None:
+    code, out, err = run("onnx", file, "-o", tmp_path / "m.onnx", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"onnx": str(tmp_path / "m.onnx"), "model_id": model_id(file)}
+    code, out, err = run("onnx", file, "-o", tmp_path / "nowhere" / "m.onnx")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert "there is no folder" in err
 
 
 def test_onnx_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

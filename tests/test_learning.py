@@ -19,7 +19,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.cli.learn import tiles as tiles_command
 from darefine_qupath.cli.learn import train as train_command
-from darefine_qupath.errors import ConfigError, DarefineError, TileError, TrainingError
+from darefine_qupath.errors import ConfigError, DarefineError, ModelError, TileError, TrainingError
 from darefine_qupath.geometry import Size
 from darefine_qupath.models import build_model
 from darefine_qupath.pipeline import learning
@@ -356,6 +356,57 @@ def test_a_run_notes_what_it_learns_from(tiny: Path, tmp_path: Path, trained: Tr
     resume_training(out)
     assert trained.calls[1][0].tiles.ids() == data.tiles.ids()
     assert trained.calls[1][2]["resume"]
+
+
+def train_light(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_installed: bool = True, **recipe: object
+) -> list[str]:  # fmt: skip
+    """Train as on a machine without a GPU, with no word about the network; give what was announced."""
+    settings = tmp_path / "light.toml"
+    settings.write_text((TINY / "darefine.toml").read_text().split("[model]")[0])
+    monkeypatch.setattr(learning.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(learning, "find_spec", lambda _: object() if is_installed else None)
+    tiles = TileRequest(project=tiny, settings=settings, workers=1)
+    said: list[str] = []
+    wanted = TrainRequest(tiles=tiles, out=tmp_path / "run", on_the_fly=True, train=recipe)
+    train_on_project(wanted, announce=said.append)
+    return said
+
+
+def test_without_a_gpu_the_light_network_is_the_default(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
+) -> None:
+    said = train_light(tiny, tmp_path, monkeypatch)
+    model = trained.calls[0][2]["model"]
+    assert (model.slice_encoder, model.context_encoder, model.width) == ("efficientnet-lite0", "efficientnet-lite0", 64)
+    assert said[0].startswith("DA-RefineNet (attention), efficientnet-lite0 + efficientnet-lite0, width 64: 121 tiles")
+    assert said[1].startswith("Without a GPU the default is a light network (efficientnet-lite0, width 64)")
+    assert said[2] == "Gradients are clipped to norm 1, which the paper's recipe needs with efficientnet-lite0"
+    assert trained.calls[0][2]["config"].clip_norm == 1
+
+
+def test_without_the_light_package_a_resnet_starts_and_says_what_to_install(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
+) -> None:
+    said = train_light(tiny, tmp_path, monkeypatch, is_installed=False)
+    assert trained.calls[0][2]["model"].slice_encoder == "resnet18"
+    assert said[2].endswith("comes with: pip install 'darefine-qupath[light]'")
+
+
+@pytest.mark.parametrize("recipe", [{"clip-norm": 5.0}, {"clip_norm": 5.0}, {"preset": "modern", "clip_norm": 5.0}])
+def test_a_norm_that_was_given_stays(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained, recipe: dict[str, Any]
+) -> None:
+    said = train_light(tiny, tmp_path, monkeypatch, **recipe)
+    assert trained.calls[0][2]["config"].clip_norm == 5
+    assert not any("clipped" in sentence for sentence in said)
+
+
+def test_encoder_weights_are_looked_at_before_any_tile_is_cut(tiny: Path, tmp_path: Path, trained: Trained) -> None:
+    with pytest.raises(ModelError, match=r"There is no file .*none\.pth"):
+        train_on_project(request(tiny, tmp_path / "run", train={"encoder_weights": str(tmp_path / "none.pth")}))
+    assert not (tmp_path / "run").exists()
+    assert trained.calls == []
 
 
 def test_folds_share_their_tiles_and_train_one_after_the_other(tiny: Path, tmp_path: Path, trained: Trained) -> None:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tiles": ("learn", "Cut the training tiles of a project."),
     "train": ("learn", "Train a network on a project."),
     "show": ("learn", "Show what a model file holds."),
+    "onnx": ("learn", "Write a model as ONNX, for programs without torch."),
     "predict": ("apply", "Predict the slides of a project and write polygons back."),
     "evaluate": ("apply", "Compare predictions with annotations."),
     "runs": ("apply", "List what has been written into a project."),

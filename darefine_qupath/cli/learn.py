@@ -1,4 +1,4 @@
-"""Commands that learn: tiles, train, show."""
+"""Commands that learn, and on what they leave: tiles, train, show, onnx."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from darefine_qupath.checkpoint import describe, read_header
+from darefine_qupath.checkpoint import describe, export_onnx, load_checkpoint, read_header
 from darefine_qupath.cli.options import (
     FiniteRange,
     image_option,
@@ -34,7 +34,7 @@ from darefine_qupath.tiles.preview import check_sheet, contact_sheet
 from darefine_qupath.tiles.split import Role
 from darefine_qupath.training import Progress, TrainResult
 
-__all__ = ["show", "tiles", "train"]
+__all__ = ["onnx", "show", "tiles", "train"]
 
 _TILE_OPTIONS = (
     click.option("--size-px", type=int, help="Pixels of slice and context as the network sees them."),
@@ -359,3 +359,21 @@ def show(model: Path, as_json: bool) -> None:
         echo_json({**header.to_json(), "model_id": header.model_id})
     else:
         click.echo(describe(header))
+
+
+@click.command(short_help="Write a model as ONNX, for programs without torch.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The .onnx to write.")
+@json_option
+def onnx(model: Path, out: Path, as_json: bool) -> None:
+    """Write the model file MODEL as ONNX, for programs that do not have torch.
+
+    Inputs are slice and, where the network has a context, context: normalised RGB of the model's tile size, any batch.
+    The output is logits. What `darefine show` prints stands in the file's metadata.
+    """
+    checkpoint = load_checkpoint(model)
+    export_onnx(checkpoint, out)
+    if as_json:
+        echo_json({"onnx": out, "model_id": checkpoint.model_id})
+    else:
+        click.echo(f"{out}: {checkpoint.header.model.title}")

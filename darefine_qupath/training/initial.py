@@ -20,7 +20,7 @@ from darefine_qupath.models import (
 )
 from darefine_qupath.training.recipe import TrainConfig
 
-__all__ = ["FrozenNorms", "initial_network"]
+__all__ = ["FrozenNorms", "check_encoder_weights", "initial_network"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,19 +61,42 @@ def initial_network(
     if init_from is not None:
         _take_over(network, classes, init_from)
         return network, tuple(network.encoders)
-    if config.encoder_weights == "none":
-        return network, ()
-    if config.encoder_weights == "auto":
-        return network, _imagenet_if_installed(network)
-    if config.encoder_weights == "imagenet":
-        roles = load_imagenet_weights(network)
-        if not roles:
-            raise ModelError(
-                f"No ImageNet weights come with the encoders of {model.title}; take efficientnet-lite0, or give a file "
-                f"with --encoder-weights"
-            )
-        return network, roles
-    return network, load_encoder_weights(network, Path(config.encoder_weights)).encoders
+    return network, _load_pretrained(network, config.encoder_weights)
+
+
+def check_encoder_weights(model: ModelConfig, config: TrainConfig) -> None:
+    """Refuse encoder weights that were asked for and are not there or do not fit, before any tile is cut.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        The network; its number of classes does not count.
+    config : TrainConfig
+        `encoder_weights` counts.
+
+    Raises
+    ------
+    ModelError
+        See `initial_network`.
+    """
+    if config.encoder_weights not in ("auto", "none"):
+        _load_pretrained(build_model(model, seed=0), config.encoder_weights)
+
+
+def _load_pretrained(network: SegmentationNetwork, weights: str) -> tuple[str, ...]:
+    if weights == "none":
+        return ()
+    if weights == "auto":
+        return _imagenet_if_installed(network)
+    if weights != "imagenet":
+        return load_encoder_weights(network, Path(weights)).encoders
+    roles = load_imagenet_weights(network)
+    if not roles:
+        raise ModelError(
+            f"No ImageNet weights come with the encoders of {network.config.title}; take efficientnet-lite0, or give a "
+            f"file with --encoder-weights"
+        )
+    return roles
 
 
 def _imagenet_if_installed(network: SegmentationNetwork) -> tuple[str, ...]:

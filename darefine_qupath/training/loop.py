@@ -291,9 +291,14 @@ class _Run:
         if math.isfinite(own_loss):
             return f"The loss is {loss} at {where}, from the tiles of another process; see its message"
         more = f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else ""
+        advice = ["look at them", "lower encoder_lr and decoder_lr"]
+        if not 0 < self.config.clip_norm <= 1:
+            advice.append("set clip_norm = 1")
+        if self.stepper.dtype != torch.float32:
+            advice.append("train with precision = 'fp32'")
         return (
-            f"The loss is {loss} at {where}. Tiles of the batch: {', '.join(ids[:_MAX_LISTED])}{more}. Look at them, "
-            f"lower the learning rates, set clip_norm = 1, or train with precision = 'fp32'"
+            f"The loss is {loss} at {where}. Tiles of the batch: {', '.join(ids[:_MAX_LISTED])}{more}. What may help: "
+            f"{', or '.join(advice)}"
         )
 
     def _end_epoch(self) -> None:
