@@ -21,10 +21,13 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import ClassMap, Colour, PathClass
-from darefine_qupath.errors import ExchangeError
+from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import read_annotations, write_geojson, write_label_png, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.pipeline.exchanging import create_from_slides, import_file, match_files
+from darefine_qupath.project import Project, create_project
+from tests.tile_slides import ramps, write_pyramid
 
 Points = list[tuple[float, float]]
 Write = Callable[..., Path]
@@ -607,3 +610,74 @@ def test_label_png_that_would_not_fit(tmp_path: Path) -> None:
 def test_label_tiff_needs_a_downsample(tmp_path: Path) -> None:
     with pytest.raises(ExchangeError, match="at least 1, got 0"):
         write_label_tiff(LabelPainter([], CLASSES), (10, 10), tmp_path / "m.tif", downsample=0)
+
+
+# Into a project
+
+
+@pytest.fixture
+def namesakes(tmp_path: Path) -> tuple[Path, Path]:
+    """Two slides of one name in two folders, one with a file of annotations beside it."""
+    slides = []
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        slides.append(write_pyramid(tmp_path / folder / "slide.tif", ramps(200 + number, 200)))
+    (tmp_path / "a" / "slide.xml").write_text(aperio(region(SQUARE, value="Tumor")))
+    return slides[0], slides[1]
+
+
+def drawn(project: Project) -> dict[str, int]:
+    return {image.id: len(project.annotations(image)) for image in project.images}
+
+
+def test_two_images_of_one_name_stay_two_and_get_their_own_annotations(
+    tmp_path: Path, namesakes: tuple[Path, Path]
+) -> None:
+    with create_project(tmp_path / "p", engine="embedded") as project:
+        first, second = (project.add_image(slide) for slide in namesakes)
+        assert (first.name, second.name) == ("slide.tif", "slide.tif")
+        file = tmp_path / "a" / "slide.xml"
+        with pytest.raises(ExchangeError, match=r"2 images .* an id, one of 1 \(.*a.slide\.tif\), 2 \("):
+            match_files(project, [file], None)
+        with pytest.raises(ProjectError, match=r"2 images are named 'slide\.tif'; give the entry id, one of 1, 2"):
+            match_files(project, [file], "slide.tif")
+        ((_, image),) = match_files(project, [file], "2")
+        import_file(project, file, image)
+        assert drawn(project) == {"1": 0, "2": 1}
+
+
+def test_a_file_never_goes_to_two_slides_of_its_name(tmp_path: Path, namesakes: tuple[Path, Path]) -> None:
+    with pytest.raises(ExchangeError, match=r"slide\.xml: 2 slides have this file's name"):
+        create_from_slides(tmp_path / "p", namesakes, annotations=tmp_path / "a", engine="embedded")
+    assert not (tmp_path / "p").exists()
+
+
+def test_slides_beside_their_annotations_become_a_project_by_one_command(
+    tmp_path: Path, namesakes: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = namesakes[0].parent
+    (folder / "other.xml").write_text(aperio(region(SQUARE, value="Tumor")))
+    # The folder and a slide in it: the slide comes once, and is no label mask.
+    project, imports = create_from_slides(tmp_path / "p", [folder, namesakes[0]], annotations=folder, engine="embedded")
+    with project:
+        assert drawn(project) == {"1": 1}
+    assert [item.file.path.name for item in imports] == ["slide.xml"]
+    assert "1 annotation files have the name of no slide: other.xml" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (aperio(region([(0, 0), (9, 0), (5, 0)], value="Tumor")), "holds no annotation that can be used"),
+        ('<!DOCTYPE a [<!ENTITY e "x">]><Annotations>&e;</Annotations>', "entit"),
+    ],
+    ids=["nothing of use", "entities"],
+)
+def test_no_project_is_made_when_an_annotation_file_is_bad(
+    tmp_path: Path, namesakes: tuple[Path, Path], text: str, message: str
+) -> None:
+    folder = namesakes[0].parent
+    (folder / "slide.xml").write_text(text)
+    with pytest.raises(ExchangeError, match=message):
+        create_from_slides(tmp_path / "p", [folder], annotations=folder, engine="embedded")
+    assert not (tmp_path / "p").exists()

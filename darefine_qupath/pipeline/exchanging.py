@@ -22,7 +22,8 @@ __all__ = ["Import", "create_from_slides", "export_geojson", "export_labels", "i
 
 _log = logging.getLogger(__name__)
 
-_ANNOTATION_SUFFIXES = (".xml", ".geojson", ".json", ".png", ".tif", ".tiff")
+_OUTLINE_SUFFIXES = (".xml", ".geojson", ".json")
+_ANNOTATION_SUFFIXES = (*_OUTLINE_SUFFIXES, ".png", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,13 @@ def match_files(project: Project, files: Sequence[Path], image: str | None) -> l
     matched = []
     for file in files:
         found = by_stem.get(_stem(file.name).lower(), [])
-        if len(found) != 1:
+        if not found:
             names = ", ".join(repr(entry.name) for entry in project.images) or "none"
+            raise ExchangeError(f"{file}: no image of the project has this file's name; give --image, one of {names}")
+        if len(found) > 1:
+            ids = ", ".join(f"{entry.id} ({entry.path or entry.name})" for entry in found)
             raise ExchangeError(
-                f"{file}: {len(found)} images of the project have this file's name; give --image, one of {names}"
+                f"{file}: {len(found)} images of the project have this file's name; give --image an id, one of {ids}"
             )
         matched.append((file, found[0]))
     return matched
@@ -119,9 +123,7 @@ def import_file(
     classes = [path_class.name for path_class in project.classes]
     size = None if image.width is None or image.height is None else (image.width, image.height)
     found = read_annotations(file, mpp=image.mpp, classes=classes, labels=labels, image_size=size)
-    if found.refused and not found.annotations:
-        more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
-        raise ExchangeError(f"{file} holds no annotation that can be used: {found.refused[0]}{more}")
+    _refuse_useless(found)
     present = {record.id for record in project.objects(image)}
     records = found.annotations if found.format == "GeoJSON" else _with_fixed_ids(found, image)
     fresh = [record for record in records if record.id not in present]
@@ -132,6 +134,12 @@ def import_file(
             project.set_classes([*project.classes, *new])
         project.apply(image, Changes(add=fresh))
     return Import(file=found, image=image, added=len(fresh), already=len(records) - len(fresh))
+
+
+def _refuse_useless(found: Imported) -> None:
+    if found.refused and not found.annotations:
+        more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
+        raise ExchangeError(f"{found.path} holds no annotation that can be used: {found.refused[0]}{more}")
 
 
 def _with_fixed_ids(found: Imported, image: ImageEntry) -> list[Annotation]:
@@ -181,19 +189,23 @@ def create_from_slides(
     SlideError
         If a slide cannot be opened; no project is made.
     ExchangeError
-        If there is no such folder of annotations, or a file in it cannot be read.
+        If there is no such folder of annotations, or a file in it cannot be read or belongs to several slides; no
+        project is made, unless it is a label mask.
     """
     files = _slide_files(slides)
-    if annotations is not None and not annotations.is_dir():
-        raise ExchangeError(f"No folder of annotation files at {annotations}")
+    found_for = _annotation_files(annotations, files)
     for file in files:
         # Before there is a project: half of one would be in the way of the next try.
-        open_slide(file).close()
+        with open_slide(file) as slide:
+            for found in found_for.get(file, []):
+                # The labels of a mask are those of the project.
+                if found.suffix.lower() in _OUTLINE_SUFFIXES:
+                    _refuse_useless(read_annotations(found, mpp=mpp or slide.mpp, image_size=slide.size))
     project = create_project(path, engine=engine)
     imports = []
     for number, file in enumerate(files):
         image = project.add_image(file, mpp=mpp)
-        imports += [import_file(project, found, image) for found in _annotation_files(annotations, file)]
+        imports += [import_file(project, found, image) for found in found_for.get(file, [])]
         if progress is not None:
             progress(number + 1, len(files), file.name)
     return project, tuple(imports)
@@ -206,6 +218,7 @@ def _slide_files(slides: Sequence[Path]) -> list[Path]:
             files += sorted(p for p in item.iterdir() if p.is_file() and p.suffix.lower() in _SLIDE_SUFFIXES)
         else:
             files.append(item)
+    files = list({file.resolve(): file for file in files}.values())
     if not files:
         raise ProjectError(f"No slides in {', '.join(str(item) for item in slides)}; name image files, or a folder")
     return files
@@ -217,17 +230,34 @@ _SLIDE_SUFFIXES = (
 )  # fmt: skip
 
 
-def _annotation_files(folder: Path | None, slide: Path) -> list[Path]:
+def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Annotation files of each slide: those of its name, except the slides themselves."""
     if folder is None:
-        return []
-    stem = _stem(slide.name).lower()
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in _ANNOTATION_SUFFIXES
-        and _stem(file.name).lower() == stem
-        and file.resolve() != slide.resolve()
-    )
+        return {}
+    if not folder.is_dir():
+        raise ExchangeError(f"No folder of annotation files at {folder}")
+    by_stem: dict[str, list[Path]] = {}
+    for slide in slides:
+        by_stem.setdefault(_stem(slide.name).lower(), []).append(slide)
+    taken = {slide.resolve() for slide in slides}
+    found: dict[Path, list[Path]] = {}
+    left_over = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in _ANNOTATION_SUFFIXES or file.resolve() in taken:
+            continue
+        owners = by_stem.get(_stem(file.name).lower(), [])
+        if len(owners) > 1:
+            raise ExchangeError(
+                f"{file}: {len(owners)} slides have this file's name ({', '.join(map(str, owners))}); leave "
+                f"--annotations out and give each file its image with darefine import --image"
+            )
+        if owners:
+            found.setdefault(owners[0], []).append(file)
+        elif file.suffix.lower() in _OUTLINE_SUFFIXES:
+            left_over.append(file.name)
+    if left_over:
+        _log.warning("%d annotation files have the name of no slide: %s", len(left_over), ", ".join(left_over))
+    return found
 
 
 def export_geojson(project: Project, out: Path, names: Sequence[str] = ()) -> dict[str, int]:

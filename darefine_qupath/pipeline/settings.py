@@ -83,7 +83,7 @@ class Settings:
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of slides that do not say theirs."""
+        """Micrometres per pixel of every slide of the project, over what QuPath and the files say."""
         _refuse_unknown(self.images, ("mpp",), "images", self.path)
         value = self.images.get("mpp")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
