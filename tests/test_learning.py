@@ -428,6 +428,24 @@ def test_folds_share_their_tiles_and_train_one_after_the_other(tiny: Path, tmp_p
         train_on_project(replace(wanted, out=tmp_path / "other", note_roles=True))
 
 
+def test_folds_that_could_not_begin_leave_their_tiles_and_a_free_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
+) -> None:
+    def refusing(*_: object, out: Path, **__: object) -> TrainResult:
+        (out / "config.json").write_text("{}")
+        raise TrainingError("epochs = 0 is no training")
+
+    run = tmp_path / "run"
+    wanted = replace(request(tiny, run, split={"folds": 2}), on_the_fly=False)
+    monkeypatch.setattr(learning, "train", refusing)
+    with pytest.raises(TrainingError, match="is no training"):
+        train_on_project(wanted)
+    cut = (run / "tiles" / "dataset.json").stat().st_mtime_ns
+    monkeypatch.setattr(learning, "train", trained)
+    assert isinstance(train_on_project(wanted), Folds)
+    assert (run / "tiles" / "dataset.json").stat().st_mtime_ns == cut
+
+
 def test_hard_tiles_come_from_a_former_model(
     tiny: Path, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

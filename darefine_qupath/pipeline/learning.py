@@ -334,9 +334,11 @@ def train_on_project(
     try:
         return _start(_with_former_model(request), progress, tile_progress, announce, resume=False)
     except DarefineError:
-        # A run that never began must not take the folder: the same command is made again with the mistake mended.
-        if not any((request.out / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
-            (request.out / "config.json").unlink(missing_ok=True)
+        # A run that never began must not take the folder: the same command is made again with the mistake mended, and
+        # finds the tiles that were cut.
+        for folder in (request.out, *request.out.glob("fold-*")):
+            if not any((folder / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
+                (folder / "config.json").unlink(missing_ok=True)
         raise
 
 
