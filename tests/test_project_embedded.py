@@ -504,6 +504,20 @@ def test_a_damaged_json_file_is_an_error_that_names_it_or_read(project: Embedded
     assert refused > 50 or name.endswith("summary.json")
 
 
+def test_an_object_that_cannot_be_read_keeps_its_bytes(project: EmbeddedProject) -> None:
+    path = project.folder / "data" / "1" / "data.qpdata"
+    strange = path.read_bytes().replace(b"roi.EllipseROI$", b"roi.SpiralsROI$")
+    path.write_bytes(strange)
+    image = project.images[0]
+    with pytest.raises(ProjectFormatError, match=r"SpiralsROI\$.* is not a ROI that can be read \(at byte \d+\)"):
+        project.objects(image)
+    new = Annotation(geometry=shapely.box(1, 2, 30, 40), path_class="Tumor")
+    assert project.apply(image, Changes(add=[new])).num_objects == 36
+    assert path.read_bytes() != strange
+    assert project.apply(image, Changes(remove=[new.id])).num_objects == 35
+    assert path.read_bytes() == strange
+
+
 # -- the project file
 
 

@@ -193,6 +193,46 @@ def test_a_server_that_shows_something_else_is_refused_by_name(builder: dict[str
 
 
 @pytest.mark.parametrize(
+    "kind",
+    [
+        "affine",
+        "channels",
+        "color",
+        "color_deconvolved",
+        "cropped",
+        "normalized",
+        "sliced",
+        "sparse",
+        "swapRedBlue",
+        "typeConvert",
+        "z_concatenated",
+        "z_projected",
+    ],
+)
+@pytest.mark.parametrize("place", ["outside", "inside"])
+def test_every_wrapper_of_qupath_is_refused_by_its_name(kind: str, place: str) -> None:
+    builder = {"builderType": kind, "builder": uri_builder(), "metadata": {"width": 5, "height": 6}}
+    if place == "inside":
+        builder = {"builderType": "pyramidize", "builder": builder}
+    server = files.server_of(builder)
+    assert f"({kind!r})" in str(server.unsupported)
+    assert "not known here" not in str(server.unsupported)
+    assert server.uri == "file:/a.tif"
+
+
+SERVER_KEYS = ("builderType", "uri", "args", "metadata", "builder", "builders", "channels", "rotation", "width")
+
+
+@exhaustive
+@given(builder=st.dictionaries(st.sampled_from(SERVER_KEYS), JSON | st.sampled_from(["uri", "rotated", "pyramidize"])))
+def test_any_server_is_read_or_refused_by_name(builder: dict[str, Any]) -> None:
+    server = files.server_of(builder)
+    assert server.unsupported is not None or builder["builderType"] in ("uri", "rotated", "pyramidize")
+    assert isinstance(server.uri, str | None)
+    assert server.has_metadata is (server.size is not None)
+
+
+@pytest.mark.parametrize(
     "builder",
     [
         uri_builder(),

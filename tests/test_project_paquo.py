@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -550,6 +551,60 @@ def test_qupath_opens_a_project_that_was_made(tmp_path: Path) -> None:
         assert first.java_object.getThumbnail().getWidth() > 100
         calibration = second.java_object.readImageData().getServer().getPixelCalibration()
         assert float(calibration.getAveragedPixelSizeMicrons()) == 0.25
+
+
+def seen_of(server: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What QuPath says of an image server, but for its pixel size."""
+    metadata = server.getMetadata()
+    levels = [metadata.getLevel(number) for number in range(metadata.nLevels())]
+    return {
+        "class": str(server.getClass().getSimpleName()),
+        "size": (int(server.getWidth()), int(server.getHeight())),
+        "levels": [(float(level.getDownsample()), int(level.getWidth()), int(level.getHeight())) for level in levels],
+        "magnification": str(metadata.getMagnification()),
+        "tile": (int(metadata.getPreferredTileWidth()), int(metadata.getPreferredTileHeight())),
+        "rgb": bool(metadata.isRGB()),
+        "channels": [str(channel.getName()) for channel in metadata.getChannels()],
+    }
+
+
+@qupath
+def test_qupath_opens_and_saves_a_project_of_the_embedded_engine(tmp_path: Path) -> None:
+    slides = tmp_path / "Präparate #1, 100 %"
+    shutil.copytree(QUPATH / "images", slides)
+    with create_project(tmp_path / "new", classes=[PathClass("A", Colour(1, 2, 3))], engine="embedded") as project:
+        project.add_image(slides / "slide.tif", name="Schnitt ä", metadata={"split": "train"})
+        project.add_image(slides / "slide.tif", name="again", mpp=0.125, image_type="FLUORESCENCE")
+        project.add_image(slides / "plain.png", mpp=0.25, image_type="OTHER")
+        project.apply(project.images[0], Changes(add=[replace(record, parent=None) for record in new_objects()]))
+        images = project.images
+        before = [project.objects(image) for image in images]
+    paquo.start_qupath()
+    from paquo.projects import QuPathProject  # noqa: PLC0415
+
+    seen = []
+    with QuPathProject(project.path, mode="r+") as opened:
+        assert [c.name for c in opened.path_classes if c is not None][:1] == ["A"]
+        assert [dict(image.metadata) for image in opened.images] == [dict(image.metadata) for image in images]
+        for image in opened.images:
+            data = image.java_object.readImageData()
+            mpp = float(data.getServer().getPixelCalibration().getAveragedPixelSizeMicrons())
+            seen.append((seen_of(data.getServer()), mpp, str(data.getImageType().name())))
+            assert image.java_object.getThumbnail().getWidth() > 100
+            data.setProperty("touched", "yes")
+            image.java_object.saveImageData(data)
+        opened.java_object.syncChanges()
+    for image, (found, mpp, image_type) in zip(images, seen, strict=True):
+        assert image.path is not None
+        assert (found["size"], mpp, image_type) == ((image.width, image.height), image.mpp, image.image_type)
+        with contextlib.closing(paquo._build_server(image.path)) as own:
+            assert found == seen_of(own)  # what QuPath finds in the file by itself
+    with open_project(project.path, engine="embedded") as again:
+        # QuPath escapes other letters of a URI than Java does; the file is the same.
+        assert [replace(image, uri=None) for image in again.images] == [replace(image, uri=None) for image in images]
+        for image, objects in zip(again.images, before, strict=True):
+            verify_objects(objects, again.objects(image), path=project.path)
+            assert qpdata.read((again.folder / "data" / image.id / "data.qpdata").read_bytes()).properties["touched"]
 
 
 # -- with QuPath: nothing is lost

@@ -414,7 +414,7 @@ class EmbeddedProject(Project):
             if classes is not None:
                 self._stage_classes(batch, classes)
             backup = safety.backup_path(self.folder, entry_id) if path.is_file() else None
-            after = _read_back(batch.stage(path, content, backup=backup), content)
+            after = _read_back(batch.stage(path, content, backup=backup), content, path)
             verify(after)
             summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
             batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
@@ -547,7 +547,7 @@ class EmbeddedProject(Project):
     def _stage_blank(self, batch: safety.Batch, record: files.EntryRecord, size: Size, image_type: str) -> None:
         path = self._data_file(str(record.id))
         content = self._first_data(record, image_type)
-        data = _read_back(batch.stage(path, content), content)
+        data = _read_back(batch.stage(path, content), content, path)
         summary = qpdata.summary(data, size=size, timestamp_ms=_now_ms())
         batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
 
@@ -691,10 +691,11 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
     return files.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
 
 
-def _read_back(staged: Path, content: bytes) -> qpdata.Document:
+def _read_back(staged: Path, content: bytes, path: Path) -> qpdata.Document:
+    """Open what was staged for `path`."""
     try:
         if safety.read_stamped(staged)[0] != content:
             raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
-        return qpdata.Document(content, path=staged)
+        return qpdata.Document(content, path=path)
     except ProjectFormatError as error:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error
