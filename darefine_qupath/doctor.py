@@ -25,6 +25,7 @@ _OLDEST_PYTHON = (3, 10)
 _OLDEST_GEOS = (3, 12)
 _PAQUO_PATIENCE_S = 90.0
 _LITTLE_SPACE_GIB = 5.0
+_NAME_QUPATH = "set PAQUO_QUPATH_DIR to what `paquo get_qupath --install-path DIR` prints, or unset it"
 _GET_QUPATH = "only where you want QuPath itself to write: `paquo get_qupath --install-path DIR`, set PAQUO_QUPATH_DIR"
 _MARK = "QuPath is "
 _START_QUPATH = f"""
@@ -216,6 +217,10 @@ def _paquo() -> Finding:
         found = f"QuPath did not start within {_PAQUO_PATIENCE_S:.0f} s"
         return Finding(name=name, state="warn", found=found, advice="give `--engine embedded`")
     if said and said[-1] == "missing":
+        named = os.environ.get("PAQUO_QUPATH_DIR")
+        if named:
+            found = f"PAQUO_QUPATH_DIR={named} holds no QuPath that paquo could use"
+            return Finding(name=name, state="warn", found=found, advice=_NAME_QUPATH)
         return Finding(name=name, state="ok", found="no QuPath that paquo could use", advice=_GET_QUPATH)
     if said and not said[-1].startswith("broken"):
         return Finding(name=name, state="ok", found=f"QuPath {said[-1]}, paquo {importlib.metadata.version('paquo')}")

@@ -140,10 +140,20 @@ def test_paquo_is_tried_in_a_process_of_its_own(
     script: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_START_QUPATH", script)
+    monkeypatch.delenv("PAQUO_QUPATH_DIR", raising=False)
     said = finding("paquo engine")
     assert said.state == state
     assert said.found.startswith(found)
     assert bool(said.advice) == (state == "warn" or "no QuPath" in said.found)
+
+
+def test_a_folder_that_holds_no_qupath_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_START_QUPATH", "print('QuPath is missing')")
+    monkeypatch.setenv("PAQUO_QUPATH_DIR", "/nowhere")
+    said = finding("paquo engine")
+    assert (said.state, said.found) == ("warn", "PAQUO_QUPATH_DIR=/nowhere holds no QuPath that paquo could use")
+    assert said.advice is not None
+    assert "paquo get_qupath" in said.advice
 
 
 @pytest.mark.skipif(os.name != "posix", reason="asks for processes by their id")
