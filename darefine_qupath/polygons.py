@@ -39,12 +39,15 @@ from darefine_qupath.geometry import Box
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["GRID", "ClassPolygon", "Dataset", "Layer", "snap", "vectorise"]
+__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "Layer", "snap", "vectorise"]
 
 _log = logging.getLogger(__name__)
 
 GRID = 0.25
 """Spacing in level-0 pixels that every vertex lies on: exact in QuPath's 0.01 px and in its float32."""
+
+FEWEST_VERTICES = 400
+"""A region is split into pieces of no fewer vertices than this."""
 
 IN_MEMORY_PIXELS = 1 << 30
 """Above this size the sieved map lies in a temporary file instead of in memory."""
@@ -318,8 +321,10 @@ class _Plan:
             )
         if max(abs(value) for value in self.box.bounds) >= _FLOAT32_EXACT:
             raise PolygonError(f"{self.box} reaches beyond {_FLOAT32_EXACT} pixels, where QuPath loses precision")
-        if self.max_vertices is not None and self.max_vertices < 400:
-            raise PolygonError(f"At most {self.max_vertices} vertices per polygon are too few; allow 400 or more")
+        if self.max_vertices is not None and self.max_vertices < FEWEST_VERTICES:
+            raise PolygonError(
+                f"At most {self.max_vertices} vertices per polygon are too few; allow {FEWEST_VERTICES} or more"
+            )
         if block_px < 16:
             raise PolygonError(f"Blocks of {block_px} map pixels are too small; use 16 or more")
 

@@ -20,7 +20,8 @@ _TITLE = 30
 _LEGEND = 44
 _INK = (30, 30, 30)
 _OPACITY = 0.5
-_RIGHT, _WRONG = Colour(60, 170, 90), Colour(210, 40, 60)
+# Violet is no class in the usual palettes, so what is wrong is not taken for a tumour.
+_RIGHT, _WRONG = Colour(60, 170, 90), Colour(150, 40, 200)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,13 @@ def test_a_damaged_image_does_not_stop_the_others(
         assert [item.get("name", item.get("image_name")) for item in found[key]] == ["train-1.tif", "test-3.tif"]
 
 
+@pytest.mark.parametrize("given", ["399", "many", "-1"])
+def test_a_split_that_makes_no_sense_is_refused(run: Run, folder: Path, given: str) -> None:
+    code, _, err = run("predict", folder, "--model", "none.safetensors", "--split", given)
+    assert code == 2
+    assert f"'{given}' is neither a number from 400 nor 'never'" in err
+
+
 def test_clearing_passes_a_damaged_image(run: Run, folder: Path) -> None:
     assert run("review", folder, "--next", "9", "--mark")[0] == 0
     damage(data_file(folder, "2"))

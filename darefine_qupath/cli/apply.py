@@ -39,6 +39,7 @@ from darefine_qupath.pipeline.predicting import (
     write_summary,
 )
 from darefine_qupath.pipeline.reviewing import find_places
+from darefine_qupath.polygons import FEWEST_VERTICES
 from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
 from darefine_qupath.review import (
@@ -64,6 +65,25 @@ _OPEN_IN_QUPATH = (
     "If an image is open in QuPath, do not save it there: use File > Reload data. QuPath's Save would overwrite what "
     "was written."
 )
+
+
+class _Vertices(click.ParamType):
+    """A number of vertices from which a region is split, or the word never."""
+
+    name = "vertices"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
+        """Return the number, or None for never."""
+        if value == "never":
+            return None
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number < FEWEST_VERTICES:
+            self.fail(f"{value!r} is neither a number from {FEWEST_VERTICES} nor 'never'", param, ctx)
+        return number
+
 
 model_option = click.option(
     "--model", type=click.Path(path_type=Path), required=True, help="Model file that darefine train left."
@@ -122,7 +142,13 @@ def _predict_options(given: dict[str, Any]) -> PredictOptions:
 @click.option("--min-area-um2", type=FiniteRange(0), default=1000.0, show_default=True, help="Smaller regions go.")
 @click.option("--min-hole-um2", type=FiniteRange(0), help="Smaller holes are filled.")
 @click.option(
-    "--max-vertices", type=click.IntRange(100), default=20_000, show_default=True, help="Larger regions are split."
+    "--split",
+    "max_vertices",
+    type=_Vertices(),
+    default="20000",
+    show_default=True,
+    metavar="VERTICES|never",
+    help="Cut regions of more vertices along straight lines; QuPath is slow with heavy ones.",
 )
 @click.option(
     "--as",
@@ -240,6 +266,8 @@ def _written(result: RunResult | None) -> str:
     if result is None:
         return "-"
     parts = [f"+{result.added}", f"-{result.removed}", f"={result.kept}"]
+    if result.hidden:
+        parts.append(f"under yours {result.hidden}")
     if result.adopted or result.rejected:
         parts.append(f"yours {result.adopted}, rejected {result.rejected}")
     return " ".join(parts)

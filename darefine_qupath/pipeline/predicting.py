@@ -64,8 +64,8 @@ class PolygonOptions:
         Smaller regions go to their surroundings.
     min_hole_um2 : float or None
         Smaller holes are filled; None = as `min_area_um2`.
-    max_vertices : int
-        Larger regions are split on a coarse grid.
+    max_vertices : int or None
+        Larger regions are split along straight lines; None never splits.
     background : bool
         Also draw the class of unlabelled pixels (Normal, say).
     classes : tuple of str
@@ -77,7 +77,7 @@ class PolygonOptions:
     simplify_um: float | None = None
     min_area_um2: float = 1000.0
     min_hole_um2: float | None = None
-    max_vertices: int = 20_000
+    max_vertices: int | None = 20_000
     background: bool = False
     classes: tuple[str, ...] = ()
     min_confidence: float = 0.0

@@ -30,6 +30,7 @@ _NAMESPACE = UUID("c2b0f2f4-55d7-5a0e-9a07-2a7cf0d6a3b1")
 _PREFIX = "Review"
 _BORDER_SHARE = 0.05
 _PREDICTED_SHARE = 0.25
+_DOUBTFUL_SHARE = 0.1
 _WEIGHTS = (2.0, 1.0, 1.0, 2.0)
 
 Unlike: TypeAlias = "Callable[[ImageEntry, Sequence[Box]], Sequence[float]]"
@@ -51,7 +52,8 @@ class Place:
     score : float
         Mean of the four below, of which uncertainty and unlikeness count twice; higher is more worth a look.
     uncertainty : float
-        1 minus the margin between the first and second class, 0 to 1.
+        1 minus the margin between the first and second class, 0 to 1; in a score map, over the least certain tenth of
+        the place, since a doubtful nest must not drown in the tissue around it.
     size : float
         0 for a speck, 1 for the largest regions.
     border : float
@@ -249,9 +251,9 @@ def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: S
     edge[:, 1:] |= (layers.labels[:, 1:] != layers.labels[:, :-1]) & predicted[:, 1:] & predicted[:, :-1]
     edge[1:] |= (layers.labels[1:] != layers.labels[:-1]) & predicted[1:] & predicted[:-1]
     num_pixels = _cell_sums(predicted, step)
-    doubt = _cell_sums(np.where(predicted, 255 - layers.margin, 0), step) / 255 / np.maximum(num_pixels, 1)
-    # A border that crosses a cell from side to side counts as much as one can.
-    border = np.minimum(1.0, _cell_sums(edge, step) / step)
+    # A border that crosses a cell from side to side counts a half; more of it, more.
+    length = _cell_sums(edge, step)
+    border = length / (length + step)
     seen = shapely.union_all(list(looked_at))
     shapely.prepare(seen)
     places = []
@@ -263,10 +265,17 @@ def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: S
             continue
         cell = layers.labels[window.y : window.bottom, window.x : window.right]
         label = int(np.bincount(cell[cell != IGNORE]).argmax())
+        margins = layers.margin[window.y : window.bottom, window.x : window.right][cell != IGNORE]
         share = float(num_pixels[row, column]) / (step * step)
-        parts = (float(doubt[row, column]), share, float(border[row, column]))
+        parts = (_doubt(margins), share, float(border[row, column]))
         places.append(_place(image, _window(image, centre, side), layers.names[label], parts))
     return places
+
+
+def _doubt(margins: NDArray[np.uint8]) -> float:
+    """1 minus the mean margin of the least certain pixels."""
+    count = max(1, round(len(margins) * _DOUBTFUL_SHARE))
+    return 1.0 - float(np.partition(margins, count - 1)[:count].mean()) / 255
 
 
 def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
