@@ -35,23 +35,10 @@ from darefine_qupath.project.javanodes import (
 from darefine_qupath.project.javapacked import PackedObject, Template, distinct_nodes
 from darefine_qupath.project.javastream import encode, no_collection
 from darefine_qupath.project.javautil import NodeError
+from darefine_qupath.project.qpitems import complete_items, root_of
 from darefine_qupath.project.qpnodes import NodeBuilder, class_name, probability_block
-from darefine_qupath.project.qpread import (
-    KINDS,
-    PATH_CLASS,
-    Found,
-    ImageData,
-    ObjectParts,
-    Reader,
-    class_of,
-    complete_items,
-    duplicates_of,
-    open_compact,
-    read,
-    roi_batch,
-    root_of,
-    walk,
-)
+from darefine_qupath.project.qpobjects import KINDS, PATH_CLASS, Found, ObjectParts, Reader, class_of, walk
+from darefine_qupath.project.qpread import ImageData, duplicates_of, open_compact, read, roi_batch
 from darefine_qupath.project.qpwrite import (
     KIND_CLASSES,
     needs_wide_list,

@@ -31,7 +31,7 @@ from darefine_qupath.project.javanodes import (
 )
 from darefine_qupath.project.javapacked import distinct_nodes
 from darefine_qupath.project.javautil import hash_order, table_size
-from darefine_qupath.project.qpread import OBJECT_ID, class_of
+from darefine_qupath.project.qpobjects import OBJECT_ID, class_of
 from darefine_qupath.project.rois import RoiSpec
 
 __all__ = ["NodeBuilder", "class_name", "is_detection", "probability_block", "signed", "uses_wide_list"]

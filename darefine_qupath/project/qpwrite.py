@@ -18,6 +18,7 @@ from darefine_qupath.project.interface import Changes
 from darefine_qupath.project.javanodes import JavaObject, JavaString, Stream, modified_utf8
 from darefine_qupath.project.javastream import encode
 from darefine_qupath.project.javautil import hash_order
+from darefine_qupath.project.qpitems import EOF
 from darefine_qupath.project.qpnodes import (
     NodeBuilder,
     class_name,
@@ -25,7 +26,7 @@ from darefine_qupath.project.qpnodes import (
     signed,
     uses_wide_list,
 )
-from darefine_qupath.project.qpread import EOF, ImageData
+from darefine_qupath.project.qpread import ImageData
 from darefine_qupath.project.rois import RoiBatch, RoiError, specs_of
 
 if TYPE_CHECKING:
