@@ -67,22 +67,13 @@ _OPEN_IN_QUPATH = (
 )
 
 
-class _Vertices(click.ParamType):
-    """A number of vertices from which a region is split, or the word never."""
-
-    name = "vertices"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
-        """Return the number, or None for never."""
-        if value == "never":
-            return None
-        try:
-            number = int(value)
-        except ValueError:
-            number = 0
-        if number < FEWEST_VERTICES:
-            self.fail(f"{value!r} is neither a number from {FEWEST_VERTICES} nor 'never'", param, ctx)
-        return number
+def _vertices(_context: click.Context, _option: click.Parameter, value: str) -> int | None:
+    """Read a number of vertices from which a region is split, or the word never."""
+    if value == "never":
+        return None
+    if not value.isdecimal() or int(value) < FEWEST_VERTICES:
+        raise click.BadParameter(f"{value!r} is neither a number from {FEWEST_VERTICES} nor 'never'")
+    return int(value)
 
 
 model_option = click.option(
@@ -144,7 +135,7 @@ def _predict_options(given: dict[str, Any]) -> PredictOptions:
 @click.option(
     "--split",
     "max_vertices",
-    type=_Vertices(),
+    callback=_vertices,
     default="20000",
     show_default=True,
     metavar="VERTICES|never",
