@@ -29,7 +29,7 @@ from darefine_qupath.errors import (
 from darefine_qupath.geometry import Size
 from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
-from darefine_qupath.project.javastream import no_collection
+from darefine_qupath.project.javanodes import no_collection
 
 if TYPE_CHECKING:
     from typing_extensions import Self

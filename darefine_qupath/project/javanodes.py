@@ -6,9 +6,11 @@ alone; what the stream refers to by a handle is the same Python object again.
 
 from __future__ import annotations
 
+import gc
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -62,6 +64,7 @@ __all__ = [
     "TopLevel",
     "lineage",
     "modified_utf8",
+    "no_collection",
     "text_of",
 ]
 
@@ -446,7 +449,7 @@ class Stream:
         Where in the file each of `nodes` stands.
     """
 
-    __slots__ = ("__weakref__", "contents", "nodes", "offsets")
+    __slots__ = ("contents", "nodes", "offsets")
 
     def __init__(self, contents: Iterable[TopLevel]) -> None:
         self.contents = list(contents)
@@ -509,3 +512,15 @@ def _field_index(desc: AnyDesc) -> dict[str, tuple[int, int, str]]:
             index[f"@{part.name}"] = (position, 0, "@")
             position += 1
     return index
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold the cycle collector: hundreds of thousands of new nodes would make it walk all of them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -31,9 +31,10 @@ from darefine_qupath.project.javanodes import (
     JavaObject,
     JavaString,
     ProxyDesc,
+    no_collection,
 )
 from darefine_qupath.project.javapacked import PackedObject, Template, distinct_nodes
-from darefine_qupath.project.javastream import encode, no_collection
+from darefine_qupath.project.javastream import encode
 from darefine_qupath.project.javautil import NodeError
 from darefine_qupath.project.qpitems import complete_items, root_of
 from darefine_qupath.project.qpnodes import NodeBuilder, class_name, probability_block

@@ -13,9 +13,9 @@ from darefine_qupath.annotations import Annotation, Kind
 from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project.files import is_since
-from darefine_qupath.project.javanodes import JavaObject, Stream
+from darefine_qupath.project.javanodes import JavaObject, Stream, no_collection
 from darefine_qupath.project.javapacked import unpack
-from darefine_qupath.project.javastream import decode, no_collection
+from darefine_qupath.project.javastream import decode
 from darefine_qupath.project.javautil import NodeError
 from darefine_qupath.project.qpitems import Items, Stains, TmaGrid, WorkflowStep, complete_items, root_of, tma_grid
 from darefine_qupath.project.qpobjects import PATH_CLASS, Reader, Row, walk
