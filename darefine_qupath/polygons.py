@@ -233,7 +233,7 @@ def vectorise(
         # A map in a temporary file is let go of before its folder goes.
         del sieved
     polygons = _joined(pool, plan, mpp, threads)
-    if hole_px > plan.min_area_px:
+    if polygons and hole_px > plan.min_area_px:
         polygons = _without_holes(polygons, hole_px * scale[0] * scale[1], mpp)
     return tuple(sorted(polygons, key=lambda item: (item.label, item.geometry.bounds[1], item.geometry.bounds[0])))
 

@@ -173,6 +173,11 @@ def test_small_holes_are_filled_with_what_is_in_them() -> None:
     assert filled[1].area_um2 == pytest.approx(filled[1].geometry.area / 4)
 
 
+def test_where_nothing_is_predicted_there_are_no_holes_to_fill() -> None:
+    nothing = np.full((9, 9), IGNORE, np.uint8)
+    assert vectorise(nothing, box=Box(0, 0, 72, 72), mpp=0.5, min_hole_um2=5000) == ()
+
+
 def test_specks_go_to_their_largest_neighbour() -> None:
     labels = np.zeros((40, 40), np.uint8)
     labels[:, 20:] = 1

@@ -231,6 +231,29 @@ def test_undo_leaves_what_the_pathologist_touched(project: FakeProject) -> None:
     assert [record.id for record in project.objects(SLIDE)] == [first.id]
 
 
+def test_what_returns_gives_way_to_what_was_taken_over_or_rejected_since(project: FakeProject) -> None:
+    write(project, [polygon(1, square(0, 0, 1000)), polygon(2, square(2000, 0)), polygon(2, square(4000, 0))])
+    write(
+        project, [polygon(2, square(100, 100)), polygon(2, square(2010, 10)), polygon(2, square(4010, 0))], model="m2"
+    )
+    locked, gone, _ = sorted(ours(project), key=lambda record: record.geometry.bounds)  # type: ignore[union-attr]
+    project.edit(locked.id, locked=True)
+    project.delete(gone.id)
+    (result,) = undo(project)
+    assert (result.added, result.removed, result.adopted, result.rejected) == (2, 1, 1, 1)
+    records = [record for record in ours(project) if record.id != locked.id]
+    assert overlaps([locked, *records]) == 0
+    large, right = sorted(records, key=lambda record: record.geometry.bounds)  # type: ignore[union-attr]
+    assert (large.path_class, right.geometry.bounds[0]) == ("Benign", 4000)  # type: ignore[union-attr]
+    assert large.area == 1000**2 - 401**2
+    assert large.measurements["DA-RefineNet: area µm^2"] == large.area * 0.25
+    assert {item.written.id: item.status for item in survey(project, SLIDE).ours} == {
+        locked.id: "accepted", gone.id: "rejected", large.id: "untouched", right.id: "untouched",
+    }  # fmt: skip
+    assert [result.removed for result in undo(project)] == [1]
+    assert {item.status for item in survey(project, SLIDE).ours} == {"accepted", "rejected", "untouched"}
+
+
 def test_undo_of_a_batch_and_of_a_run_that_others_stand_on(project: FakeProject) -> None:
     first = write(project, grid(2), batch="b1")
     write_back(project, project.images[1], grid(2), model="m1", classes=CLASSES, batch="b1")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from uuid import UUID, uuid5
 
 from darefine_qupath.errors import DarefineError, ReviewError
+from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
-from darefine_qupath.review.ours import for_images, settle, settled, survey
-from darefine_qupath.review.runs import OnError, Run, latest, list_runs, runs_folder, save_run
-from darefine_qupath.review.writeback import RunResult
+from darefine_qupath.review.giveway import areal, give_way
+from darefine_qupath.review.ours import Survey, for_images, settle, settled, survey
+from darefine_qupath.review.runs import OnError, Run, RunObject, latest, list_runs, runs_folder, save_run
+from darefine_qupath.review.writeback import RunResult, cut_to, smallest_part
 
 if TYPE_CHECKING:
-    from darefine_qupath.project import Project
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.annotations import Annotation
+    from darefine_qupath.project import ImageEntry, Project
 
 __all__ = ["undo"]
 
@@ -24,7 +30,8 @@ def undo(
     """Take a run back: remove what it added and nobody touched, bring back what it replaced.
 
     Where nothing was written to an image since, its data is afterwards what it was before, byte for byte. Classes that
-    came into the project's list stay there.
+    came into the project's list stay there. What returns gives way, as a prediction does, to objects of the run that
+    the pathologist took over or rejected.
 
     Parameters
     ----------
@@ -108,7 +115,9 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     added = {item.id for item in run.added}
     removed = [item.written.id for item in found.untouched if item.written.id in added]
     present = {record.id for record in objects}
-    restored = [item for item in run.replaced if item.id not in present]
+    missing = [item for item in run.replaced if item.id not in present]
+    whole, parts = _making_way(missing, run, found)
+    restored = [*(item.record for item in whole), *parts]
     result = RunResult(
         run=run.id,
         image=run.image,
@@ -124,12 +133,54 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
         return result
     settle(project, image, objects)
     rejected = tuple(item.written for item in found.rejected)
+    # What does not return whole is no object of the former run any more; otherwise it would count as deleted.
+    _forget(project, image, run, {item.id for item in missing} - {item.id for item in whole})
+    run = replace(run, replaced=tuple(item for item in run.replaced if item.id in present or item in whole))
     save_run(project, replace(run, state="undoing", undoing=tuple(removed), rejected=rejected))
     applied = None
     if run.digest is not None and run.backup is not None:
         # Nothing was written since: the former file comes back, the order of its objects included.
         applied = project.take_back(image, digest=run.digest, backup=project.folder / run.backup)
     if applied is None:
-        applied = project.apply(image, Changes(add=[item.record for item in restored], remove=removed))
+        applied = project.apply(image, Changes(add=restored, remove=removed))
     save_run(project, replace(run, state="undone", undoing=(), rejected=rejected))
     return replace(result, warnings=applied.warnings)
+
+
+def _making_way(missing: Sequence[RunObject], run: Run, found: Survey) -> tuple[list[RunObject], list[Annotation]]:
+    """Objects that can return as they were, and what is left of those where the pathologist made up their mind since.
+
+    Only objects of the run itself count: to all others the former run gave way already, or they were put over it.
+    """
+    added = {item.id for item in run.added}
+    standing = [areal(item.current.geometry) for item in found.adopted if item.current and item.written.id in added]
+    refused: dict[str, list[BaseGeometry]] = {}
+    for item in found.rejected:
+        place = areal(item.written.record.geometry)
+        if item.written.id in added and place is not None:
+            refused.setdefault(item.written.training_class, []).append(place)
+    regions = {number: item for number, item in enumerate(missing) if item.role == "region"}
+    yielded = give_way(
+        # The label says which object a part is of.
+        [ClassPolygon(label=number, geometry=item.record.geometry) for number, item in regions.items()],
+        standing=[shape for shape in standing if shape is not None],
+        rejected={number: refused.get(item.training_class, []) for number, item in regions.items()},
+        min_area_px2=smallest_part(run.mpp),
+        mpp=run.mpp,
+    )
+    returned = {number for number, item in enumerate(missing) if item.role != "region"}
+    parts = []
+    for polygon in yielded.polygons:
+        record = missing[polygon.label].record
+        if polygon.geometry is record.geometry:
+            returned.add(polygon.label)
+        else:
+            parts.append(cut_to(record, polygon, uuid5(record.id, f"{run.id}/{len(parts)}")))
+    return [missing[number] for number in sorted(returned)], parts
+
+
+def _forget(project: Project, image: ImageEntry, run: Run, gone: Collection[UUID]) -> None:
+    """Strike objects from the run that stands once a run is taken back."""
+    former = latest(tuple(other for other in list_runs(project, image) if other.id < run.id))
+    if former is not None and gone:
+        save_run(project, replace(former, objects=tuple(item for item in former.objects if item.id not in gone)))

@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 _NAMESPACE = UUID("6d1f0a52-8f0e-5c58-9d3b-7c0f3f1f8a61")
 _PREFIX = "DA-RefineNet: "
+_AREA = "area µm^2"
 _IGNORE_CLASS = "Ignore*"
 
 
@@ -344,10 +345,15 @@ def _yielded(
             and item.written.training_class in classes.names
         ):
             rejected.setdefault(classes.names.index(item.written.training_class), []).append(place)
-    smallest = options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
+    smallest = smallest_part(mpp, options)
     shapes = [shape for _, shape in standing]
     yielded = give_way(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
     return yielded, _covered_by_strangers(polygons, standing, classes)
+
+
+def smallest_part(mpp: float | None, options: WriteOptions = WriteOptions()) -> float:
+    """Square level-0 pixels below which what is left of a clipped polygon is left out."""
+    return options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
 
 
 def _standing(found: Survey, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
@@ -454,13 +460,20 @@ def _sealed(record: Annotation) -> Annotation:
     return replace(record, metadata={**record.metadata, DIGEST: digest_of(record)})
 
 
+def cut_to(record: Annotation, polygon: ClassPolygon, identity: UUID) -> Annotation:
+    """Return an object of ours with another outline, as an object of its own."""
+    area = {} if polygon.area_um2 is None else {f"{_PREFIX}{_AREA}": float(np.float32(polygon.area_um2))}
+    measurements = {**record.measurements, **area}
+    return _sealed(replace(record, id=identity, geometry=polygon.geometry, measurements=measurements))
+
+
 def _measurements(polygon: ClassPolygon) -> dict[str, float]:
     values = {
         "confidence": polygon.confidence,
         "margin": polygon.margin,
         "entropy": polygon.entropy,
         "runner-up share": polygon.runner_up_share,
-        "area µm^2": polygon.area_um2,
+        _AREA: polygon.area_um2,
     }
     # QuPath keeps a detection's measurements as float32; what is read back must be what was written.
     return {f"{_PREFIX}{name}": float(np.float32(value)) for name, value in values.items() if value is not None}
