@@ -134,6 +134,11 @@ def test_a_project_of_qupath_0_1_is_refused_by_name() -> None:
         files.parse_project(b'{"images": [{"path": "a.svs", "name": "a"}]}', ANY)
 
 
+def test_a_project_of_an_early_milestone_is_refused_by_name() -> None:
+    with pytest.raises(ProjectUnsupportedError, match=r"QuPath v0\.2\.0-m2, which no later QuPath opens"):
+        files.parse_project(b'{"version": "v0.2.0-m2", "images": []}', ANY)
+
+
 def test_unknown_keys_stay() -> None:
     text = b'{\n  "version": "0.6.0",\n  "new": {\n    "x": 1.50\n  },\n  "images": []\n}'
     assert files.json_bytes(files.parse_project(text, ANY)) == text

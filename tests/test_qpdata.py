@@ -26,7 +26,7 @@ from darefine_qupath.classes import Colour
 from darefine_qupath.errors import AnnotationError, ProjectFormatError, ProjectUnsupportedError
 from darefine_qupath.project import qpdata
 from darefine_qupath.project.interface import Changes
-from darefine_qupath.project.javanodes import ClassDesc, JavaArray, JavaObject, JavaString, Stream
+from darefine_qupath.project.javanodes import ClassDesc, Field, JavaArray, JavaObject, JavaString, Stream
 from darefine_qupath.project.javastream import decode, encode
 from darefine_qupath.project.javautil import hash_code, hash_order
 from darefine_qupath.project.qpnodes import NodeBuilder
@@ -279,6 +279,19 @@ def test_objects_of_old_versions_have_the_same_identity_each_time() -> None:
     assert first.server is None
     with pytest.raises(ProjectUnsupportedError, match="whose objects have no identity"):
         qpdata.edit(first, Changes(remove=[first.objects[0].id]))
+
+
+def test_the_old_measurements_of_32_bits_are_read() -> None:
+    builder = NodeBuilder(Stream(()), is_modern=False, colours={})
+    name = "qupath.lib.measurements.FloatMeasurement"
+    desc = ClassDesc(name, 1, 2, [Field("F", "value"), Field("L", "name", JavaString("Ljava/lang/String;"))])
+    items = [JavaObject.of(desc, {"value": value, "name": JavaString(f"m{value}")}) for value in (0.5, -2.25)]
+    backing = builder.object("java.util.ArrayList", {"size": 2, "@java.util.ArrayList": (bytes(3) + b"\x02", *items)})
+    measured = builder.object("qupath.lib.measurements.DefaultMeasurementList", {"list": backing})
+    old = _old_object(builder, "x").content
+    node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:2], measured, *old[3:]))
+    image = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
+    assert image.objects[0].measurements == {"m0.5": 0.5, "m-2.25": -2.25}
 
 
 @pytest.mark.parametrize("num_fields", [0, 1])

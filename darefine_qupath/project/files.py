@@ -59,6 +59,9 @@ BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 _BOM = b"\xef\xbb\xbf"
 
 
+_MILESTONES = ("v0.2.0-m1", "v0.2.0-m2")
+
+
 class _Number(float):
     """A number that remembers how it was spelled."""
 
@@ -269,7 +272,7 @@ def parse_project(data: bytes, path: Path) -> JsonObject:
     ProjectFormatError
         If it is not a QuPath project.
     ProjectUnsupportedError
-        If it is one of QuPath 0.1.
+        If it is one of QuPath 0.1, or of the first two milestones of 0.2.
     """
     document = parse_json(data, path)
     try:
@@ -288,6 +291,9 @@ def _checked_project(document: Any, path: Path) -> JsonObject:  # noqa: ANN401 -
         raise _MisplacedError("images is not a list of entries", "images")
     if any("path" in entry and "serverBuilder" not in entry for entry in images):
         raise ProjectUnsupportedError(f"{path} is a project of QuPath 0.1; open and save it in QuPath 0.2 or later")
+    if document.get("version") in _MILESTONES:
+        version = document["version"]
+        raise ProjectUnsupportedError(f"{path} is a project of QuPath {version}, which no later QuPath opens either")
     _checked_records(document)
     return document
 
