@@ -37,7 +37,13 @@ from darefine_qupath.models import (
     load_imagenet_weights,
     num_parameters,
 )
-from darefine_qupath.models.blocks import ChainedResidualPooling, ResidualConvUnit, max_pool_5x5, resize
+from darefine_qupath.models.blocks import (
+    ChainedResidualPooling,
+    ResidualConvUnit,
+    fold_batch_norms,
+    max_pool_5x5,
+    resize,
+)
 from darefine_qupath.models.darefinenet import AttentionJoin, DARefineNet, crop
 from darefine_qupath.models.encoders import build_encoder
 from tests.stored_logits import BOX_B4, SMALL, VARIANTS, image, sampled_logits, seeded_state
@@ -231,11 +237,23 @@ def test_chained_residual_pooling_adds_the_maxima_of_growing_windows() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
-@pytest.mark.parametrize("size", [(1, 1), (2, 7), (16, 5)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (16, 5), (33, 6), (97, 9)], ids=str)
 def test_quick_pooling_gives_the_bits_of_torchs_own(size: tuple[int, int], layout: torch.memory_format) -> None:
     x = torch.randn(2, 3, *size).to(memory_format=layout)
     assert torch.equal(max_pool_5x5(x), F.max_pool2d(x, 5, 1, 2))
     assert torch.equal(max_pool_5x5(x.clone().requires_grad_()), F.max_pool2d(x, 5, 1, 2))
+
+
+@pytest.mark.parametrize("config", [small(), small(network="unet"), small_resnet()], ids=str)
+def test_folded_batch_norms_change_nothing(config: ModelConfig) -> None:
+    network = seeded(config)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    with torch.inference_mode():
+        expected = network(image(0), image(1))
+        fold_batch_norms(network)
+        found = network(image(0), image(1))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def straight_line(config: ModelConfig, slice_b3hw: Tensor, context_b3hw: Tensor) -> tuple[Tensor, Tensor]:

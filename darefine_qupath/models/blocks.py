@@ -10,13 +10,26 @@ References
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["ChainedResidualPooling", "ResidualConvUnit", "conv", "max_pool_5x5", "residual_conv_units", "resize"]
+__all__ = [
+    "ChainedResidualPooling",
+    "ResidualConvUnit",
+    "conv",
+    "fold_batch_norms",
+    "max_pool_5x5",
+    "residual_conv_units",
+    "resize",
+]
+
+_POOLED_ROWS = 32
+"""Rows that are pooled at once on a processor: of a paper-sized feature, about 2 MB."""
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, *, bias: bool = False) -> nn.Conv2d:
@@ -35,7 +48,9 @@ class ResidualConvUnit(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return a feature of the same shape."""
         y_BCHW = self.conv1(F.relu(x_BCHW))
-        return self.conv2(F.relu(y_BCHW)) + x_BCHW  # type: ignore[no-any-return]
+        y_BCHW = self.conv2(F.relu(y_BCHW, inplace=True))
+        y_BCHW += x_BCHW
+        return y_BCHW  # type: ignore[no-any-return]
 
 
 def residual_conv_units(channels: int, count: int) -> nn.Sequential:
@@ -63,20 +78,33 @@ def max_pool_5x5(x_BCHW: Tensor) -> Tensor:
     """5x5 max-pooling with stride 1.
 
     torch's own kernel takes a third of a paper-sized forward on a CPU. Where no gradient is needed, maxima of shifted
-    copies give the same bits about ten times faster.
+    views give the same bits several times faster, some rows at a time so that they stay in the processor's cache.
     """
-    if x_BCHW.requires_grad or x_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
+    height, width = x_BCHW.shape[-2:]
+    has_own_kernel = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
+    if x_BCHW.requires_grad or has_own_kernel or min(height, width) < 5:
         return F.max_pool2d(x_BCHW, 5, stride=1, padding=2)
-    return _max_of_five(_max_of_five(x_BCHW, 2), 3)
+    pooled_BCHW = torch.empty_like(x_BCHW)
+    parts = -(-height // _POOLED_ROWS)
+    edges = [height * part // parts for part in range(parts + 1)]
+    for image_1CHW, target_1CHW in zip(torch.split(x_BCHW, 1), torch.split(pooled_BCHW, 1), strict=True):
+        for top, bottom in itertools.pairwise(edges):
+            first = max(0, top - 2)
+            columns_1ChW = _max_of_five(image_1CHW[:, :, first : bottom + 2], 2)[:, :, top - first : bottom - first]
+            target_1CHW[:, :, top:bottom] = _max_of_five(columns_1ChW, 3)
+    return pooled_BCHW
 
 
 def _max_of_five(x_BCHW: Tensor, dim: int) -> Tensor:
-    """Maximum over every five neighbours along rows (2) or columns (3)."""
-    size = x_BCHW.shape[dim]
-    padded = F.pad(x_BCHW, (2, 2, 0, 0) if dim == 3 else (0, 0, 2, 2), value=float("-inf"))
-    of_two = torch.maximum(padded.narrow(dim, 0, size + 3), padded.narrow(dim, 1, size + 3))
-    of_four = torch.maximum(of_two.narrow(dim, 0, size + 1), of_two.narrow(dim, 2, size + 1))
-    return torch.maximum(of_four.narrow(dim, 0, size), padded.narrow(dim, 4, size))
+    """Maximum over every five neighbours along rows (2) or columns (3), of which there are at least five."""
+    result_BCHW = torch.empty_like(x_BCHW)
+    x, result = x_BCHW.movedim(dim, 0), result_BCHW.movedim(dim, 0)
+    of_two = torch.maximum(x[:-1], x[1:])
+    of_four = torch.maximum(of_two[:-2], of_two[2:])
+    torch.maximum(of_four[:-1], x[4:], out=result[2:-2])
+    result[1], result[-2] = of_four[0], of_four[-1]
+    result[0], result[-1] = torch.maximum(of_two[0], x[2]), torch.maximum(of_two[-1], x[-3])
+    return result_BCHW
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
@@ -84,3 +112,20 @@ def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x_BCHW.shape[-2:]) == tuple(size):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Make each batch normalisation part of the convolution before it, in place; for prediction only.
+
+    Every network here registers a normalisation right behind the convolution whose output it normalises.
+
+    Parameters
+    ----------
+    network : nn.Module
+        In evaluation mode; its logits stay the same but for rounding.
+    """
+    for module in network.modules():
+        for (name, first), (norm, second) in itertools.pairwise(list(module.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(first, second))
+                setattr(module, norm, nn.Identity())

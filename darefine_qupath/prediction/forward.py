@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalisation
+from darefine_qupath.models.blocks import fold_batch_norms
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ _CPU_PIXELS = 2 * 512**2
 _GPU_PIXELS = 32 * 512**2
 _LARGEST_BATCH = 256
 _SYMMETRIES = 8
+# Of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(device: str) -> torch.device:
@@ -167,7 +171,9 @@ class Engine:
     Parameters
     ----------
     model : nn.Module
-        With ``encode_context`` and ``decode`` as `darefine_qupath.models.SegmentationNetwork` has them.
+        With ``encode_context`` and ``decode`` as `darefine_qupath.models.SegmentationNetwork` has them. It is made
+        ready in place (batch normalisation folded into convolutions, weights in the precision) and no good for
+        training any more.
     normalisation : Normalisation
         Of the pixels.
     settings : EngineSettings
@@ -189,7 +195,14 @@ class Engine:
         self._normalisation = normalisation
         self._dtype = _DTYPES[settings.precision]
         network: Any = model.eval().to(self.device)
+        fold_batch_norms(network)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                # Once, where autocast would do it for every batch.
+                module.to(self._dtype)
         network = network.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self._encode: Callable[..., Any] = network.encode_context
         self._decode: Callable[..., Any] = network.decode
         if settings.compile:
@@ -312,6 +325,21 @@ class Engine:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         return results
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Ask the C library not to hand large blocks back: the system would clear their pages anew for every layer.
+
+    Does nothing where the library is not glibc.
+    """
+    try:
+        mallopt, is_glibc = ctypes.CDLL(None).mallopt, hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    except (AttributeError, OSError, TypeError):
+        return
+    if is_glibc:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
