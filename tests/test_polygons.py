@@ -238,6 +238,20 @@ def test_nothing_lies_outside_the_image() -> None:
     assert vectorise(labels, box=Box(200, 0, 160, 160), image_size=(101, 50)) == ()
 
 
+@pytest.mark.parametrize("start", range(-9, 0))
+def test_a_row_that_hardly_reaches_into_the_image(start: int) -> None:
+    labels = np.random.default_rng(4).integers(0, 3, (38, 39), dtype=np.uint8)
+    # Rows of 42/38 pixels: the first that reaches into the image may do so by less than can be told apart.
+    polygons = vectorise(
+        labels, box=Box(3, start, 40, 42), image_size=(41, start + 40), min_area_px=1, simplify_px=1, smooth=False
+    )
+    found = shapes(polygons)
+    assert shapely.is_valid(found).all()
+    assert overlap(found) == 0.0
+    bottom = start + 40
+    assert shapely.area(found).sum() == pytest.approx(38 * bottom, abs=2 * GRID * (38 + bottom))
+
+
 def test_a_dataset_and_a_function_give_what_the_array_gives(tmp_path: object) -> None:
     labels = rings_map()
     box = Box(0, 0, 960, 960)
@@ -257,7 +271,7 @@ def test_a_dataset_and_a_function_give_what_the_array_gives(tmp_path: object) ->
 
 def test_a_map_too_large_for_memory_lies_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))]
-    monkeypatch.setattr("darefine_qupath.polygons.IN_MEMORY_PIXELS", 1000)
+    monkeypatch.setattr("darefine_qupath.polygons.sieve.IN_MEMORY_PIXELS", 1000)
     assert [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))] == expected
 
 

@@ -169,7 +169,7 @@ def _making_way(missing: Sequence[RunObject], run: Run, found: Survey) -> tuple[
         mpp=run.mpp,
     )
     returned = {number for number, item in enumerate(missing) if item.role != "region"}
-    parts = []
+    parts: list[Annotation] = []
     for polygon in yielded.polygons:
         record = missing[polygon.label].record
         if polygon.geometry is record.geometry:

@@ -1,0 +1,137 @@
+"""The map worked on block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.geometry import Box
+from darefine_qupath.polygons.outlines import outlines_of
+from darefine_qupath.polygons.plan import Plan
+from darefine_qupath.polygons.pool import Pieces, Pool, Sets
+from darefine_qupath.polygons.rings import Rings, trace
+from darefine_qupath.polygons.sieve import give_away
+from darefine_qupath.polygons.threads import SCRATCH
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["work_through"]
+
+
+def work_through(
+    sieved: NDArray[np.uint8], plan: Plan, block_px: int, threads: int, progress: Callable[[int, int], None] | None
+) -> Pool:
+    """Pieces of all blocks, none of a region below the smallest area."""
+    blocks = list(_blocks(sieved.shape[1], sieved.shape[0], block_px))
+    found: dict[Box, list[Pieces]] = {}
+    todo = blocks
+    with ThreadPoolExecutor(max(1, threads)) as workers:
+        while todo:
+            parts = workers.map(lambda block: list(_block(sieved, block, plan)), todo)
+            for block, part in zip(todo, parts, strict=True):
+                found[block] = part
+                if progress is not None:
+                    progress(len(found), len(blocks))
+            pool = Pool.of([part for block in blocks for part in found[block]])
+            changed = [give_away(sieved, *place) for place in _left_over(pool, plan)]
+            todo = [block for block in blocks if any(at is not None and block.intersection(at) for at in changed)]
+    return pool
+
+
+def _left_over(pool: Pool, plan: Plan) -> list[tuple[tuple[int, int], Box]]:
+    """Find the regions below the smallest area: a pixel (row, column) and the bounds in map pixels of each."""
+    regions = Sets(len(pool.labels), pool.pixels.tolist())
+    for first, second, _ in pool.pairs.tolist():
+        regions.unite(first, second)
+    found = []
+    for members in regions.members(np.ones(len(pool.labels), bool)):
+        if pool.pixels[members].sum() < plan.min_area_px:
+            left, top = pool.bounds[members, :2].min(axis=0).tolist()
+            right, bottom = pool.bounds[members, 2:].max(axis=0).tolist()
+            row, column = pool.seeds[members[0]].tolist()
+            found.append(((row, column), Box(left, top, right - left, bottom - top)))
+    return found
+
+
+def _blocks(width: int, height: int, side: int) -> Iterator[Box]:
+    """Blocks of nearly the same size, none larger than `side`."""
+    down, across = math.ceil(height / side), math.ceil(width / side)
+    rows = [height * index // down for index in range(down + 1)]
+    columns = [width * index // across for index in range(across + 1)]
+    for top, bottom in pairwise(rows):
+        for left, right in pairwise(columns):
+            yield Box(left, top, right - left, bottom - top)
+
+
+def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[Pieces]:
+    """Pieces of a block, or of its quarters where one has more vertices than a polygon may have."""
+    window = np.ascontiguousarray(sieved[block.y : block.bottom, block.x : block.right])
+    rings = trace(window)
+    pixels = rings.pixels
+    touching = (rings.bounds == (0, 0, block.width, block.height)).any(axis=1)
+    if (~touching & (pixels < plan.min_area_px)).any():
+        # A region that is left over: it will be given away, and the block is done again.
+        outlines = np.full(len(pixels), None, np.object_)
+    else:
+        outlines = outlines_of(rings, window, block, plan)
+    heavy = shapely.get_num_coordinates(outlines) > (plan.max_vertices or math.inf)
+    heavy &= ~np.isin(rings.labels, list(plan.leave_out))
+    if heavy.any() and min(block.size) >= 16:
+        for quarter in _blocks(block.width, block.height, math.ceil(max(block.size) / 2)):
+            yield from _block(sieved, quarter.shift(block.x, block.y), plan)
+        return
+    yield Pieces(
+        labels=rings.labels,
+        outlines=outlines,
+        pixels=pixels,
+        bounds=rings.bounds + np.array([block.x, block.y, block.x, block.y]),
+        seeds=rings.seeds + np.array([block.y, block.x]),
+        sums=_layer_sums(rings, block, plan),
+        seconds=_second_counts(rings, block, plan),
+        borders=_borders(rings, block, sieved.shape),
+    )
+
+
+def _layer_sums(rings: Rings, block: Box, plan: Plan) -> dict[str, NDArray[np.float64]]:
+    at = block.shift(plan.columns[0], plan.rows[0])
+    sums = {}
+    for name, source in plan.layers.items():
+        layer = source.read(at)
+        top = np.iinfo(layer.dtype).max if layer.dtype.kind in "iu" else 1.0
+        sums[name] = rings.zone_sums(layer) / top
+    return sums
+
+
+def _second_counts(rings: Rings, block: Box, plan: Plan) -> NDArray[np.int64]:
+    """Pixels per piece and runner-up class."""
+    if plan.runner_up is None:
+        return np.zeros((len(rings.labels), 0), np.int64)
+    layer = plan.runner_up.read(block.shift(plan.columns[0], plan.rows[0]))
+    # One more than each label, so that IGNORE becomes 0.
+    num_labels = int((layer + np.uint8(1)).max())
+    counts = np.zeros((len(rings.labels), IGNORE), np.int64)
+    here = SCRATCH.room(layer.shape, np.uint8)
+    for label in range(num_labels):
+        counts[:, label] = np.rint(rings.zone_sums(np.equal(layer, label, out=here.view(bool)).view(np.uint8)))
+    return counts
+
+
+def _borders(
+    rings: Rings, block: Box, shape: tuple[int, ...]
+) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    here, there = rings.points, rings.step(rings.points)
+    owner = np.repeat(rings.piece, rings.sizes)
+    corner = np.minimum(here, there).astype(np.int64) + np.array([block.x, block.y])
+    upright = here[:, 0] == there[:, 0]
+    keys = (corner[:, 1] * (shape[1] + 1) + corner[:, 0]) * 2 + upright
+    low = np.where(upright, here[:, 0] == 0, here[:, 1] == 0)
+    high = np.where(upright, here[:, 0] == block.width, here[:, 1] == block.height)
+    return (keys[low], owner[low]), (keys[high], owner[high])

@@ -1,0 +1,132 @@
+"""The pieces of all blocks, and which of them become one polygon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+
+from darefine_qupath.polygons.plan import Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Pieces", "Pool", "Sets", "grouped"]
+
+
+# A piece is one connected region of one label inside one block.
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Pieces of one block: outlines in level-0 pixels, sums over their map pixels, and where they meet the cuts."""
+
+    labels: NDArray[np.int64]
+    outlines: NDArray[np.object_]
+    pixels: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    seeds: NDArray[np.int64]
+    sums: Mapping[str, NDArray[np.float64]]
+    seconds: NDArray[np.int64]
+    borders: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]]
+    """Keys of unit edges on the block's outline and the piece inside: left and top side, right and bottom side."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pieces of all blocks, one after the other."""
+
+    labels: NDArray[np.int64]
+    outlines: NDArray[np.object_]
+    pixels: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    """Left, top, right, bottom in map pixels."""
+    seeds: NDArray[np.int64]
+    """Row and column of one map pixel."""
+    sums: Mapping[str, NDArray[np.float64]]
+    seconds: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    """Pieces of one label that share a cut, and the length they share: shape (N, 3)."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Pieces]) -> Pool:
+        """Pieces of all blocks, and which of them share a cut."""
+        labels = np.concatenate([part.labels for part in parts])
+        return cls(
+            labels,
+            np.concatenate([part.outlines for part in parts]),
+            np.concatenate([part.pixels for part in parts]),
+            np.concatenate([part.bounds for part in parts]),
+            np.concatenate([part.seeds for part in parts]),
+            {name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
+            np.concatenate([part.seconds for part in parts]),
+            _pairs(parts, labels),
+        )
+
+
+def _pairs(parts: Sequence[Pieces], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    offsets = np.cumsum([0, *(len(part.labels) for part in parts[:-1])])
+    sides = []
+    for side in (0, 1):
+        keys = np.concatenate([part.borders[side][0] for part in parts])
+        owners = np.concatenate([part.borders[side][1] + offset for part, offset in zip(parts, offsets, strict=True)])
+        sides.append((keys, owners))
+    _, low, high = np.intersect1d(sides[0][0], sides[1][0], assume_unique=True, return_indices=True)
+    first, second = sides[0][1][low], sides[1][1][high]
+    same = labels[first] == labels[second]
+    pairs, shared = np.unique(np.stack([first[same], second[same]], axis=1), axis=0, return_counts=True)
+    return np.column_stack([pairs, shared]).astype(np.int64)
+
+
+def grouped(pool: Pool, plan: Plan) -> list[list[int]]:
+    """Pieces that become one polygon each."""
+    wanted = ~np.isin(pool.labels, list(plan.leave_out))
+    pairs = pool.pairs[wanted[pool.pairs[:, 0]]] if len(pool.pairs) else pool.pairs
+    whole = Sets(len(pool.labels))
+    for first, second, _ in pairs.tolist():
+        whole.unite(first, second)
+    if plan.max_vertices is None:
+        return whole.members(wanted)
+    vertices = shapely.get_num_coordinates(pool.outlines).tolist()
+    total: dict[int, int] = {}
+    for index, count in enumerate(vertices):
+        total[whole.root(index)] = total.get(whole.root(index), 0) + count
+    parts = Sets(len(pool.labels), vertices)
+    # Pieces that share most are joined first, which keeps the parts of a region that is too large compact.
+    for first, second, _ in pairs[np.argsort(-pairs[:, 2], kind="stable")].tolist():
+        limit = math.inf if total[whole.root(first)] <= plan.max_vertices else plan.max_vertices
+        parts.unite(first, second, limit)
+    return parts.members(wanted)
+
+
+class Sets:
+    """Disjoint sets of piece numbers, with a weight each."""
+
+    def __init__(self, count: int, weights: Sequence[int] | None = None) -> None:
+        self._parent = list(range(count))
+        self._weight = list(weights) if weights is not None else [0] * count
+
+    def root(self, index: int) -> int:
+        """Return the number that stands for the set."""
+        while self._parent[index] != index:
+            self._parent[index] = self._parent[self._parent[index]]
+            index = self._parent[index]
+        return index
+
+    def unite(self, first: int, second: int, limit: float = math.inf) -> None:
+        """Make two sets one, unless that would weigh more than `limit`."""
+        first, second = self.root(first), self.root(second)
+        if first == second or self._weight[first] + self._weight[second] > limit:
+            return
+        first, second = min(first, second), max(first, second)
+        self._parent[second] = first
+        self._weight[first] += self._weight[second]
+
+    def members(self, wanted: NDArray[np.bool_]) -> list[list[int]]:
+        """List the sets of what is wanted."""
+        found: dict[int, list[int]] = {}
+        for index in np.flatnonzero(wanted).tolist():
+            found.setdefault(self.root(index), []).append(index)
+        return list(found.values())
