@@ -232,7 +232,8 @@ def test_undo_leaves_what_the_pathologist_touched(project: FakeProject) -> None:
 
 
 def test_what_returns_gives_way_to_what_was_taken_over_or_rejected_since(project: FakeProject) -> None:
-    write(project, [polygon(1, square(0, 0, 1000)), polygon(2, square(2000, 0)), polygon(2, square(4000, 0))])
+    for _ in range(2):
+        write(project, [polygon(1, square(0, 0, 1000)), polygon(2, square(2000, 0)), polygon(2, square(4000, 0))])
     write(
         project, [polygon(2, square(100, 100)), polygon(2, square(2010, 10)), polygon(2, square(4010, 0))], model="m2"
     )
@@ -250,8 +251,11 @@ def test_what_returns_gives_way_to_what_was_taken_over_or_rejected_since(project
     assert {item.written.id: item.status for item in survey(project, SLIDE).ours} == {
         locked.id: "accepted", gone.id: "rejected", large.id: "untouched", right.id: "untouched",
     }  # fmt: skip
-    assert [result.removed for result in undo(project)] == [1]
-    assert {item.status for item in survey(project, SLIDE).ours} == {"accepted", "rejected", "untouched"}
+    after = {item.written.id: item.status for item in survey(project, SLIDE).ours}
+    assert [(result.added, result.removed) for result in undo(project)] == [(0, 0)]
+    assert {item.written.id: item.status for item in survey(project, SLIDE).ours} == after
+    assert [(result.added, result.removed) for result in undo(project)] == [(0, 2)]
+    assert [record.id for record in ours(project)] == [locked.id]
 
 
 def test_undo_of_a_batch_and_of_a_run_that_others_stand_on(project: FakeProject) -> None:

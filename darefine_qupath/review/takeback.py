@@ -11,7 +11,7 @@ from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import areal, give_way
-from darefine_qupath.review.ours import Survey, for_images, settle, settled, survey
+from darefine_qupath.review.ours import RUN, Survey, for_images, settle, settled, survey
 from darefine_qupath.review.runs import OnError, Run, RunObject, latest, list_runs, runs_folder, save_run
 from darefine_qupath.review.writeback import RunResult, cut_to, smallest_part
 
@@ -113,7 +113,12 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     objects = project.objects(image)
     found = survey(project, image, objects=objects)
     added = {item.id for item in run.added}
-    removed = [item.written.id for item in found.untouched if item.written.id in added]
+    # A part of an object that made way for another is known by its metadata only.
+    removed = [
+        item.written.id
+        for item in found.untouched
+        if item.written.id in added or item.written.record.metadata.get(RUN) == run.id
+    ]
     present = {record.id for record in objects}
     missing = [item for item in run.replaced if item.id not in present]
     whole, parts = _making_way(missing, run, found)
@@ -180,7 +185,8 @@ def _making_way(missing: Sequence[RunObject], run: Run, found: Survey) -> tuple[
 
 
 def _forget(project: Project, image: ImageEntry, run: Run, gone: Collection[UUID]) -> None:
-    """Strike objects from the run that stands once a run is taken back."""
-    former = latest(tuple(other for other in list_runs(project, image) if other.id < run.id))
-    if former is not None and gone:
-        save_run(project, replace(former, objects=tuple(item for item in former.objects if item.id not in gone)))
+    """Strike objects from the runs that stand once a run is taken back."""
+    for former in list_runs(project, image) if gone else ():
+        kept = tuple(item for item in former.objects if item.id not in gone)
+        if former.state == "done" and former.id < run.id and len(kept) < len(former.objects):
+            save_run(project, replace(former, objects=kept))
