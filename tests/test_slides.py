@@ -674,6 +674,22 @@ def test_holes_are_filled_and_specks_dropped(tmp_path: Path) -> None:
     assert mask.any(Box(250, 150, 75, 75))
 
 
+def test_grey_dust_is_left_out_and_costs_no_tissue(tmp_path: Path) -> None:
+    grey = (120, 118, 121)
+    areas = {
+        "tissue": ((300, 200, 700, 600), (225, 160, 190)),
+        "dust": ((600, 450, 80, 80), grey),
+        "more": ((1200, 450, 80, 80), grey),
+    }
+    with open_slide(painted(tmp_path, **areas)) as slide:
+        mask = tissue_mask(slide, mpp=1.0)
+    assert mask.fraction(Box(300, 200, 700, 600)) > 0.97
+    assert not mask.any(Box(1100, 350, 300, 300))
+    # A stain without colour, or a grey scanner.
+    with open_slide(painted(tmp_path, silver=((300, 200, 700, 600), grey))) as slide:
+        assert tissue_mask(slide, mpp=1.0).fraction(Box(300, 200, 700, 600)) > 0.97
+
+
 def test_glass_alone_and_tissue_alone(tmp_path: Path) -> None:
     with open_slide(painted(tmp_path)) as slide:
         assert tissue_mask(slide, mpp=1.0).mask.mean() == 0
