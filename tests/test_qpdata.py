@@ -358,6 +358,19 @@ def test_a_roi_of_a_foreign_library_is_refused_by_name() -> None:
 # -- damage
 
 
+def test_what_only_an_edit_looks_at_is_refused_with_its_place() -> None:
+    blank = qpdata.create(image_type="OTHER", server=None, entry_id="/p::1", version="0.6.0")
+    measured = Annotation(geometry=shapely.box(1, 2, 3, 4), kind="detection", measurements={"a": 1.0})
+    data = qpdata.edit(qpdata.read(blank), Changes(add=[measured]))
+    strange = data.replace(b"I\x00\x05value", b"I\x00\x05other")
+    assert strange != data
+    image = qpdata.read(strange)
+    with pytest.raises(ProjectFormatError, match=r"java\.lang\.Integer has no field 'value' \(at byte (\d+)\)") as told:
+        qpdata.edit(image, Changes(add=[Annotation(geometry=shapely.box(1, 2, 3, 4))]))
+    assert strange[told.value.offset or 0 :].startswith(b"s")
+    assert b"java.lang.Integer" in strange[told.value.offset or 0 :][:30]
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_a_file_cut_anywhere_is_refused(path: Path) -> None:
     data = path.read_bytes()

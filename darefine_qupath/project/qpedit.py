@@ -34,7 +34,7 @@ from darefine_qupath.project.javanodes import (
     no_collection,
 )
 from darefine_qupath.project.javapacked import PackedObject, Template, distinct_nodes
-from darefine_qupath.project.javastream import encode
+from darefine_qupath.project.javastream import decode, encode
 from darefine_qupath.project.javautil import NodeError
 from darefine_qupath.project.qpitems import complete_items, root_of
 from darefine_qupath.project.qpnodes import NodeBuilder, class_name, probability_block
@@ -106,7 +106,9 @@ class Document:
             read(self.data, path=self.path)
         except ProjectFormatError as found:
             return found
-        return ProjectFormatError(error.message, path=self.path, offset=self.stream.offset_of(error.node) or 4)
+        numbers = [number for number, node in distinct_nodes(self.stream) if node is error.node]
+        offset = decode(self.data).offsets[numbers[0]] if numbers else 4
+        return ProjectFormatError(error.message, path=self.path, offset=offset)
 
     @property
     def qupath_version(self) -> str | None:
