@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from darefine_qupath.errors import ConfigError
 from darefine_qupath.models import ModelConfig, build_model, encoder_parameters
+from darefine_qupath.tiles.sampling import tile_weights
 from darefine_qupath.training import PRESETS, TrainConfig
 from darefine_qupath.training.schedule import build_optimiser, learning_rate_factor, set_learning_rates
+from tests.test_tiles_sampling import index_of
 
 
 def test_default_is_the_papers_recipe() -> None:
@@ -113,3 +115,11 @@ def test_adamw_decays_kernels_alone() -> None:
     decayed = {p.ndim > 1: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     assert isinstance(optimiser, torch.optim.AdamW)
     assert decayed == {True: 1e-2, False: 0.0}
+
+
+def test_tiles_of_the_commonest_class_alone_are_drawn_by_default() -> None:
+    # 8 of 10 tiles hold nothing but class 0, of which the tumour tiles show enough for a full balance.
+    tiles = index_of([[100, 0, 0]] * 8 + [[40, 60, 0], [40, 0, 60]])
+    shares = [tile_weights(tiles, balance=value)[:8].sum() / 10 for value in (TrainConfig().balance, 1.0)]
+    assert shares[0] > 0.25
+    assert shares[1] < 0.01

@@ -35,8 +35,10 @@ class TrainConfig:
     """Parts a batch is cut into to save memory. The loss is that of the whole batch, however many parts there are."""
     samples_per_epoch: int = 0
     """Tiles drawn per epoch; 0: as many as the training set holds."""
-    balance: float = 1.0
-    """1: tiles are drawn such that all classes show the same number of pixels. 0: all tiles alike."""
+    balance: float = 0.5
+    """1: tiles are drawn such that all classes show the same number of pixels. 0: all tiles alike. In full balance a
+    tile that holds the commonest class alone may never come: tiles of other classes show enough of it. What looks like
+    a lesson only there, normal glands far from any tumour, is then never learnt."""
 
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
