@@ -248,7 +248,7 @@ def test_a_level_at_its_own_scale_is_read_as_it_is(pyramid: Path, factor: int) -
 @given(x=st.integers(-300, 1200), y=st.integers(-300, 1000), width=st.integers(1, 300), height=st.integers(1, 300))
 @settings(deadline=None, derandomize=True, max_examples=20)
 def test_level_0_is_not_touched(pyramid: Path, reader: str, x: int, y: int, width: int, height: int) -> None:
-    canvas = np.full((811 + 700, 1001 + 900, 3), 255, np.uint8)
+    canvas = np.full((811 + 900, 1001 + 900, 3), 255, np.uint8)
     canvas[300:1111, 300:1301] = ramp(1001, 811)
     path = pyramid if reader != "pillow" else pyramid.with_name("plain.png")
     if reader == "pillow" and not path.exists():
