@@ -124,7 +124,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(runs: Runs) -> N
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_the_command_line_cuts_tiles_once_and_has_the_loss_of_one(tmp_path: Path) -> None:
+def test_two_processes_of_the_command_line_have_the_loss_of_one(tmp_path: Path) -> None:
     (tmp_path / "darefine.toml").write_text(SETTINGS)
     command = ["train", str(ROOT / "projects" / "tiny"), "--settings", str(tmp_path / "darefine.toml"), "-o"]
     with pytest.raises(SystemExit) as ended:
