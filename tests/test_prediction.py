@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from darefine_qupath.tiles import TileSpec
 from tests.prediction_stubs import COLOURS, SPEC, ColourNetwork, array_slide, blobs, checkpoint
 
 OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", map_stride=1)
+KILLS = int(os.environ.get("DAREFINE_KILLS", "6"))
+"""How often the run is killed that must end with the bytes of one that never was."""
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +177,16 @@ def test_damaged_region_is_reported_and_never_labelled(tmp_path: Path) -> None:
     assert sum(found.class_pixels) == (~missing).sum()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_damage_is_an_error_when_strict(tmp_path: Path, finished: bool) -> None:
+    slide = array_slide(tmp_path, blobs((700, 600)), damage=(Box(300, 260, 40, 30),))
+    run = partial(predict_slide, slide, checkpoint(ColourNetwork()), out=tmp_path / "map")
+    if finished:
+        run(options=OPTIONS)
+    with pytest.raises(PredictionError, match=r"cannot be read.*leave out --strict"):
+        run(options=replace(OPTIONS, strict=True))
+
+
 def test_finished_slide_is_not_predicted_again_until_something_changes(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
     network = ColourNetwork()
@@ -195,11 +210,12 @@ def test_finished_slide_is_not_predicted_again_until_something_changes(tmp_path:
     assert not (tmp_path / "map" / "partial").exists()
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_go_on_and_give_the_same_bytes(tmp_path: Path) -> None:
     outputs = []
     (tmp_path / "slide.bin").touch()
-    for name, kills in (("whole", []), ("killed", ["0.15", "0.4", "0.7", "0.25", "0.55", "1.0"])):
+    moments = np.random.default_rng(KILLS).uniform(0.1, 1, KILLS)
+    for name, kills in (("whole", []), ("killed", [f"{moment:.3f}" for moment in moments])):
         folder = tmp_path / name
         folder.mkdir()
         # The image's path and time are part of the fingerprint, so both runs need the same.
@@ -208,7 +224,7 @@ def test_killed_runs_go_on_and_give_the_same_bytes(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         outputs.append({file.name: file.read_bytes() for file in (folder / "map").iterdir() if file.is_file()})
-    assert int(done.stdout) >= 3
+    assert int(done.stdout) >= 3, "the run ended before it was killed often enough"
     assert outputs[0] == outputs[1]
     assert set(outputs[0]) == {"class.tif", "confidence.tif", "margin.tif", "runner_up.tif", "scoremap.json", ".lock"}
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from darefine_qupath.errors import SlideError
 from darefine_qupath.prediction.scoremap import SlideWarning
+from darefine_qupath.tiles.reading import read_slice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,26 +120,25 @@ def check_slide(
     """
     if not plan.num_slices:
         return (SlideWarning(kind="no tissue", message="0 slices to predict: no tissue was found", value=0.0),)
-    images, unreadable = _probe(slide, [box for row in plan.rows for parent in row.parents for box in parent.slices])
+    images, unreadable = _probe(slide, plan)
     found = [_check_mpp(tiles, mpp, provenance.get("mpp")), _check_stain(images, provenance.get("stain"))]
     if unreadable:
         found.append(_unreadable(unreadable, len(images) + len(unreadable)))
     return tuple(warning for warning in found if warning is not None)
 
 
-def _probe(slide: Slide, boxes: Sequence[Box]) -> tuple[list[NDArray[np.uint8]], list[Box]]:
-    """Read slices evenly spread over the plan, small."""
+def _probe(slide: Slide, plan: SlidePlan) -> tuple[list[NDArray[np.uint8]], list[Box]]:
+    """Read slices evenly spread over the plan as prediction will read them: another level may be whole."""
+    boxes = [box for row in plan.rows for parent in row.parents for box in parent.slices]
     step = max(1, len(boxes) // _PROBES)
-    looked_at = [(box, _read_or_none(slide, box)) for box in boxes[step // 2 :: step][:_PROBES]]
-    images = [image for _, image in looked_at if image is not None]
-    return images, [box for box, image in looked_at if image is None]
-
-
-def _read_or_none(slide: Slide, box: Box) -> NDArray[np.uint8] | None:
-    try:
-        return slide.read(box, (_PROBE_PX, _PROBE_PX))
-    except SlideError:
-        return None
+    images, unreadable = [], []
+    every = max(1, plan.spec.size_px // _PROBE_PX)
+    for box in boxes[step // 2 :: step][:_PROBES]:
+        try:
+            images.append(read_slice(slide, box, plan.spec)[::every, ::every])
+        except SlideError:
+            unreadable.append(box)
+    return images, unreadable
 
 
 def _unreadable(boxes: Sequence[Box], num_probes: int) -> SlideWarning:

@@ -97,6 +97,7 @@ def predict_slide(
     mark = fingerprint(slide, checkpoint, mpp=mpp, options=options)
     finished = _finished(out, mark) if options.resume else None
     if finished is not None:
+        _insist(slide, finished.warnings, options)
         _log.info("%s is finished already", slide.path)
         return finished
     try:
@@ -178,6 +179,7 @@ class _Run:
             state = self.journal.load(self.mark) if self.options.resume else None
             if state is None or not self._can_go_on(state):
                 state = self._start()
+            _insist(self.slide, state.warnings, self.options)
             if state.rows_done < len(self.plan.rows):
                 state = self._predict_rows(state, progress)
             score_map = self._record(state)
@@ -190,8 +192,6 @@ class _Run:
             self.slide, self.plan, tiles=self.checkpoint.tiles, mpp=self.mpp, provenance=self.checkpoint.provenance
         )
         for warning in found:
-            if self.options.strict:
-                raise PredictionError(f"{self.slide.path}: {warning.message}; leave out --strict to predict it anyway")
             _log.warning("%s: %s", self.slide.path, warning.message)
         state = JournalState(
             fingerprint=self.mark,
@@ -264,6 +264,8 @@ class _Run:
             unreadable.extend(box for box, read in zip(pixels.batch.slices, pixels.slices, strict=True) if read is None)
             white.extend(pixels.damaged)
             report.add(len(pixels.slices))
+        damage = tuple(_damage(unreadable, white))
+        _insist(self.slide, damage, self.options)
         _blend(waiting, band)
         top = band.top
         layers = band.finish(row.bottom)
@@ -277,7 +279,7 @@ class _Run:
             rows_done=state.rows_done + 1,
             slices_done=state.slices_done + row.num_slices,
             class_pixels=tuple(int(a + b) for a, b in zip(state.class_pixels, counts, strict=True)),
-            warnings=(*state.warnings, *_damage(unreadable, white)),
+            warnings=(*state.warnings, *damage),
         )
         self.journal.commit(state, layers, band.carry)
         return state
@@ -339,6 +341,12 @@ class _Run:
             warnings=_merged(state.warnings),
             settings={**asdict(state.settings), "options": self.options.deciding(), "tiles": asdict(self.plan.spec)},
         )
+
+
+def _insist(slide: Slide, warnings: tuple[SlideWarning, ...], options: PredictOptions) -> None:
+    """Make the first warning an error if that was asked for."""
+    if options.strict and warnings:
+        raise PredictionError(f"{slide.path}: {warnings[0].message}; leave out --strict to predict it anyway")
 
 
 def _damage(unreadable: list[Box], white: list[Box]) -> Iterator[SlideWarning]:
