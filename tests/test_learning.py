@@ -485,6 +485,21 @@ def test_reviewed_labels_go_on_from_the_model_that_was_reviewed(
     assert trained.calls[3][2]["init_from"] == always_normal
 
 
+def test_the_network_is_that_of_the_model_that_is_started_from(
+    tiny: Path, tmp_path: Path, trained: Trained, always_normal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = request(tiny, tmp_path / "a", init_from=always_normal)
+    train_on_project(started)
+    assert trained.calls[0][2]["model"] == toy_model(num_classes=4)
+    # The settings of the project name resnet18, the model another network.
+    assert "slice_encoder" in caplog.text
+    assert "only counts for new models" in caplog.text
+    other = replace(started, out=tmp_path / "b", model={"width": 48})
+    with pytest.raises(TrainingError, match="it cannot start"):
+        train_on_project(other)
+    assert not (tmp_path / "b").exists()
+
+
 def test_roles_are_written_once(tiny: Path) -> None:
     with open_project(tiny, engine="embedded") as project:
         ids = [image.id for image in project.images]

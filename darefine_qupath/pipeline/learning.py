@@ -35,7 +35,7 @@ from darefine_qupath.tiles.split import Role, Split, TilePart
 from darefine_qupath.training import Reporter, TrainConfig, TrainResult, train
 from darefine_qupath.training.batches import steps_per_epoch
 from darefine_qupath.training.distributed import World, join_world
-from darefine_qupath.training.initial import check_encoder_weights
+from darefine_qupath.training.initial import check_start
 
 __all__ = [
     "Folds",
@@ -443,12 +443,11 @@ def _train(
     settings = _settings(request.tiles)
     split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
     former = None if request.init_from is None else read_header(request.init_from)
-    model_wanted = settings.model_config(_default_model() if former is None else former.model, **request.model)
+    model_wanted = _model_wanted(settings, request, former)
     recipe = _recipe(settings, request)
     config = TrainConfig.from_mapping({**recipe, "clip_norm": 1.0} if _needs_clipping(recipe, model_wanted) else recipe)
     world = join_world(config.device)
-    if request.init_from is None:
-        check_encoder_weights(model_wanted, config)
+    check_start(model_wanted, config, request.init_from)
     if world.is_main:
         request.out.mkdir(parents=True, exist_ok=True)
         _note(request.out / _REQUEST, request.to_json())
@@ -482,6 +481,21 @@ def _train(
         init_from=request.init_from,
         hard=_read_json(request.out / _HARD) if sampling.hard_model is not None else None,
     )
+
+
+def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointHeader | None) -> ModelConfig:
+    """Network of the settings; with a model to start from, that of the model."""
+    if former is None:
+        return settings.model_config(_default_model(), **request.model)
+    kept = replace(settings, model={}).model_config(former.model, **request.model)
+    named = settings.model_config(kept, **request.model)
+    other = sorted(key for key, value in named.to_json().items() if kept.to_json()[key] != value)
+    if other:
+        _log.warning(
+            "The network is that of %s: %s of [model] in %s only counts for new models",
+            request.init_from, ", ".join(other), settings.path,
+        )  # fmt: skip
+    return kept
 
 
 def _note(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from darefine_qupath.checkpoint import load_checkpoint
+from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import ModelError, TrainingError
 from darefine_qupath.models import (
@@ -20,7 +20,7 @@ from darefine_qupath.models import (
 )
 from darefine_qupath.training.recipe import TrainConfig
 
-__all__ = ["FrozenNorms", "check_encoder_weights", "initial_network"]
+__all__ = ["FrozenNorms", "check_start", "initial_network"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,22 +64,26 @@ def initial_network(
     return network, _load_pretrained(network, config.encoder_weights)
 
 
-def check_encoder_weights(model: ModelConfig, config: TrainConfig) -> None:
-    """Refuse encoder weights that were asked for and are not there or do not fit, before any tile is cut.
+def check_start(model: ModelConfig, config: TrainConfig, init_from: Path | None) -> None:
+    """Refuse weights to start from that are not there or do not fit, before any tile is cut.
 
     Parameters
     ----------
     model : ModelConfig
         The network; its number of classes does not count.
     config : TrainConfig
-        `encoder_weights` counts.
+        `encoder_weights` counts, without `init_from`.
+    init_from : Path or None
+        A model file.
 
     Raises
     ------
-    ModelError
+    TrainingError, ModelError, CheckpointError
         See `initial_network`.
     """
-    if config.encoder_weights not in ("auto", "none"):
+    if init_from is not None:
+        _check_same_network(build_model(model, seed=0), load_checkpoint(init_from), init_from)
+    elif config.encoder_weights not in ("auto", "none"):
         _load_pretrained(build_model(model, seed=0), config.encoder_weights)
 
 
@@ -109,13 +113,8 @@ def _imagenet_if_installed(network: SegmentationNetwork) -> tuple[str, ...]:
 
 def _take_over(network: SegmentationNetwork, classes: ClassMap, path: Path) -> None:
     earlier = load_checkpoint(path)
+    _check_same_network(network, earlier, path)
     state, given = network.state_dict(), earlier.state
-    head = {name for name in state if name in given and given[name].shape != state[name].shape}
-    if set(state) != set(given) or any(not name.startswith("classifier") for name in head):
-        raise TrainingError(
-            f"{path} is {earlier.model.title}; it cannot start {network.config.title}. Train with its settings "
-            f"(darefine show {path}) or without --from"
-        )
     taken = {name: tensor for name, tensor in given.items() if not name.startswith("classifier")}
     rows = [earlier.classes.names.index(name) if name in earlier.classes.names else None for name in classes.names]
     for name in set(state) - set(taken):
@@ -124,6 +123,16 @@ def _take_over(network: SegmentationNetwork, classes: ClassMap, path: Path) -> N
     if new:
         _log.warning("%s does not know the classes %s: they start from random weights", path, new)
     network.load_state_dict(taken)
+
+
+def _check_same_network(network: SegmentationNetwork, earlier: Checkpoint, path: Path) -> None:
+    state, given = network.state_dict(), earlier.state
+    other = {name for name in state if name in given and given[name].shape != state[name].shape}
+    if set(state) != set(given) or any(not name.startswith("classifier") for name in other):
+        raise TrainingError(
+            f"{path} is {earlier.model.title}; it cannot start {network.config.title}. Train with its settings "
+            f"(darefine show {path}) or with --from none"
+        )
 
 
 def _rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
