@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project.javanodes import (
     ARRAY_CODES,
+    DESC_HEAD,
     FIRST_HANDLE,
+    I4,
+    I8,
     MAGIC,
     MAX_SUPERCLASSES,
     SC_BLOCK_DATA,
@@ -34,6 +37,8 @@ from darefine_qupath.project.javanodes import (
     TC_REFERENCE,
     TC_RESET,
     TC_STRING,
+    U2,
+    U4,
     WIDTHS,
     Aborted,
     AnyDesc,
@@ -63,13 +68,6 @@ __all__ = ["decode"]
 _MAX_ANNOTATION_DEPTH = 16
 # Forms of one class that are tried on each of its objects; and objects that are looked at for a new form.
 _MAX_TEMPLATES, _MAX_ATTEMPTS = 12, 48
-
-_U2 = struct.Struct(">H")
-_I4 = struct.Struct(">i")
-_U4 = struct.Struct(">I")
-_I8 = struct.Struct(">q")
-_DESC_HEAD = struct.Struct(">qBH")
-_REFERENCE = struct.Struct(">BI")
 
 
 class _Layout(NamedTuple):
@@ -162,7 +160,7 @@ class _Decoder:
 
     def _values(self, count: int) -> list[Any]:  # noqa: C901 - the loop that everything goes through is one piece
         """Read `count` values, or up to the end mark when negative."""
-        data, readers, nodes, uint = self.data, _READERS, self.nodes, _U4.unpack_from
+        data, readers, nodes, uint = self.data, _READERS, self.nodes, U4.unpack_from
         lowest, offset, shared = self.first, FIRST_HANDLE - self.first, self._shared
         root = frame = _Frame(None, (), count)
         stack: list[_Frame] = []
@@ -224,7 +222,7 @@ class _Decoder:
 
     def _referred(self) -> Content:
         """Node that the handle at this place refers to."""
-        number: int = _U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
+        number: int = U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
         if not self.first <= number < len(self.nodes):
             raise ProjectFormatError(f"Handle {number - self.first} refers to nothing read so far", offset=self.pos)
         self.pos += 5
@@ -296,7 +294,7 @@ class _Decoder:
     def _long_block(self, left: int) -> bytes:
         if left > 0:
             self._unknown(left)
-        size = _I4.unpack_from(self.data, self.pos + 1)[0]
+        size = I4.unpack_from(self.data, self.pos + 1)[0]
         if size < 0:
             raise ProjectFormatError(f"Block data of negative size {size}", offset=self.pos)
         self.pos += 5
@@ -305,13 +303,13 @@ class _Decoder:
 
     def _string(self, _: int = 0) -> JavaString:
         start = self.pos
-        size = _U2.unpack_from(self.data, start + 1)[0]
+        size = U2.unpack_from(self.data, start + 1)[0]
         self.pos = start + 3
         return self._finish_string(start, size, is_long=False)
 
     def _long_string(self, _: int = 0) -> JavaString:
         start = self.pos
-        size = _I8.unpack_from(self.data, start + 1)[0]
+        size = I8.unpack_from(self.data, start + 1)[0]
         if size < 0:
             raise ProjectFormatError(f"String of negative length {size}", offset=start)
         self.pos = start + 9
@@ -392,7 +390,7 @@ class _Decoder:
         node.data = ()
         self.nodes.append(node)
         self.offsets.append(start)
-        size = _I4.unpack_from(self.data, self.pos)[0]
+        size = I4.unpack_from(self.data, self.pos)[0]
         if size < 0:
             raise ProjectFormatError(f"An array of {size} elements", offset=start)
         self.pos += 4
@@ -442,7 +440,7 @@ class _Decoder:
         """Descriptor of an object's class; not null, and complete."""
         number = -1
         if self.data[self.pos] == TC_REFERENCE:
-            number = _U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
+            number = U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
             known = self.described.get(number)
             if known is not None:
                 self.pos += 5
@@ -500,11 +498,11 @@ class _Decoder:
         start = self.pos
         self.pos += 1
         name = self._utf()
-        uid, flags, num_fields = _DESC_HEAD.unpack_from(self.data, self.pos)
+        uid, flags, num_fields = DESC_HEAD.unpack_from(self.data, self.pos)
         desc = ClassDesc(name, uid, flags)
         desc.is_complete = False
         self._register(desc, start)
-        self.pos += _DESC_HEAD.size
+        self.pos += DESC_HEAD.size
         if flags & SC_SERIALIZABLE and flags & SC_EXTERNALIZABLE:
             raise ProjectFormatError(f"{name} is both serializable and externalizable", offset=start)
         desc.fields = tuple([self._field() for _ in range(num_fields)])
@@ -531,7 +529,7 @@ class _Decoder:
         desc = ProxyDesc(())
         desc.is_complete = False
         self._register(desc, start)
-        count = _I4.unpack_from(self.data, self.pos)[0]
+        count = I4.unpack_from(self.data, self.pos)[0]
         self.pos += 4
         if not 0 <= count <= 0xFFFF:
             raise ProjectFormatError(f"A proxy of {count} interfaces", offset=start)
@@ -552,7 +550,7 @@ class _Decoder:
 
     def _utf(self) -> str:
         start = self.pos
-        size = _U2.unpack_from(self.data, start)[0]
+        size = U2.unpack_from(self.data, start)[0]
         self.pos += 2
         raw = self._take(size)
         try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 from darefine_qupath.project.javanodes import (
+    DESC_HEAD,
     FIRST_HANDLE,
+    I4,
+    I8,
     MAGIC,
+    REFERENCE,
     SC_EXTERNALIZABLE,
     TC_ARRAY,
     TC_BLOCKDATA,
@@ -26,6 +29,7 @@ from darefine_qupath.project.javanodes import (
     TC_REFERENCE,
     TC_RESET,
     TC_STRING,
+    U2,
     WIDTHS,
     Aborted,
     AnyDesc,
@@ -47,12 +51,6 @@ from darefine_qupath.project.javanodes import (
 from darefine_qupath.project.javapacked import PackedObject, Template
 
 __all__ = ["encode"]
-
-_U2 = struct.Struct(">H")
-_I4 = struct.Struct(">i")
-_I8 = struct.Struct(">q")
-_DESC_HEAD = struct.Struct(">qBH")
-_REFERENCE = struct.Struct(">BI")
 
 
 class _End:
@@ -135,7 +133,7 @@ class _Encoder:
                     continue
                 handle = handles.get(id(value))
                 if handle is not None:
-                    out += _REFERENCE.pack(TC_REFERENCE, handle)
+                    out += REFERENCE.pack(TC_REFERENCE, handle)
                     continue
                 nested = writers[value.__class__](value)
                 if nested is not None:
@@ -163,17 +161,17 @@ class _Encoder:
 
     def _long_block(self, block: bytes) -> None:
         self.out.append(TC_BLOCKDATALONG)
-        self.out += _I4.pack(len(block))
+        self.out += I4.pack(len(block))
         self.out += block
 
     def _string(self, string: JavaString) -> None:
         self._register(string)
         if string.is_long:
             self.out.append(TC_LONGSTRING)
-            self.out += _I8.pack(len(string.raw))
+            self.out += I8.pack(len(string.raw))
         else:
             self.out.append(TC_STRING)
-            self.out += _U2.pack(len(string.raw))
+            self.out += U2.pack(len(string.raw))
         self.out += string.raw
 
     def _string_or_handle(self, string: JavaString) -> None:
@@ -181,7 +179,7 @@ class _Encoder:
         if handle is None:
             self._string(string)
         else:
-            self.out += _REFERENCE.pack(TC_REFERENCE, handle)
+            self.out += REFERENCE.pack(TC_REFERENCE, handle)
 
     def _end(self, _: _End) -> None:
         self.out.append(TC_ENDBLOCKDATA)
@@ -228,7 +226,7 @@ class _Encoder:
             handle = self.handles.get(id(node))
             if handle is None:
                 return False
-            _REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)
+            REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)
         found = [bytes(literal) for literal in literals]
         is_same = found == [*(part.literal for part in template.parts), template.end]
         self.patched[template] = None if is_same else found
@@ -252,10 +250,10 @@ class _Encoder:
         self._desc(node.desc)
         self._register(node)
         if isinstance(node.data, bytes):
-            self.out += _I4.pack(len(node.data) // WIDTHS[node.desc.name[1]])
+            self.out += I4.pack(len(node.data) // WIDTHS[node.desc.name[1]])
             self.out += node.data
             return None
-        self.out += _I4.pack(len(node.data))
+        self.out += I4.pack(len(node.data))
         return iter(node.data)
 
     def _enum(self, node: JavaEnum) -> None:
@@ -275,7 +273,7 @@ class _Encoder:
     def _desc(self, desc: AnyDesc | None) -> None:
         handle = self.handles.get(id(desc))
         if handle is not None:
-            self.out += _REFERENCE.pack(TC_REFERENCE, handle)
+            self.out += REFERENCE.pack(TC_REFERENCE, handle)
         else:
             self._new_desc(desc)
 
@@ -283,7 +281,7 @@ class _Encoder:
         while desc is not None:
             handle = self.handles.get(id(desc))
             if handle is not None:
-                self.out += _REFERENCE.pack(TC_REFERENCE, handle)
+                self.out += REFERENCE.pack(TC_REFERENCE, handle)
                 return
             if isinstance(desc, ClassDesc):
                 self._class_desc(desc)
@@ -298,7 +296,7 @@ class _Encoder:
         self.out.append(TC_CLASSDESC)
         self._utf(desc.name)
         self._register(desc)
-        self.out += _DESC_HEAD.pack(desc.uid, desc.flags, len(desc.fields))
+        self.out += DESC_HEAD.pack(desc.uid, desc.flags, len(desc.fields))
         for field in desc.fields:
             self.out.append(ord(field.code))
             self._utf(field.name)
@@ -308,13 +306,13 @@ class _Encoder:
     def _proxy_desc(self, desc: ProxyDesc) -> None:
         self.out.append(TC_PROXYCLASSDESC)
         self._register(desc)
-        self.out += _I4.pack(len(desc.interfaces))
+        self.out += I4.pack(len(desc.interfaces))
         for name in desc.interfaces:
             self._utf(name)
 
     def _utf(self, text: str) -> None:
         raw = modified_utf8(text)
-        self.out += _U2.pack(len(raw))
+        self.out += U2.pack(len(raw))
         self.out += raw
 
 

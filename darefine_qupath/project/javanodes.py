@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARRAY_CODES",
+    "DESC_HEAD",
     "FIRST_HANDLE",
+    "I4",
+    "I8",
     "MAGIC",
     "MAX_SUPERCLASSES",
+    "REFERENCE",
     "SC_BLOCK_DATA",
     "SC_ENUM",
     "SC_EXTERNALIZABLE",
@@ -46,6 +50,8 @@ __all__ = [
     "TC_REFERENCE",
     "TC_RESET",
     "TC_STRING",
+    "U2",
+    "U4",
     "WIDTHS",
     "Aborted",
     "AnyDesc",
@@ -69,6 +75,12 @@ __all__ = [
 ]
 
 MAGIC = b"\xac\xed\x00\x05"
+
+U2, I4, U4, I8 = struct.Struct(">H"), struct.Struct(">i"), struct.Struct(">I"), struct.Struct(">q")
+DESC_HEAD = struct.Struct(">qBH")
+"""What follows a class descriptor's name: serial version UID, flags, number of fields."""
+REFERENCE = struct.Struct(">BI")
+"""TC_REFERENCE and a handle."""
 
 TC_NULL = 0x70
 TC_REFERENCE = 0x71

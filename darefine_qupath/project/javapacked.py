@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from darefine_qupath.project.javanodes import (
     ARRAY_CODES,
     FIRST_HANDLE,
+    I4,
     SC_BLOCK_DATA,
     SC_ENUM,
     SC_EXTERNALIZABLE,
@@ -28,6 +29,7 @@ from darefine_qupath.project.javanodes import (
     TC_OBJECT,
     TC_REFERENCE,
     TC_STRING,
+    U4,
     WIDTHS,
     ClassDesc,
     Content,
@@ -46,8 +48,6 @@ MIN_NODES, MAX_NODES = 6, 64
 _SHORT_BLOCK = 4
 """Block data up to this size is shared: versions, and numbers of what follows."""
 _MAX_DEPTH = 16
-_I4 = struct.Struct(">i")
-_U4 = struct.Struct(">I")
 
 
 class Part(NamedTuple):
@@ -139,7 +139,7 @@ class Template:
                 elif gap == 0:
                     position += 2 + (data[position] << 8 | data[position + 1])
                 else:
-                    count = _I4.unpack_from(data, position)[0]
+                    count = I4.unpack_from(data, position)[0]
                     if count < 0:
                         return -1
                     position += 4 - count * gap
@@ -158,7 +158,7 @@ class Template:
             elif gap == 0:
                 position = first + 2 + (data[first] << 8 | data[first + 1])
             else:
-                position = first + 4 - _I4.unpack_from(data, first)[0] * gap
+                position = first + 4 - I4.unpack_from(data, first)[0] * gap
             found.append(data[first:position])
         return found
 
@@ -238,9 +238,7 @@ class _Fixed(NamedTuple):
     value: Content
 
 
-_new_object = JavaObject.__new__
 _new_string = JavaString.__new__
-_new_array = JavaArray.__new__
 
 
 def _tuple_maker(values: Sequence[_Maker | _Fixed]) -> _Maker:
@@ -256,20 +254,11 @@ def _tuple_maker(values: Sequence[_Maker | _Fixed]) -> _Maker:
     return make
 
 
-def _object_maker(desc: ClassDesc, make_data: _Maker) -> _Maker:
-    def make(gaps: list[bytes], nodes: list[Content]) -> JavaObject:
-        node = _new_object(JavaObject)
-        node.desc = desc
-        nodes.append(node)
-        node.data = make_data(gaps, nodes)
-        return node
+def _node_maker(kind: type[JavaObject | JavaArray], desc: ClassDesc, make_data: _Maker) -> _Maker:
+    new = kind.__new__
 
-    return make
-
-
-def _array_maker(desc: ClassDesc, make_data: _Maker) -> _Maker:
-    def make(gaps: list[bytes], nodes: list[Content]) -> JavaArray:
-        node = _new_array(JavaArray)
+    def make(gaps: list[bytes], nodes: list[Content]) -> JavaObject | JavaArray:
+        node = new(kind)
         node.desc = desc
         nodes.append(node)
         node.data = make_data(gaps, nodes)
@@ -333,7 +322,7 @@ class _Outliner:
         return self.data[self.begin : self.position]
 
     def reference(self) -> Content:
-        number: int = _U4.unpack_from(self.data, self.position + 1)[0] - FIRST_HANDLE + self.first
+        number: int = U4.unpack_from(self.data, self.position + 1)[0] - FIRST_HANDLE + self.first
         if not self.first <= number < self.limit:
             raise _IrregularError
         node = self.nodes[number]
@@ -390,11 +379,11 @@ class _Outliner:
         code = desc.name[1:2]
         if code not in ARRAY_CODES:
             raise _IrregularError
-        count = _I4.unpack_from(self.data, self.position)[0]
+        count = I4.unpack_from(self.data, self.position)[0]
         if code in WIDTHS:
-            return _array_maker(desc, _bytes_maker(self.gap(-WIDTHS[code], 4 + count * WIDTHS[code]), 4))
+            return _node_maker(JavaArray, desc, _bytes_maker(self.gap(-WIDTHS[code], 4 + count * WIDTHS[code]), 4))
         self.position += 4
-        return _array_maker(desc, _tuple_maker(self.values(count, depth + 1)))
+        return _node_maker(JavaArray, desc, _tuple_maker(self.values(count, depth + 1)))
 
     def enum(self, depth: int) -> _Maker:
         return _enum_maker(self.desc(), self.value(depth + 1))
@@ -403,7 +392,7 @@ class _Outliner:
         desc = self.desc()
         self.classes.add(desc.name)
         if desc.flags & SC_EXTERNALIZABLE and desc.flags & SC_BLOCK_DATA:
-            return _object_maker(desc, _tuple_maker(self.values(-1, depth + 1)))
+            return _node_maker(JavaObject, desc, _tuple_maker(self.values(-1, depth + 1)))
         if not desc.flags & SC_SERIALIZABLE or desc.flags & SC_ENUM:
             raise _IrregularError
         values: list[_Maker | _Fixed] = []
@@ -414,7 +403,7 @@ class _Outliner:
                 values += self.values(-step, depth + 1)
             else:
                 values.append(_tuple_maker(self.values(-1, depth + 1)))
-        return _object_maker(desc, _tuple_maker(values))
+        return _node_maker(JavaObject, desc, _tuple_maker(values))
 
 
 _OUTLINES: dict[int, Callable[[_Outliner, int], _Maker | _Fixed]] = {
