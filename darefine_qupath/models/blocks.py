@@ -90,20 +90,21 @@ def max_pool_5x5(x_BCHW: Tensor) -> Tensor:
     for image_1CHW, target_1CHW in zip(torch.split(x_BCHW, 1), torch.split(pooled_BCHW, 1), strict=True):
         for top, bottom in itertools.pairwise(edges):
             first = max(0, top - 2)
-            columns_1ChW = _max_of_five(image_1CHW[:, :, first : bottom + 2], 2)[:, :, top - first : bottom - first]
-            target_1CHW[:, :, top:bottom] = _max_of_five(columns_1ChW, 3)
+            seen_1ChW = image_1CHW[:, :, first : bottom + 2]
+            columns_1ChW = _max_of_five(seen_1ChW, 2, torch.empty_like(seen_1ChW))[:, :, top - first : bottom - first]
+            _max_of_five(columns_1ChW, 3, target_1CHW[:, :, top:bottom])
     return pooled_BCHW
 
 
-def _max_of_five(x_BCHW: Tensor, dim: int) -> Tensor:
-    """Maximum over every five neighbours along rows (2) or columns (3), of which there are at least five."""
-    result_BCHW = torch.empty_like(x_BCHW)
+def _max_of_five(x_BCHW: Tensor, dim: int, result_BCHW: Tensor) -> Tensor:
+    """Write the maximum over every five neighbours along rows (2) or columns (3), of which there are at least five."""
     x, result = x_BCHW.movedim(dim, 0), result_BCHW.movedim(dim, 0)
     of_two = torch.maximum(x[:-1], x[1:])
     of_four = torch.maximum(of_two[:-2], of_two[2:])
     torch.maximum(of_four[:-1], x[4:], out=result[2:-2])
     result[1], result[-2] = of_four[0], of_four[-1]
-    result[0], result[-1] = torch.maximum(of_two[0], x[2]), torch.maximum(of_two[-1], x[-3])
+    torch.maximum(of_two[0], x[2], out=result[0])
+    torch.maximum(of_two[-1], x[-3], out=result[-1])
     return result_BCHW
 
 

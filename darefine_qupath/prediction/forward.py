@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalisation
 from darefine_qupath.models.blocks import fold_batch_norms
+from darefine_qupath.models.winograd import WinogradConv2d, use_winograd
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
 if TYPE_CHECKING:
@@ -196,8 +197,10 @@ class Engine:
         self._dtype = _DTYPES[settings.precision]
         network: Any = model.eval().to(self.device)
         fold_batch_norms(network)
+        if self.device.type == "cpu" and not settings.compile:
+            use_winograd(network)
         for module in network.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d | WinogradConv2d):
                 # Once, where autocast would do it for every batch.
                 module.to(self._dtype)
         network = network.to(memory_format=torch.channels_last)
