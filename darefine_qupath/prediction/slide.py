@@ -28,6 +28,7 @@ from darefine_qupath.prediction.forward import (
     choose_batch_size,
     choose_device,
     choose_precision,
+    choose_winograd,
 )
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.options import PredictOptions, Progress
@@ -204,12 +205,14 @@ class _Run:
 
     def _settings(self) -> EngineSettings:
         device = choose_device(self.options.device)
+        precision = choose_precision(self.options.precision, device)
         return EngineSettings(
             device=str(device),
-            precision=choose_precision(self.options.precision, device),
+            precision=precision,
             batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.size_px),
             tta=self.options.tta,
             compile=self.options.compile,
+            winograd=not self.options.compile and choose_winograd(precision, device),
             map_stride=self.options.map_stride,
         )
 
