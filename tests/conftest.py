@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there: these real files may not be redistributed")
     return SHARED
+
+
+@pytest.fixture
+def place(tmp_path: Path, data: Path) -> Callable[[str], Path]:
+    """Copies a fixture project with its images to where nobody has seen it; gives its folder."""
+    qupath = data / "qupath"
+
+    def copy(name: str) -> Path:
+        shutil.copytree(qupath / name, tmp_path / name)
+        if not (tmp_path / "images").exists():
+            shutil.copytree(qupath / "images", tmp_path / "images")
+        return tmp_path / name
+
+    return copy
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -47,19 +47,6 @@ def engine(request: pytest.FixtureRequest) -> EngineName:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Callable[[str], Path]:
-    """Copies a fixture project with its images to where nobody has seen it; gives its folder."""
-
-    def copy(name: str) -> Path:
-        shutil.copytree(QUPATH / name, tmp_path / name)
-        if not (tmp_path / "images").exists():
-            shutil.copytree(QUPATH / "images", tmp_path / "images")
-        return tmp_path / name
-
-    return copy
-
-
-@pytest.fixture
 def annotated(place: Callable[[str], Path], engine: EngineName) -> Iterator[Project]:
     with open_project(place("qupath-0.6.0/annotated"), engine=engine) as project:
         yield project

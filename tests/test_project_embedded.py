@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,19 +46,7 @@ from darefine_qupath.project import (
 from darefine_qupath.project.embedded import EmbeddedProject
 
 ROOT = Path(__file__).parents[1]
-QUPATH = ROOT / "tests" / "data" / "qupath"
 NEW = Annotation(geometry=shapely.box(10, 10, 60, 40), path_class="Invasive")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Callable[[str], Path]:
-    def copy(name: str) -> Path:
-        shutil.copytree(QUPATH / name, tmp_path / name)
-        if not (tmp_path / "images").exists():
-            shutil.copytree(QUPATH / "images", tmp_path / "images")
-        return tmp_path / name
-
-    return copy
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons.outlines import outlines_of
 from darefine_qupath.polygons.plan import Plan
-from darefine_qupath.polygons.pool import Pieces, Pool, Sets
+from darefine_qupath.polygons.pool import BlockPieces, Pool, Sets
 from darefine_qupath.polygons.rings import Rings, trace
 from darefine_qupath.polygons.sieve import give_away
 from darefine_qupath.polygons.threads import SCRATCH
@@ -31,7 +31,7 @@ def work_through(
 ) -> Pool:
     """Pieces of all blocks, none of a region below the smallest area."""
     blocks = list(_blocks(sieved.shape[1], sieved.shape[0], block_px))
-    found: dict[Box, list[Pieces]] = {}
+    found: dict[Box, list[BlockPieces]] = {}
     todo = blocks
     with ThreadPoolExecutor(max(1, threads)) as workers:
         while todo:
@@ -71,7 +71,7 @@ def _blocks(width: int, height: int, side: int) -> Iterator[Box]:
             yield Box(left, top, right - left, bottom - top)
 
 
-def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[Pieces]:
+def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[BlockPieces]:
     """Pieces of a block, or of its quarters where one has more vertices than a polygon may have."""
     window = np.ascontiguousarray(sieved[block.y : block.bottom, block.x : block.right])
     rings = trace(window)
@@ -88,7 +88,7 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[Pieces
         for quarter in _blocks(block.width, block.height, math.ceil(max(block.size) / 2)):
             yield from _block(sieved, quarter.shift(block.x, block.y), plan)
         return
-    yield Pieces(
+    yield BlockPieces(
         labels=rings.labels,
         outlines=outlines,
         pixels=pixels,

@@ -15,58 +15,60 @@ from darefine_qupath.polygons.plan import Plan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Pieces", "Pool", "Sets", "grouped"]
+__all__ = ["BlockPieces", "Pool", "Sets", "grouped"]
 
 
-# A piece is one connected region of one label inside one block.
 @dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """Pieces of one block: outlines in level-0 pixels, sums over their map pixels, and where they meet the cuts."""
+class _Pieces:
+    """A row per piece, which is one connected region of one label inside one block."""
 
     labels: NDArray[np.int64]
     outlines: NDArray[np.object_]
+    """Polygons in level-0 pixels."""
     pixels: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    seeds: NDArray[np.int64]
-    sums: Mapping[str, NDArray[np.float64]]
-    seconds: NDArray[np.int64]
-    borders: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]]
-    """Keys of unit edges on the block's outline and the piece inside: left and top side, right and bottom side."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The pieces of all blocks, one after the other."""
-
-    labels: NDArray[np.int64]
-    outlines: NDArray[np.object_]
-    pixels: NDArray[np.int64]
+    """Number of map pixels."""
     bounds: NDArray[np.int64]
     """Left, top, right, bottom in map pixels."""
     seeds: NDArray[np.int64]
     """Row and column of one map pixel."""
     sums: Mapping[str, NDArray[np.float64]]
+    """Layer to sums over the map pixels."""
     seconds: NDArray[np.int64]
+    """Map pixels per runner-up class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPieces(_Pieces):
+    """Pieces of one block, and where they meet the cuts."""
+
+    borders: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64]]]
+    """Keys of unit edges on the block's outline and the piece inside: left and top side, right and bottom side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(_Pieces):
+    """Pieces of all blocks, one after the other."""
+
     pairs: NDArray[np.int64]
     """Pieces of one label that share a cut, and the length they share: shape (N, 3)."""
 
     @classmethod
-    def of(cls, parts: Sequence[Pieces]) -> Pool:
+    def of(cls, parts: Sequence[BlockPieces]) -> Pool:
         """Pieces of all blocks, and which of them share a cut."""
         labels = np.concatenate([part.labels for part in parts])
         return cls(
-            labels,
-            np.concatenate([part.outlines for part in parts]),
-            np.concatenate([part.pixels for part in parts]),
-            np.concatenate([part.bounds for part in parts]),
-            np.concatenate([part.seeds for part in parts]),
-            {name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
-            np.concatenate([part.seconds for part in parts]),
-            _pairs(parts, labels),
+            labels=labels,
+            outlines=np.concatenate([part.outlines for part in parts]),
+            pixels=np.concatenate([part.pixels for part in parts]),
+            bounds=np.concatenate([part.bounds for part in parts]),
+            seeds=np.concatenate([part.seeds for part in parts]),
+            sums={name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
+            seconds=np.concatenate([part.seconds for part in parts]),
+            pairs=_pairs(parts, labels),
         )
 
 
-def _pairs(parts: Sequence[Pieces], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def _pairs(parts: Sequence[BlockPieces], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     offsets = np.cumsum([0, *(len(part.labels) for part in parts[:-1])])
     sides = []
     for side in (0, 1):

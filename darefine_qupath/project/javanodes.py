@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ARRAY_CODES",
     "DESC_HEAD",
+    "F8",
     "FIRST_HANDLE",
     "I4",
     "I8",
@@ -76,7 +77,7 @@ __all__ = [
 
 MAGIC = b"\xac\xed\x00\x05"
 
-U2, I4, U4, I8 = struct.Struct(">H"), struct.Struct(">i"), struct.Struct(">I"), struct.Struct(">q")
+U2, I4, U4, I8, F8 = (struct.Struct(f">{fmt}") for fmt in "HiIqd")
 DESC_HEAD = struct.Struct(">qBH")
 """What follows a class descriptor's name: serial version UID, flags, number of fields."""
 REFERENCE = struct.Struct(">BI")

@@ -124,9 +124,7 @@ def list_items(node: Content) -> Sequence[Content]:
     """
     holder = _unwrap(node, _UNWRAPPED_LISTS, "a list")
     name = holder.desc.name
-    if name == "java.util.ArrayList":
-        return _counted(holder, name)
-    if name == "java.util.CollSer":
+    if name in ("java.util.ArrayList", "java.util.CollSer"):
         return _counted(holder, name)
     if name == "java.util.Collections$SingletonList":
         return (field(holder, "element"),)

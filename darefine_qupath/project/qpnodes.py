@@ -15,6 +15,7 @@ from darefine_qupath.classes import Colour, default_colour
 from darefine_qupath.errors import AnnotationError
 from darefine_qupath.project import javautil
 from darefine_qupath.project.javanodes import (
+    F8,
     SC_BLOCK_DATA,
     SC_ENUM,
     SC_EXTERNALIZABLE,
@@ -145,7 +146,6 @@ _SCHEMA: dict[str, tuple[int, int, str | None, _Fields]] = {
     "[B": (_S, -5984413125824719648, None, ()),
 }
 
-_DOUBLE = struct.Struct(">d")
 _NOT_SET = bytes.fromhex("7ff8000000000000")
 """Class probability of an object that has none."""
 # Java makes the integers from -128 to 127 once.
@@ -393,4 +393,4 @@ class NodeBuilder:
 
 def probability_block(probability: float) -> bytes:
     """Eight bytes of a class probability."""
-    return _NOT_SET if math.isnan(probability) else _DOUBLE.pack(probability)
+    return _NOT_SET if math.isnan(probability) else F8.pack(probability)

@@ -12,7 +12,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Colour
 from darefine_qupath.project import javautil
-from darefine_qupath.project.javanodes import Content, JavaArray, JavaObject, JavaString
+from darefine_qupath.project.javanodes import F8, I4, Content, JavaArray, JavaObject, JavaString
 from darefine_qupath.project.javapacked import PackedObject, Template
 from darefine_qupath.project.javautil import NodeError, list_items, text, type_name
 from darefine_qupath.project.rois import RoiBatch, RoiRecord
@@ -47,8 +47,6 @@ KINDS: dict[str, Kind] = {
     f"{_OBJECTS}TMACoreObject": "tma core",
 }
 _BOOLEAN = "java.lang.Boolean"
-_I4 = struct.Struct(">i")
-_F8 = struct.Struct(">d")
 _MAX_CLASS_DEPTH = 64
 _ID_NAMESPACE = uuid5(NAMESPACE_URL, "darefine_qupath/objects-without-id")
 
@@ -109,14 +107,14 @@ class ObjectParts:
         block = content[position]
         if not isinstance(block, bytes) or len(block) != 4:
             raise NodeError(f"{self.node.desc.name} has {type_name(block)} where its children's number is", self.node)
-        self._set_children(content, position + 1, _I4.unpack(block)[0])
+        self._set_children(content, position + 1, I4.unpack(block)[0])
 
     def _parse_v4(self, content: Sequence[Content]) -> None:
         self.layout = 4
         block = content[3]
         if not isinstance(block, bytes):
             raise NodeError(f"{self.node.desc.name} has {type_name(block)} where its fields' number is", self.node)
-        num_fields = _I4.unpack_from(block)[0]
+        num_fields = I4.unpack_from(block)[0]
         if not 0 <= num_fields < len(content) - 3:
             raise NodeError(f"{self.node.desc.name} has {num_fields} fields", self.node)
         for value in content[4 : 4 + num_fields]:
@@ -128,7 +126,7 @@ class ObjectParts:
         rest = block[4:] if num_fields == 0 else content[4 + num_fields]
         if not isinstance(rest, bytes):
             raise NodeError(f"{self.node.desc.name} has {type_name(rest)} where its children's number is", self.node)
-        self._set_children(content, 4 + num_fields + bool(num_fields), _I4.unpack_from(rest)[0])
+        self._set_children(content, 4 + num_fields + bool(num_fields), I4.unpack_from(rest)[0])
 
     def _set_children(self, content: Sequence[Content], first: int, count: int) -> None:
         if not 0 <= count <= len(content) - first:
@@ -372,7 +370,7 @@ class Reader:
             tail = tail[1:]
         if len(tail) < 3 or not isinstance(tail[2], bytes) or len(tail[2]) < 8:
             raise NodeError(f"{node.desc.name} ends before its class and ROI", node)
-        probability: float = _F8.unpack_from(tail[2])[0]
+        probability: float = F8.unpack_from(tail[2])[0]
         return Row(
             identity,
             kind,
