@@ -21,7 +21,7 @@ from darefine_qupath.cli.learn import tiles as tiles_command
 from darefine_qupath.cli.learn import train as train_command
 from darefine_qupath.errors import ConfigError, DarefineError, ModelError, TileError, TrainingError
 from darefine_qupath.geometry import Size
-from darefine_qupath.models import build_model
+from darefine_qupath.models import Normalisation, build_model
 from darefine_qupath.pipeline import learning
 from darefine_qupath.pipeline.hardness import hard_weights
 from darefine_qupath.pipeline.learning import Folds, TileRequest, TrainRequest, resume_training, train_on_project
@@ -36,7 +36,7 @@ from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.screening import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage
-from darefine_qupath.training import TrainResult
+from darefine_qupath.training import RunSettings, TrainResult
 from darefine_qupath.training.batches import Placed, load_batches
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, square, write
 from tests.test_inspection import ProjectOfFiles, entry
@@ -307,7 +307,15 @@ class Trained:
     def __call__(self, data: TileDataset, validation: TileDataset | None, **more: Any) -> TrainResult:  # noqa: ANN401
         self.calls.append((data, validation, more))
         out = more["out"]
-        (out / "config.json").write_text("{}")
+        settings = RunSettings(
+            model=more["model"],
+            train=more["config"],
+            tiles=more["tile_spec"],
+            classes=more["class_map"],
+            normalisation=Normalisation(),
+            provenance=more["provenance"],
+        )
+        (out / "config.json").write_text(json.dumps(settings.to_json()))
         return TrainResult(folder=out, best=out / "a", last=out / "b", metrics={}, epochs=1, is_early=False)
 
 
@@ -419,7 +427,9 @@ def test_folds_share_their_tiles_and_train_one_after_the_other(tiny: Path, tmp_p
     assert second[1] is not None
     assert set(first[0].tiles.ids()) == set(second[1].tiles.ids())
     assert set(first[1].tiles.ids()) == set(second[0].tiles.ids())
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["fold-1", "fold-2", "request.json", "tiles"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "fold-1", "fold-2", "labels.json", "request.json", "settings.toml", "tiles",
+    ]  # fmt: skip
     with pytest.raises(TrainingError, match="holds a training run already"):
         train_on_project(wanted)
     assert isinstance(resume_training(tmp_path / "run"), Folds)

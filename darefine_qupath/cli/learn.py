@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from darefine_qupath.checkpoint import describe, export_onnx, load_checkpoint, read_header
 from darefine_qupath.cli.options import (
@@ -74,6 +75,7 @@ _SPLIT_OPTIONS = (
     ),
     click.option("--note-roles", is_flag=True, help="Write into the project which images train, validate and test."),
 )
+_RECIPE_KEYS = ("preset", "epochs", "batch_size", "device", "seed", "encoder_weights")
 _SPLIT_KEYS = ("validation", "test", "validation_images", "test_images")
 _TILE_KEYS = ("size_px", "slice_um", "context_um", "stride_um", "slice_px", "context_px", "stride_px", "placement")
 
@@ -250,7 +252,7 @@ def train(
             _report(training, progress)
 
         if resume is not None:
-            result = resume_training(resume, progress=step, tile_progress=cut, announce=note)
+            result = resume_training(resume, changes=_changes(options), progress=step, tile_progress=cut, announce=note)
         else:
             assert project is not None
             assert out is not None
@@ -258,6 +260,24 @@ def train(
             result = train_on_project(request, progress=step, tile_progress=cut, announce=note)
     if result.is_main:
         _show_result(result, as_json=as_json)
+
+
+def _changes(options: dict[str, Any]) -> dict[str, Any]:
+    """Training settings given beside --resume; anything else that was given would be passed over in silence."""
+    context = click.get_current_context()
+    given = [key for key in options if context.get_parameter_source(key) is ParameterSource.COMMANDLINE]
+    others = [key for key in given if key == "preset" or key not in (*_RECIPE_KEYS, "extra")]
+    if others:
+        names = {param.name: param.opts[0] for param in context.command.params}
+        raise click.UsageError(
+            f"A run goes on with its own tiles, network and recipe: leave {', '.join(names[key] for key in others)} out"
+        )
+    return _recipe(options)
+
+
+def _recipe(options: dict[str, Any]) -> dict[str, Any]:
+    """Training settings that were given."""
+    return {**{key: options[key] for key in _RECIPE_KEYS if options[key] is not None}, **options["extra"]}
 
 
 def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
@@ -271,7 +291,6 @@ def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
         "width": options["width"],
     }
     is_anew = str(options["init_from"]) == "none"
-    recipe = {key: options[key] for key in ("preset", "epochs", "batch_size", "device", "seed", "encoder_weights")}
     return TrainRequest(
         tiles=TileRequest(
             project=project,
@@ -286,7 +305,7 @@ def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
         ),
         out=out,
         model=model,
-        train={**{key: value for key, value in recipe.items() if value is not None}, **options["extra"]},
+        train=_recipe(options),
         on_the_fly=options["on_the_fly"],
         split=_chosen(options, (*_SPLIT_KEYS, "folds", "fold")),
         sampling=_chosen(options, ("max_per_image", "max_per_image_class", "hard")),

@@ -32,10 +32,11 @@ from darefine_qupath.tiles.screening import index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileReader
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.split import Role, Split, TilePart
-from darefine_qupath.training import Reporter, TrainConfig, TrainResult, train
+from darefine_qupath.training import Reporter, TrainConfig, TrainResult, read_run, train
 from darefine_qupath.training.batches import steps_per_epoch
 from darefine_qupath.training.distributed import World, join_world
 from darefine_qupath.training.initial import check_start
+from darefine_qupath.training.runfolder import RunSettings
 
 __all__ = [
     "Folds",
@@ -56,6 +57,7 @@ Announcer = Callable[[str], None]
 """Told in a sentence or two what is about to be trained."""
 
 _REQUEST = "request.json"
+_SETTINGS = "settings.toml"
 _SPLIT = "split.json"
 _LABELS = "labels.json"
 _HARD = "hard.json"
@@ -144,8 +146,8 @@ class TrainRequest:
         return None if self.on_the_fly else self.dataset or self.out / _TILES
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_json` gives the same request back."""
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+        """Return plain JSON values; `from_json` gives the same request back, with absolute paths."""
+        return json.loads(json.dumps(asdict(self), default=_absolute))  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainRequest:
@@ -345,6 +347,7 @@ def train_on_project(
 def resume_training(
     folder: Path,
     *,
+    changes: Mapping[str, Any] | None = None,
     progress: Reporter | None = None,
     tile_progress: CountReport | None = None,
     announce: Announcer | None = None,
@@ -355,6 +358,8 @@ def resume_training(
     ----------
     folder : Path
         The run folder.
+    changes : mapping, optional
+        Fields of `TrainConfig` that go over those it began with. What decides what is learnt cannot change.
     progress, tile_progress, announce : callable, optional
         See `train_on_project`.
 
@@ -362,6 +367,11 @@ def resume_training(
     -------
     TrainResult or Folds
         See `train_on_project`.
+
+    Raises
+    ------
+    TrainingError
+        If the folder holds no run, or one that cannot go on: its tiles are gone or others, its files are damaged.
     """
     file = folder / _REQUEST
     if not file.is_file():
@@ -370,8 +380,15 @@ def resume_training(
         request = TrainRequest.from_json(json.loads(file.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{file} is damaged ({error}); the run cannot go on") from None
-    started = (folder / "config.json").exists()
-    return _start(replace(request, out=folder), progress, tile_progress, announce, resume=started)
+    # Whatever stands in the project's settings now, the run goes on with those that it began with.
+    tiles = replace(request.tiles, settings=folder / _SETTINGS)
+    request = replace(request, out=folder, tiles=tiles, train={**request.train, **(changes or {})})
+    return _start(request, progress, tile_progress, announce, resume=_has_begun(folder))
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run folder holds more than what precedes the first step."""
+    return any((folder / name).exists() for name in ("config.json", "state.safetensors"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,21 +431,23 @@ def _start(
     *,
     resume: bool,
 ) -> TrainResult | Folds:
-    spec = _settings(request.tiles).split_spec(**request.split)
+    settings = _settings(request.tiles)
+    spec = settings.split_spec(**request.split)
     if not spec.folds or spec.fold:
-        return _train(request, progress, tile_progress, announce, resume=resume)
+        return _train(request, progress, tile_progress, announce, resume=resume)[0]
     if request.note_roles:
         raise ConfigError("In a cross-validation every case validates once: there are no roles to note in the project")
-    request.out.mkdir(parents=True, exist_ok=True)
-    _note(request.out / _REQUEST, request.to_json())
+    if join_world(TrainConfig.from_mapping(_recipe(settings, request)).device).is_main:
+        _note_request(request, settings)
     results = []
+    cut: Tiles | None = None
     for fold in range(1, spec.folds + 1):
         # All folds share the tiles; each has a run folder of its own.
         out = request.out / f"fold-{fold}"
         part = replace(request, out=out, dataset=request.tiles_at, split={**request.split, "fold": fold})
         (announce or _log.info)(f"Fold {fold} of {spec.folds}")
-        started = (out / "config.json").exists()
-        results.append(_train(part, progress, tile_progress, announce, resume=started))
+        result, cut = _train(part, progress, tile_progress, announce, resume=_has_begun(out), cut=cut, is_fold=True)
+        results.append(result)
     return Folds(folder=request.out, results=tuple(results))
 
 
@@ -439,35 +458,40 @@ def _train(
     announce: Announcer | None,
     *,
     resume: bool,
-) -> TrainResult:
+    cut: Tiles | None = None,
+    is_fold: bool = False,
+) -> tuple[TrainResult, Tiles]:
+    """Train once, with tiles that are `cut` already where several folds share them; give them too."""
     settings = _settings(request.tiles)
     split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
-    former = None if request.init_from is None else read_header(request.init_from)
-    model_wanted = _model_wanted(settings, request, former)
-    recipe = _recipe(settings, request)
-    config = TrainConfig.from_mapping({**recipe, "clip_norm": 1.0} if _needs_clipping(recipe, model_wanted) else recipe)
+    begun = read_run(request.out) if resume else None
+    model_wanted, config, spec = _wanted(settings, request) if begun is None else _as_begun(begun, request)
     world = join_world(config.device)
-    check_start(model_wanted, config, request.init_from)
+    if begun is None:
+        check_start(model_wanted, config, request.init_from)
     if world.is_main:
-        request.out.mkdir(parents=True, exist_ok=True)
-        _note(request.out / _REQUEST, request.to_json())
-        tiles = _tiles_of_run(request, split_spec, former, resume, tile_progress)
+        if begun is None:
+            _note_request(request, settings)
+        tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, progress=tile_progress)
+        if is_fold:
+            tiles = _noted_for_folds(request.out.parent / _LABELS, tiles, begun)
     world.wait()
     if not world.is_main:
         # What the first process has cut is there by now.
-        tiles = _tiles_of_run(request, split_spec, former, resume=True, progress=None)
+        tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, progress=None)
     classes = tiles.index.classes
     model = ModelConfig.from_json({**model_wanted.to_json(), "num_classes": classes.num_classes})
     split = divide(tiles.index, split_spec, seed=config.seed)
     training, validation = split.part(tiles.index, "train"), split.part(tiles.index, "validation")
     training = replace(training, tiles=sampling.cap(training.tiles, seed=config.seed))
     if world.is_main:
-        _note_origin(request, tiles, split, training, resume=resume)
+        if begun is None:
+            _note_origin(request, tiles, split, training)
         _note_hard_tiles(request, sampling, TileDataset(training.tiles, tiles.reader), world)
         for sentence in _announcement(settings, request, model, config, world, (training, validation)):
             (announce or _log.info)(sentence)
     world.wait()
-    return train(
+    result = train(
         TileDataset(training.tiles, tiles.reader),
         TileDataset(validation.tiles, tiles.reader) if len(validation) else None,
         model=model,
@@ -475,12 +499,28 @@ def _train(
         out=request.out,
         class_map=classes,
         tile_spec=tiles.index.spec,
-        provenance=_provenance(request, tiles, split, training),
+        provenance=_provenance(request, tiles, split, training) if begun is None else begun.provenance,
         progress=progress,
         resume=resume,
         init_from=request.init_from,
         hard=_read_json(request.out / _HARD) if sampling.hard_model is not None else None,
     )
+    return result, tiles
+
+
+def _wanted(settings: Settings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
+    """Network, recipe and default tiles of a new run."""
+    former = None if request.init_from is None else read_header(request.init_from)
+    model = _model_wanted(settings, request, former)
+    recipe = _recipe(settings, request)
+    config = TrainConfig.from_mapping({**recipe, "clip_norm": 1.0} if _needs_clipping(recipe, model) else recipe)
+    return model, config, None if former is None else former.tiles
+
+
+def _as_begun(begun: RunSettings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
+    """Network, recipe and tiles of a run that goes on: its own, whatever this machine's defaults are."""
+    config = TrainConfig.from_mapping({**begun.train.to_mapping(), **_underscored(request.train)})
+    return begun.model, config, begun.tiles
 
 
 def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointHeader | None) -> ModelConfig:
@@ -498,6 +538,20 @@ def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointH
     return kept
 
 
+def _note_request(request: TrainRequest, settings: Settings) -> None:
+    """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
+    request.out.mkdir(parents=True, exist_ok=True)
+    text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
+    with replacing(request.out / _SETTINGS, TrainingError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    _note(request.out / _REQUEST, request.to_json())
+
+
+def _absolute(value: object) -> str:
+    """Path as it means the same wherever the run is gone on with."""
+    return str(Path(str(value)).absolute())
+
+
 def _note(path: Path, data: Mapping[str, Any]) -> None:
     with replacing(path, TrainingError) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -511,17 +565,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _note_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart, *, resume: bool) -> None:
+def _noted_for_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Tiles:
+    """Tiles with the objects that gave their labels, noted for later folds: the project may be another by then."""
+    if tiles.corpus is None:
+        noted = _read_json(file)
+        return replace(tiles, held_back=tuple(noted["held_back"]), objects=noted["objects"])
+    if begun is None:
+        _note(file, {"objects": tiles.objects, "held_back": tiles.held_back})
+    return tiles
+
+
+def _note_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> None:
     """Note in the run folder, and in the project if asked, what is learnt from."""
     roles: dict[str, Role] = {**split.images, **dict.fromkeys(tiles.held_back, "test")}
-    if tiles.corpus is None:
-        # A run that goes on has noted all that before; the project may be another by now.
-        return
     _note(request.out / _SPLIT, {**split.to_json(), "images": roles})
     trained = {training.tiles.images[number].id for number in np.unique(training.tiles.image).tolist()}
     objects = {image: found for image, found in tiles.objects.items() if image in trained}
     _note(request.out / _LABELS, {"labels": request.tiles.labels, "objects": objects})
-    if not request.note_roles or resume:
+    if not request.note_roles:
         return
     if split.is_spatial:
         _log.warning("The split runs through a slide, so there are no roles of images to note in the project")
@@ -571,7 +632,11 @@ def _announcement(
 
 def _recipe(settings: Settings, request: TrainRequest) -> dict[str, Any]:
     """Fields of `TrainConfig` that were given, by their names."""
-    return {key.replace("-", "_"): value for key, value in {**settings.train, **request.train}.items()}
+    return _underscored({**settings.train, **request.train})
+
+
+def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in table.items()}
 
 
 def _needs_clipping(table: Mapping[str, Any], model: ModelConfig) -> bool:
@@ -586,20 +651,24 @@ def _needs_clipping(table: Mapping[str, Any], model: ModelConfig) -> bool:
 
 def _tiles_of_run(
     request: TrainRequest,
-    spec: SplitSpec,
-    former: CheckpointHeader | None,
-    resume: bool,
+    split: SplitSpec,
+    default_spec: TileSpec | None,
+    begun: RunSettings | None,
+    *,
+    is_cut: bool,
     progress: CountReport | None,
 ) -> Tiles:
     folder = request.tiles_at
-    if resume and folder is not None:
+    if is_cut and folder is not None:
         # The run goes on with the tiles it began with, whatever has been drawn in QuPath since.
+        if begun is not None and dataset_digest(folder) != begun.provenance.get("data"):
+            raise TrainingError(f"The tiles in {folder} are others than {request.out} began with; start a new run")
         return Tiles(index=load_index(folder), reader=DatasetReader(folder), corpus=None)
     return make_tiles(
         request.tiles,
         folder,
-        test_images=spec.test_images,
-        default_spec=None if former is None else former.tiles,
+        test_images=split.test_images,
+        default_spec=default_spec,
         # Tiles that several runs share are not replaced under them.
         overwrite=request.dataset in (None, request.out.parent / _TILES),
         progress=progress,

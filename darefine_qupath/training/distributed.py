@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from darefine_qupath.errors import TrainingError
+from darefine_qupath.errors import DarefineError, TrainingError, TrainingStoppedError
 from darefine_qupath.models import SegmentationNetwork
 
 __all__ = ["World", "join_world", "resolve_device"]
@@ -58,7 +61,40 @@ class World:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            distributed.barrier()
+            # NCCL would guess the device, and warn.
+            distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    @contextmanager
+    def talking(self, folder: Path) -> Iterator[None]:
+        """Say in one line when the others are gone, instead of what the network between them says.
+
+        Parameters
+        ----------
+        folder : Path
+            The run that they share.
+
+        Raises
+        ------
+        TrainingError
+            In the place of torch's error.
+        """
+        try:
+            yield
+        except TrainingStoppedError:
+            raise  # all processes stop together, and part as they should
+        except RuntimeError as error:
+            self._forsake()
+            if isinstance(error, DarefineError) or not (self.size > 1 and _is_lost(error)):
+                raise
+            raise TrainingError(
+                f"Process {self.rank} of {self.size} has lost another one, whose own message says why; if there is "
+                f"none, it was killed, often for want of memory. Then go on with --resume {folder}"
+            ) from error
+
+    def _forsake(self) -> None:
+        """Leave without a farewell: the others may be waiting for this process and would make it wait for them."""
+        if self.size > 1 and self.device.type == "cuda":
+            atexit.unregister(distributed.destroy_process_group)
 
     def share_norms(self, network: SegmentationNetwork) -> None:
         """Make batch norm see the batches of all processes, in place; only between CUDA devices does torch do so."""
@@ -130,12 +166,19 @@ def join_world(device: str) -> World:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     except ValueError as error:
         raise TrainingError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
+    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise TrainingError(f"Several processes cannot share {device}; with --device cuda each takes its own")
     world = World(rank=rank, size=size, device=resolve_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not distributed.is_initialized():
         _join(world)
     return world
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error is about another process that is gone."""
+    return isinstance(error, distributed.DistError) or any(sign in str(error).lower() for sign in ("gloo", "nccl"))
 
 
 def _join(world: World) -> None:

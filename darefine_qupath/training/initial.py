@@ -150,9 +150,15 @@ class FrozenNorms:
         `freeze_batch_norm` counts.
     trained : tuple of str
         Roles of the encoders that come trained.
+
+    Attributes
+    ----------
+    trained : tuple of str
+        The same.
     """
 
     def __init__(self, network: SegmentationNetwork, config: TrainConfig, trained: tuple[str, ...]) -> None:
+        self.trained = trained
         roles = {"yes": tuple(network.encoders), "no": (), "auto": trained}[config.freeze_batch_norm]
         self.layers = [
             layer

@@ -23,7 +23,7 @@ from darefine_qupath.checkpoint import Checkpoint, environment, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.models import ModelConfig, Normalisation
+from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.sampling import tile_weights
 from darefine_qupath.tiles.spec import TileSpec
@@ -39,7 +39,7 @@ from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
 from darefine_qupath.training.recipe import TrainConfig
 from darefine_qupath.training.runfolder import RunFolder, RunSettings
 from darefine_qupath.training.schedule import learning_rate_factor
-from darefine_qupath.training.state import Counters, load_state, save_state
+from darefine_qupath.training.state import Counters, load_state, read_trained, save_state
 from darefine_qupath.training.stepping import StepOutcome, Stepper, memory_advice
 
 __all__ = ["TrainResult", "train"]
@@ -158,11 +158,21 @@ def train(
         elif world.is_main:
             folder.begin(settings)
         world.wait()
-        run = _Run(settings, train_data, val_data, folder=folder, world=world, init_from=init_from, hard=hard)
-        run.report, run.stop = progress, stop
-        if resume:
-            run.restore()
-        return run.fit()
+        with world.talking(folder.path):
+            run = _Run(
+                settings,
+                train_data,
+                val_data,
+                folder=folder,
+                world=world,
+                init_from=init_from,
+                hard=hard,
+                resume=resume,
+            )
+            run.report, run.stop = progress, stop
+            if resume:
+                run.restore()
+            return run.fit()
 
 
 class _Run:
@@ -178,6 +188,7 @@ class _Run:
         world: World,
         init_from: Path | None,
         hard: Mapping[str, float] | None,
+        resume: bool,
     ) -> None:
         self.settings, self.config, self.folder, self.world = settings, settings.train, folder, world
         self.train_data = train_data
@@ -186,7 +197,7 @@ class _Run:
         self.stop = StopRequest()
         self.weights = _weights(train_data.tiles, self.config, hard)
         self.steps = steps_per_epoch(len(train_data), self.config)
-        self.stepper = self._stepper(init_from)
+        self.stepper = self._stepper(*self._network(init_from, resume=resume))
         self.counters = Counters()
         self.watch = Stopwatch()
         self.saved_at = time.monotonic()
@@ -196,9 +207,17 @@ class _Run:
         self.learning_rate = 0.0
         self.must_stop = False
 
-    def _stepper(self, init_from: Path | None) -> Stepper:
+    def _network(self, init_from: Path | None, *, resume: bool) -> tuple[SegmentationNetwork, tuple[str, ...]]:
+        """Network and the roles of its encoders that came trained; what they came from counts at the start alone."""
+        model, state = self.settings.model, self.folder.state
+        if resume and state.exists():
+            return build_model(model, seed=self.config.seed), read_trained(state)
+        if resume:
+            _log.warning("%s was stopped before its first state was saved; it starts again", self.folder.path)
+        return initial_network(model, self.config, self.settings.classes, init_from)
+
+    def _stepper(self, network: SegmentationNetwork, trained: tuple[str, ...]) -> Stepper:
         config, settings = self.config, self.settings
-        network, trained = initial_network(settings.model, config, settings.classes, init_from)
         self.world.share_norms(network)
         weighted = config.class_weights == "inverse"
         return Stepper(
@@ -215,8 +234,6 @@ class _Run:
         """Go back to the state that was saved last."""
         if self.folder.state.exists():
             self.counters = load_state(self.folder.state, self.stepper)
-        else:
-            _log.warning("%s was stopped before its first state was saved; it starts again", self.folder.path)
         if self.world.is_main:
             self.folder.forget_after(self.stepper.step)
         self.world.wait()
@@ -502,11 +519,14 @@ def _weights(tiles: TileIndex, config: TrainConfig, hard: Mapping[str, float] | 
 
 
 def _digest(data: TileData | None) -> str:
-    """Digest of which tiles there are and of their labels, as far as the index knows them."""
+    """Digest of which tiles there are and of their labels, as far as the index knows them.
+
+    Names and metadata of images do not count: a role that is noted in the project leaves the tiles as they are.
+    """
     if data is None:
         return "none"
     tiles = data.tiles
-    digest = hashlib.sha256(json.dumps([image.to_json() for image in tiles.images]).encode())
+    digest = hashlib.sha256(json.dumps([(image.id, image.size, image.mpp) for image in tiles.images]).encode())
     for column in (tiles.image, tiles.slice_xy, tiles.context_xy, tiles.counts):
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:16]

@@ -7,7 +7,8 @@ atomically, so that whatever kills a run leaves the last whole state.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.training.stepping import Stepper
 
-__all__ = ["Counters", "load_state", "save_state"]
+__all__ = ["Counters", "load_state", "read_trained", "save_state"]
 
 FORMAT = "darefine-training-state"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
         "version": VERSION,
         "step": stepper.step,
         "counters": asdict(counters),
+        "trained": list(stepper.norms.trained),
         "scaler": stepper.scaler.state_dict(),
     }
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -93,6 +95,27 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
             save_file(plain, temporary, metadata={"darefine": json.dumps(header)})
         except SafetensorError as error:
             raise TrainingError(f"The training state {path} cannot be written ({error}); is the disk full?") from error
+
+
+def read_trained(path: Path) -> tuple[str, ...]:
+    """Roles of the encoders that came trained into the run of a state, so that what they came from need not be there.
+
+    Parameters
+    ----------
+    path : Path
+        What `save_state` wrote.
+
+    Returns
+    -------
+    tuple of str
+
+    Raises
+    ------
+    TrainingError
+        If the file is damaged or of another version.
+    """
+    with _opened(path) as (header, _):
+        return tuple(header["trained"])
 
 
 def load_state(path: Path, stepper: Stepper) -> Counters:
@@ -115,7 +138,8 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
     TrainingError
         If the file is damaged, of another version, or belongs to another network or recipe.
     """
-    header, tensors = _read(path)
+    with _opened(path) as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     try:
         stepper.network.load_state_dict(_under("network/", tensors))
         if stepper.average is not None:
@@ -146,18 +170,19 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Give the header of a state and the open file, whose tensors are read when asked for."""
     if not path.is_file():
         raise TrainingError(f"There is no training state {path} to go on from; train without --resume")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("darefine", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+                raise TrainingError(
+                    f"{path} is {header.get('format', 'a file of another program')} version {header.get('version')}; "
+                    f"expected {FORMAT} version {VERSION}; train afresh"
+                )
+            yield header, file
     except (SafetensorError, OSError, ValueError) as error:
         raise TrainingError(f"The training state {path} is damaged ({error}); train afresh") from error
-    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        raise TrainingError(
-            f"{path} is {header.get('format', 'a file of another program')} version {header.get('version')}; expected "
-            f"{FORMAT} version {VERSION}"
-        )
-    return header, tensors
