@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,34 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["replacing", "sync_folder"]
+__all__ = ["put_in_place", "replacing", "sync_folder"]
+
+# A virus scanner or an indexer holds a new file for a moment, and Windows moves nothing that is held.
+_PATIENCE_S = 1.0 if os.name == "nt" else 0.0
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Give a file the name of another, which it replaces in one step.
+
+    Parameters
+    ----------
+    source, target : Path
+        In the same folder, or at least on the same disk.
+
+    Raises
+    ------
+    OSError
+        If the system refuses; on Windows, if it goes on refusing for a second.
+    """
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            os.replace(source, target)  # noqa: PTH105 - the one call whose atomicity is documented for every system
+            return
+        except PermissionError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -49,7 +77,7 @@ def replacing(path: Path, error: type[DarefineError]) -> Iterator[Path]:
         temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        put_in_place(temporary, path)
         sync_folder(path.parent)
     except DarefineError:  # some are OSErrors; what went wrong inside has its own words
         raise

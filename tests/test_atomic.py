@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from darefine_qupath import atomic
 from darefine_qupath.atomic import replacing, sync_folder
 from darefine_qupath.errors import ExchangeError, SlideError
 
@@ -42,7 +44,7 @@ def test_says_why_the_system_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full) if call == "fsync" else monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, call, full)
     with (
         pytest.raises(ExchangeError, match=r"mask\.tif cannot be written \(No space left on device\)"),
         replacing(path, ExchangeError) as temporary,
@@ -50,6 +52,26 @@ def test_says_why_the_system_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"former"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("patience_s", "refusals", "is_replaced"), [(60, 3, True), (0, 1, False)])
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float, refusals: int, is_replaced: bool
+) -> None:
+    path, left, real = tmp_path / "mask.tif", iter(range(refusals)), os.replace
+
+    def held(source: Path, target: Path) -> None:
+        if next(left, None) is not None:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(atomic, "_PATIENCE_S", patience_s)
+    refused = contextlib.nullcontext() if is_replaced else pytest.raises(ExchangeError, match="Access is denied")
+    with refused, replacing(path, ExchangeError) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.exists() == is_replaced
+    assert len(list(tmp_path.iterdir())) == is_replaced
 
 
 def test_a_network_share_that_cannot_sync_a_folder_is_no_failure(

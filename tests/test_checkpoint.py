@@ -318,9 +318,9 @@ def test_a_write_that_fails_leaves_the_former_file(
 
 def test_the_new_file_is_on_the_disk_before_it_takes_the_place(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    fsync, move = os.fsync, Path.replace
+    fsync, move = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, target: (steps.append("replace"), move(self, target))[1])
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), move(*paths))[1])
     save_checkpoint(file, a_checkpoint())
     assert steps[:2] == ["fsync", "replace"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -171,6 +173,28 @@ def test_info_as_json(run: Run) -> None:
     assert found["images"][0]["mpp"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize("name", ["Łódź 腫瘍.tif", "not-utf8-\udcff.tif"], ids=["letters", "bytes"])
+def test_a_terminal_that_lacks_the_letters_of_a_name_gets_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, name: str
+) -> None:
+    project = _copy(tmp_path)
+    file = project / "project.qpproj"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["images"][0]["imageName"] = name
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+    def printed(*words: str) -> str:
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, write_through=True))
+        with pytest.raises(SystemExit, match="0"):
+            main(["info", str(project), *words])
+        return out.getvalue().decode(encoding)
+
+    assert name.encode(encoding, "backslashreplace").decode(encoding) in printed()
+    assert json.loads(printed("--json"))["images"][0]["name"] == name
+
+
 def test_export_names_files_by_entry_id(run: Run, tmp_path: Path) -> None:
     code, _, _ = run("export", TINY, "--geojson", tmp_path / "out", "--engine", "embedded")
     assert code == 0
@@ -302,8 +326,11 @@ def test_evaluate_compares_with_what_a_person_drew(run: Run, trained: Path, tmp_
     assert [slide["name"] for slide in found["slides"]] == ["test-3.tif"]
     assert found["seen"] == []
     assert 0 <= found["total"]["miou"] <= 1
+    listed = (project / "project.qpproj").read_text(encoding="utf-8")
+    renamed = listed.replace('"imageName": "test-3.tif"', '"imageName": "a: 20x?.tif"')
+    (project / "project.qpproj").write_text(renamed, encoding="utf-8")
     assert run("overlay", project, "--truth", project / "truth", "-o", tmp_path / "pictures")[0] == 0
-    assert [file.suffix for file in (tmp_path / "pictures").iterdir()] == [".png"]
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["3-a_ 20x_.png"]
 
 
 def test_within_a_class_that_no_image_has(run: Run, trained: Path, tmp_path: Path) -> None:

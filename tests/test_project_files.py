@@ -357,6 +357,7 @@ def test_the_path_in_a_uri(uri: str, path: str | None) -> None:
         ("file:/C:/my%20slides/a.svs", True, PureWindowsPath(r"C:\my slides\a.svs")),
         ("file://server/share/a.svs", True, PureWindowsPath(r"\\server\share\a.svs")),
         ("file:////server/share/a.svs", True, PureWindowsPath(r"\\server\share\a.svs")),
+        ("file:/C:/not-utf8-%FF.svs", True, PureWindowsPath("C:/not-utf8-\udcff.svs")),
         ("file:/a/b.svs", False, PurePosixPath("/a/b.svs")),
         ("file:/C:/a.svs", False, PurePosixPath("/C:/a.svs")),
         ("http://x/a.svs", True, None),

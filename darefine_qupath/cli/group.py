@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -92,6 +93,9 @@ def darefine(verbose: int) -> None:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line; errors become one line on standard error and exit code 2."""
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter of a slide's name that the terminal's encoding lacks must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Without its standalone mode click gives the exit code back instead of ending the process.
         code = darefine.main(args=args, prog_name="darefine", standalone_mode=False) or 0

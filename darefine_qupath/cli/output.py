@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,13 @@ Report = Callable[[int, int, str], None]
 
 def echo_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Print one JSON object; a NaN becomes null, for strict readers."""
-    click.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2))
+    text = json.dumps(_plain(value), ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        # A pipe on Windows has the encoding of the region; escapes are the same JSON in any.
+        text = json.dumps(_plain(value), indent=2)
+    click.echo(text)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value

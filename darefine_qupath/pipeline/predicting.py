@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -267,7 +269,10 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
             raise PredictionError(f"No image of {project.path} can be predicted: {reasons}")
         by_id = {image.id: image for image in images}
         batch: str | None = None
-        for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
+        overall = None if progress is None else _Overall(progress, len(tasks))
+        for result in predict_many(tasks, scheduler=request.scheduler, progress=overall):
+            if overall is not None:
+                overall.finished(result.task)
             image = by_id[result.task.key]
             if result.score_map is None:
                 outcomes.append(ImageOutcome(image=image, error=result.error))
@@ -283,6 +288,36 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
             outcomes=tuple(outcomes),
             skipped=skipped,
         )
+
+
+class _Overall:
+    """Adds to the progress of a slide how far all slides are together."""
+
+    def __init__(self, report: Report, num_slides: int) -> None:
+        self._report, self._num_slides = report, num_slides
+        self._began = time.monotonic()
+        self._seen: dict[str, Progress] = {}
+        self._finished = self._skipped = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self._seen[progress.slide] = progress
+        left = self._seconds_left()
+        self._report(replace(progress, slides_done=self._finished, num_slides=self._num_slides, all_seconds_left=left))
+
+    def finished(self, task: SlideTask) -> None:
+        """Count a slide that is done with; one that told nothing before was finished already, or failed."""
+        self._finished += 1
+        self._skipped += task.slide.name not in self._seen
+
+    def _seconds_left(self) -> float | None:
+        seen = tuple(self._seen.values())
+        fresh = sum(progress.fresh for progress in seen)
+        if not fresh:
+            return None
+        unseen = max(0, self._num_slides - self._skipped - len(seen))
+        left = sum(progress.total - progress.done for progress in seen)
+        left_unseen = unseen * sum(progress.total for progress in seen) / len(seen)
+        return (left + left_unseen) * (time.monotonic() - self._began) / fresh
 
 
 def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[str]) -> None:
@@ -396,7 +431,7 @@ def _polygons(
         return found
 
     size = None if image.width is None or image.height is None else (image.width, image.height)
-    return vectorise(
+    polygons = vectorise(
         labels,
         box=score_map.box,
         size=score_map.size,
@@ -411,6 +446,20 @@ def _polygons(
         margin=lambda window: score_map.read("margin", window),
         runner_up=lambda window: score_map.read("runner_up", window),
     )
+    _check_unchanged(score_map)
+    return polygons
+
+
+def _check_unchanged(score_map: ScoreMap) -> None:
+    """Refuse polygons of a map that another process wrote anew while it was read: they may be of two models."""
+    try:
+        found = read_score_map(score_map.folder).fingerprint
+    except PredictionError:
+        found = None
+    if found != score_map.fingerprint:
+        raise PredictionError(
+            f"{score_map.folder} was written anew by another process while it was read; predict again"
+        )
 
 
 def write_summary(prediction: Prediction, path: Path) -> None:
@@ -614,7 +663,9 @@ def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | 
         panels.insert(1, Panel(title="Truth", labels=labels))
         compare = (labels, predicted)
     hidden = score_map.classes.unlabelled_label
-    path = out / f"{image.id}-{Path(image.name).stem}.png"
+    # What Windows allows in no file name; a colon would even hide the picture in a stream of another file.
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", Path(image.name).stem)
+    path = out / f"{image.id}-{name}.png"
     draw_panels(
         path, thumbnail, panels, score_map.classes, hidden=None if hidden == IGNORE else hidden, compare=compare
     )

@@ -114,7 +114,8 @@ def vectorise(
         return ()
     hole = min_hole_um2 if mpp is not None and min_hole_um2 is not None else None
     hole_px = _pixels(hole, min_hole_px or 0.0, mpp, scale)
-    with tempfile.TemporaryDirectory(prefix="darefine-") as scratch:
+    # Windows does not remove a file that an error's traceback still maps; the error is what must be seen.
+    with tempfile.TemporaryDirectory(prefix="darefine-", ignore_cleanup_errors=True) as scratch:
         sieved = without_specks(source, plan, Path(scratch))
         pool = work_through(sieved, plan, block_px, threads, progress)
         # A map in a temporary file is let go of before its folder goes.

@@ -26,7 +26,7 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.atomic import sync_folder
+from darefine_qupath.atomic import put_in_place, sync_folder
 from darefine_qupath.errors import (
     ProjectChangedError,
     ProjectFormatError,
@@ -325,7 +325,7 @@ class Batch:
         if backup is None:
             return former
         self._make_folder(backup.parent)
-        os.replace(former, backup)  # noqa: PTH105 - the one call whose atomicity is documented for every system
+        put_in_place(former, backup)
         self._made.append(backup)
         sync_folder(backup.parent)
         return backup
@@ -352,7 +352,7 @@ class Batch:
         self._renaming = True
         try:
             for staged in self._staged:
-                os.replace(staged.new, staged.target)  # noqa: PTH105
+                put_in_place(staged.new, staged.target)
             for folder in {staged.target.parent for staged in self._staged}:
                 sync_folder(folder)
         except OSError as error:
@@ -377,7 +377,7 @@ class Batch:
 
 def _restore(former: Path, target: Path) -> None:
     try:
-        os.replace(former, target)  # noqa: PTH105
+        put_in_place(former, target)
     except OSError as error:
         kept = former.with_name(f"{target.name}.former")
         with contextlib.suppress(OSError):

@@ -43,7 +43,8 @@ def uri_path(uri: str) -> str | None:
     if found is None:
         return None
     host, path = found[1] or "", re.split("[?#]", found[2])[0]
-    path = os.fsdecode(unquote_to_bytes(path)) if "%" in path else path
+    # As Java: UTF-8 whatever the system; os.fsdecode fails on Windows where the bytes are not.
+    path = unquote_to_bytes(path).decode(errors="surrogateescape") if "%" in path else path
     if host.lower() not in ("", "localhost"):
         return f"//{host}{path}"
     if path.startswith("//"):
