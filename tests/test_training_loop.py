@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,15 +19,19 @@ from safetensors.torch import load_file
 
 from darefine_qupath.checkpoint import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import CheckpointError, ModelError, TrainingError, TrainingStoppedError
+from darefine_qupath.errors import CheckpointError, ModelError, TileError, TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
+from darefine_qupath.tiles.index import TileRecord
+from darefine_qupath.tiles.loading import TileDataset
+from darefine_qupath.tiles.sources import TilePixels
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
 from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
-from darefine_qupath.training.batches import num_workers, plan_epoch, plan_run
+from darefine_qupath.training.batches import load_batches, num_workers, plan_epoch, plan_run
+from darefine_qupath.training.interrupt import stop_on_signals
 from darefine_qupath.training.stepping import memory_advice
-from tests.training_toy import CLASSES, toy_config, toy_data, toy_model, toy_spec, toy_train
+from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +327,47 @@ def test_signal_ends_the_step_and_says_how_to_go_on(
     assert_same(weights(unbroken("paper")), weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_signal_breaks_a_validation_off(
+    tmp_path: Path, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    config, model = replace(recipe_config("paper"), workers=workers), toy_model(dropout=0.5)
+    counted, count = [], loop_module.evaluate
+
+    def interrupted(*args: object, before_batch: Callable[[], None], **kwargs: object) -> ConfusionMatrix:
+        def noted() -> None:
+            counted.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            before_batch()
+
+        return count(*args, before_batch=noted, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "evaluate", interrupted)
+        with pytest.raises(TrainingStoppedError, match="SIGINT ended training at epoch 1, step 3 of 3"):
+            toy_train(tmp_path / "run", config, model=model)
+    assert counted == [1]
+    toy_train(tmp_path / "run", config, model=model, resume=True)
+    assert_same(weights(unbroken("paper")), weights(tmp_path / "run"))
+
+
+def test_what_an_interrupt_does_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+    assert "Ctrl-C again stops it at once" in caplog.text
+
+
+def test_an_interrupt_that_is_passed_on_twice_counts_once() -> None:
+    with stop_on_signals(echo_s=60, is_silent=True) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        stop.since -= 61
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     def insist(_: Progress) -> None:
         for _ in range(2):
@@ -368,8 +414,12 @@ def test_loss_that_is_no_number_names_the_tiles(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["cuda", "cpu"],
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["cuda", "cpu", "cudnn"],
 )
 def test_out_of_memory_says_which_settings_to_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
@@ -396,6 +446,38 @@ def test_folder_with_a_run_is_refused(tmp_path: Path) -> None:
 def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no training run"):
         toy_train(tmp_path, resume=True)
+
+
+def test_a_resumed_run_needs_nothing_of_what_it_started_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
+    config = toy_config(epochs=2, batch_size=5, checkpoint_minutes=0)
+    start = toy_train(tmp_path / "start", toy_config(epochs=1, batch_size=5), model=model).best
+    toy_train(tmp_path / "whole", config, model=model, init_from=start)
+    with pytest.raises(Killed):
+        toy_train(tmp_path / "parts", config, model=model, init_from=start, progress=kill_at(4))
+    shutil.copytree(tmp_path / "parts", tmp_path / "early")
+    start.unlink()
+    toy_train(tmp_path / "parts", config, model=model, init_from=start, resume=True)
+    # Its encoders' batch norm stays frozen: that they came trained stands in the state.
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    (tmp_path / "early" / "state.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        toy_train(tmp_path / "early", config, model=model, init_from=start, resume=True)
+    assert "it starts again" in caplog.text
+
+
+def test_a_run_may_go_on_in_another_precision(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        toy_train(tmp_path, toy_config(checkpoint_steps=1), progress=kill_at(3))
+    assert toy_train(tmp_path, toy_config(precision="fp16", epochs=2), resume=True).epochs == 2
+
+
+def test_names_and_metadata_of_images_do_not_make_other_tiles(tmp_path: Path) -> None:
+    toy_train(tmp_path)
+    data = toy_data(10)
+    noted = tuple(replace(image, name="b.svs", metadata={"darefine.role": "train"}) for image in data.tiles.images)
+    same = TileDataset(replace(data.tiles, images=noted), data.reader)
+    assert toy_train(tmp_path, train_data=same, resume=True).epochs == 2
 
 
 def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
@@ -435,6 +517,29 @@ def test_network_and_classes_must_agree(tmp_path: Path) -> None:
 def test_unreadable_tile_stops_training(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="tile a/120_80 cannot be read"):
         toy_train(tmp_path, train_data=toy_data(10, bad="a/120_80"))
+
+
+class Unreadable(ToyReader):
+    """Tiles that cannot be read, for a reason or because the process dies."""
+
+    def read(self, record: TileRecord) -> TilePixels:
+        if self.bad == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise TileError(f"{record.id} is damaged; build the dataset again")
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "message"),
+    [
+        ("file", TileError, r"^a/\d+_80 is damaged; build the dataset again$"),
+        ("kill", TrainingError, r"^A process that reads tiles was killed .*lower workers; 0 reads without"),
+    ],
+)
+def test_what_workers_die_of_is_one_line(bad: str, kind: type[Exception], message: str) -> None:
+    data = TileDataset(toy_data(4).tiles, Unreadable(toy_spec(), bad))
+    planned = plan_epoch(data.tiles, toy_config(), None, 0)
+    with pytest.raises(kind, match=message):
+        list(load_batches(data, planned, workers=1))
 
 
 def test_device_that_is_not_here(tmp_path: Path) -> None:

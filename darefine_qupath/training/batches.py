@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
+from darefine_qupath.errors import DarefineError, TrainingError
 from darefine_qupath.models import box_within
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.loading import TileItem
@@ -32,6 +33,9 @@ from darefine_qupath.training.recipe import TrainConfig
 __all__ = ["Loaded", "Placed", "TileData", "load_batches", "num_workers", "plan_epoch", "plan_run", "steps_per_epoch"]
 
 _MOST_WORKERS = 16
+
+_Boxed = tuple[TileItem, Tensor]
+_Collated = tuple[Batch, tuple[str, ...]] | DarefineError
 
 
 class TileData(Protocol):
@@ -171,6 +175,13 @@ def load_batches(
     ------
     Loaded
         One per item of `planned`.
+
+    Raises
+    ------
+    DarefineError
+        What the reader of the tiles says of one that it cannot read.
+    TrainingError
+        If a worker was killed.
     """
     log: list[Placed] = []
     loader = DataLoader(
@@ -183,8 +194,23 @@ def load_batches(
         worker_init_fn=_ignore_signals if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    for batch, ids in loader:
-        yield Loaded(placed=log.pop(0), batch=batch, ids=ids)
+    batches = iter(loader)
+    while (found := _next(batches)) is not None:
+        if isinstance(found, DarefineError):
+            raise found
+        yield Loaded(placed=log.pop(0), batch=found[0], ids=found[1])
+
+
+def _next(batches: Iterator[_Collated]) -> _Collated | None:
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise TrainingError(
+            f"A process that reads tiles was killed ({str(error).splitlines()[0]}), often for want of memory, or of "
+            f"shared memory in a container: lower workers; 0 reads without such processes"
+        ) from error
 
 
 def _workers_like(data: TileData) -> BaseContext | None:
@@ -200,8 +226,8 @@ def _workers_like(data: TileData) -> BaseContext | None:
     return context
 
 
-class _AsDataset(Dataset[tuple[TileItem, Tensor]]):
-    """Tiles with their boxes; pickles for workers as the data does."""
+class _AsDataset(Dataset[_Boxed | DarefineError]):
+    """Tiles with their boxes, or why one cannot be read; pickles for workers as the data does."""
 
     def __init__(self, data: TileData) -> None:
         self.data = data
@@ -209,9 +235,14 @@ class _AsDataset(Dataset[tuple[TileItem, Tensor]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[TileItem, Tensor]:
+    def __getitem__(self, index: int) -> _Boxed | DarefineError:
         pair = self.data.tiles[index].pair
-        return self.data[index], torch.tensor(box_within(pair.slice, pair.context), dtype=torch.float32)
+        try:
+            item = self.data[index]
+        except DarefineError as error:
+            # Raised in a worker, it would reach the user with the worker's traceback as its text.
+            return error
+        return item, torch.tensor(box_within(pair.slice, pair.context), dtype=torch.float32)
 
 
 class _Noted:
@@ -227,8 +258,11 @@ class _Noted:
             yield list(placed.tiles)
 
 
-def _collate(items: list[tuple[TileItem, Tensor]]) -> tuple[Batch, tuple[str, ...]]:
-    tiles, boxes = zip(*items, strict=True)
+def _collate(items: list[_Boxed | DarefineError]) -> _Collated:
+    for item in items:
+        if isinstance(item, DarefineError):
+            return item
+    tiles, boxes = zip(*cast("list[_Boxed]", items), strict=True)
     batch = Batch(
         slices=default_collate([tile.slice for tile in tiles]),
         contexts=default_collate([tile.context for tile in tiles]),

@@ -101,6 +101,12 @@ class World:
         if self.size > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every process the buffers of the first, in place: on CPUs each has batch-norm statistics of its own."""
+        if self.size > 1:
+            for buffer in network.buffers():
+                distributed.broadcast(buffer, 0)
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """Return the network such that gradients are averaged over the processes."""
         if self.size == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ def evaluate(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     world: World | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> ConfusionMatrix:
     """Count how a network labels every tile of a dataset.
 
@@ -59,6 +60,8 @@ def evaluate(
         Other than float32: convolutions compute in it.
     world : World, optional
         Each process takes a part, and all get the same matrix.
+    before_batch : callable, optional
+        Called before each batch; what it raises ends the count.
 
     Returns
     -------
@@ -81,7 +84,10 @@ def evaluate(
     num_classes = model.config.num_classes
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
-    for loaded in load_batches(data, _plan(len(data), context, batch_size, world), workers=workers):
+    planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
+    for loaded in load_batches(data, planned, workers=workers, pin=pin):
+        if before_batch is not None:
+            before_batch()
         batch = loaded.batch.to(device)
         context_B3HW = _contexts(batch.contexts, context)
         with autocast(device, dtype):

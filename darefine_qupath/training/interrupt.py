@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
 
 __all__ = ["StopRequest", "stop_on_signals"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -16,16 +21,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
+
+    Parameters
+    ----------
+    echo_s : float
+        Seconds in which another SIGINT is the first one heard again: ``torchrun`` passes a Ctrl-C on to processes
+        that have had it from the terminal already.
+    is_silent : bool
+        Do not say what happens now.
 
     Yields
     ------
@@ -38,9 +52,16 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal_name = signal.Signals(number).name
+        if request:
+            if number == signal.SIGINT and monotonic() - request.since >= echo_s:
+                raise KeyboardInterrupt
+            return
+        request.signal_name, request.since = signal.Signals(number).name, monotonic()
+        if not is_silent:
+            _log.warning(
+                "%s: training stops as soon as it can go on from there; Ctrl-C again stops it at once",
+                request.signal_name,
+            )
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

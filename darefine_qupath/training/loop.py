@@ -46,6 +46,7 @@ __all__ = ["TrainResult", "train"]
 
 _log = logging.getLogger(__name__)
 _MAX_LISTED = 12
+_ECHO_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ def train(
     _check_data(train_data, settings)
     folder = RunFolder(out)
     world = join_world(config.device)
-    with stop_on_signals() as stop, _own_randomness(world):
+    echo_s = 0.0 if world.size == 1 else _ECHO_S
+    with stop_on_signals(echo_s=echo_s, is_silent=not world.is_main) as stop, _own_randomness(world):
         _check_batch(config, world)
         if resume:
             folder.check(settings)
@@ -338,6 +340,7 @@ class _Run:
         self.world.wait()
 
     def _validate(self, data: TileData) -> ConfusionMatrix:
+        self.world.share_buffers(self.stepper.best_network)
         with self._memory_advice():
             return evaluate(
                 self.stepper.best_network,
@@ -348,7 +351,13 @@ class _Run:
                 workers=num_workers(self.config, self.world.size),
                 dtype=self.stepper.dtype,
                 world=self.world,
+                before_batch=self._heed_stop,
             )
+
+    def _heed_stop(self) -> None:
+        """Break a validation off; several processes would have to agree on it, and finish it instead."""
+        if self.stop and self.world.size == 1:
+            self._stop_now()
 
     def _judge(self, epoch: int, matrix: ConfusionMatrix | None) -> bool:
         """Whether this is the best validation; counts those that are not."""

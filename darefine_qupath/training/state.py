@@ -145,7 +145,8 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
         if stepper.average is not None:
             stepper.average.load_state_dict(_under("average/", tensors))
         _restore_optimiser(stepper, _under("optimiser/", tensors))
-        stepper.scaler.load_state_dict(header["scaler"])
+        if header["scaler"]:  # empty where the run had no need of one; fp16 may have been chosen since
+            stepper.scaler.load_state_dict(header["scaler"])
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"{path} does not belong to this network and recipe ({reason}); train afresh") from error

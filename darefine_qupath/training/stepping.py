@@ -83,7 +83,7 @@ def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error).lower()
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
-            known in text for known in ("out of memory", "can't allocate memory", "not enough memory")
+            known in text for known in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
         ):
             raise
         raise TrainingError(
@@ -176,7 +176,7 @@ class Stepper:
         learning_rate = self.config.decoder_lr * factor
         batch = apply_augmentation(batch.to(self.world.device), draws)
         own = self.loss.normalisers(batch.masks)
-        shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop)])]))
+        shared = self.world.sum(torch.cat([own, own.new_full((1,), float(stop))]))
         own_loss = self._backward(batch, shared[:2])
         self._update()
         self.step += 1
