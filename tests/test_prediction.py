@@ -247,6 +247,40 @@ def test_interrupted_run_repeats_no_finished_row(tmp_path: Path) -> None:
     assert network.num_slices - before == total - (seen[0].done - seen[0].fresh)
 
 
+@pytest.mark.parametrize("name", ["band-00000.npz", "journal.json"])
+def test_damage_to_what_an_interrupted_run_left_is_computed_again(tmp_path: Path, name: str) -> None:
+    slide = array_slide(tmp_path, blobs((400, 900)))
+    whole = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "whole", options=OPTIONS)
+
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS, progress=stop)
+    damaged = tmp_path / "map" / "partial" / name
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    again = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    for layer in ("class", "confidence"):
+        assert again.path(layer).read_bytes() == whole.path(layer).read_bytes()
+
+
+def test_a_finished_map_that_was_cut_off_is_predicted_again(tmp_path: Path) -> None:
+    slide = array_slide(tmp_path, blobs((300, 300)))
+    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    whole = found.class_path.read_bytes()
+    found.class_path.write_bytes(whole[: len(whole) // 2])
+    predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    assert found.class_path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "map" / ".lock").mkdir(parents=True)
+    slide = array_slide(tmp_path, blobs((300, 300)))
+    with pytest.raises(PredictionError, match=f"Cannot write to {tmp_path / 'map'}"):
+        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
 

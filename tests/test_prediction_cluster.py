@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, SlideTask, predict_many
+from darefine_qupath.prediction import cluster as clusters
 from darefine_qupath.tiles import TileSpec
 from tests.prediction_stubs import array_slide, blobs, run_slowly
 
@@ -89,6 +93,84 @@ def test_no_scheduler_at_an_address(tmp_path: Path) -> None:
     pytest.importorskip("distributed", reason="Dask distributed is not installed")
     with pytest.raises(PredictionError, match="No Dask scheduler at nowhere"):
         list(predict_many(tasks(tmp_path, 1), scheduler="nowhere"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("banner", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["silent", "another protocol"])
+def test_something_else_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, banner: bytes) -> None:
+    pytest.importorskip("distributed", reason="Dask distributed is not installed")
+    monkeypatch.setattr(clusters, "_CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            answered, _ = server.accept()
+            with answered:
+                answered.sendall(banner)
+                answered.recv(1 << 16)
+                answered.recv(1 << 16)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(
+            PredictionError, match=f"What listens at {address} does not answer as a Dask scheduler does"
+        ):
+            list(predict_many(tasks(tmp_path, 1), scheduler=address))
+        thread.join()
+
+
+def test_a_worker_of_another_version_predicts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = SimpleNamespace(address="tcp://other:1", name="w")
+    monkeypatch.setattr(clusters, "_distributed", lambda: SimpleNamespace(get_worker=lambda: worker))
+    (task,) = tasks(tmp_path, 1)
+    found = clusters._work(task, run_slowly, "9.9", None)
+    assert found.score_map is None
+    assert f"the worker at tcp://other:1 has darefine {clusters.__version__}, here it is 9.9" in (found.error or "")
+    assert not task.out.exists()
+
+
+def test_workers_of_a_local_cluster_have_a_device_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    (task,) = tasks(tmp_path, 1)
+    auto = replace(task, options=replace(task.options, device="auto"))
+    assert [clusters._on_device(auto, worker).options.device for worker in (0, 1, 2)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert current == [0, 1, 0]
+    # A worker that somebody else started has the devices that it was given; and who names a device gets it.
+    assert clusters._on_device(auto, "tcp://host:1") is auto
+    assert clusters._on_device(task, 1) is task
+
+
+def test_threads_are_shared_by_the_workers_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [clusters._threads_of(workers) for workers in (1, 3, 20)] == [8, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert clusters._threads_of(1) is None
+
+
+def test_paths_mean_the_same_wherever_a_worker_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = tasks(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    relative = replace(task, model=Path("model.safetensors"), out=Path("map 0"), slide=Path(task.slide.name))
+    assert clusters._absolute(relative) == task
+
+
+def test_what_dask_says_of_a_slide_is_one_line(tmp_path: Path) -> None:
+    scheduler = pytest.importorskip("distributed.scheduler", reason="Dask distributed is not installed")
+    (task,) = tasks(tmp_path, 1)
+
+    def error_of(error: BaseException) -> str:
+        return clusters._outcome(task, SimpleNamespace(status="error", exception=lambda: error)).error or ""
+
+    killed = scheduler.KilledWorker("k", SimpleNamespace(address="tcp://w"), 3)
+    assert error_of(killed).endswith("4 workers died while they predicted it (out of memory?); finished rows are kept "
+                                     "for the next call")  # fmt: skip
+    assert error_of(ValueError("two\n  lines")) == f"{task.slide}: ValueError: two lines"
+    wrapped = RuntimeError("Error during deserialization of the task graph.")
+    wrapped.__cause__ = ModuleNotFoundError("No module named 'darefine_qupath'")
+    assert "a worker's environment lacks something: No module named 'darefine_qupath'" in error_of(wrapped)
 
 
 @pytest.mark.slow

@@ -368,23 +368,43 @@ def state(**changes: object) -> JournalState:
 def test_journal_gives_back_what_was_committed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "partial")
     journal.start(state())
-    band, carry = Layers.blank(3, 5), np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    band, carry = Layers.blank(3, 5), np.arange(30, dtype=np.float32).reshape(3, 2, 5)
     warning = SlideWarning(kind="unreadable", message="m", value=1.0, boxes=(Box(1, 2, 3, 4),))
     committed = state(rows_done=1, slices_done=7, class_pixels=(1, 2), warnings=(warning,))
     journal.commit(committed, band, carry)
     again = Journal(tmp_path / "partial")
-    assert again.load("f") == committed
+    assert again.load("f", bottoms=[3, 9], width=5) == committed
     np.testing.assert_array_equal(again.carry(0), carry)
     np.testing.assert_array_equal(next(again.bands(1)).label, band.label)
-    assert again.load("another") is None
+    assert again.load("another", bottoms=[3, 9], width=5) is None
+    # A plan of other rows or another width is another prediction, whatever the journal says.
+    assert again.load("f", bottoms=[4, 9], width=5) is None
+    assert again.load("f", bottoms=[3, 9], width=6) is None
+    assert again.load("f", bottoms=[], width=5) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "f"}', '{"format": "x", "settings": {}}'])
+@pytest.mark.parametrize("name", ["band-00000.npz", "carry-00000.npz"])
+@pytest.mark.parametrize("damage", [None, b"", b"PK nonsense"], ids=["missing", "empty", "garbage"])
+def test_a_journal_whose_arrays_are_damaged_starts_over(
+    tmp_path: Path, name: str, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "partial")
+    journal.start(state())
+    journal.commit(state(rows_done=1, class_pixels=(1, 2)), Layers.blank(3, 5), np.zeros((3, 2, 5), np.float32))
+    assert journal.load("f", bottoms=[3], width=5) is not None
+    path = tmp_path / "partial" / name
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert journal.load("f", bottoms=[3], width=5) is None
+    assert f"{name} is damaged" in caplog.text
+    assert "starting over" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"', '{"fingerprint": "f"}', '{"format": "x", "settings": {}}'])
 def test_damaged_journal_starts_over(tmp_path: Path, text: str) -> None:
     journal = Journal(tmp_path / "partial")
     journal.start(state())
     (tmp_path / "partial" / "journal.json").write_text(text)
-    assert journal.load("f") is None
+    assert journal.load("f", bottoms=[3], width=5) is None
 
 
 def test_damaged_band_is_named(tmp_path: Path) -> None:
@@ -469,6 +489,12 @@ def test_map_without_all_rows_is_not_finished(tmp_path: Path) -> None:
     [
         ({"format": "darefine-score-map/9"}, "has format 'darefine-score-map/9', expected"),
         ({"size": None}, "is damaged"),
+        ({"size": [70, 90]}, r"70 map pixels of 8\.0 are not 5600 level-0 pixels"),
+        ({"downsample": 0}, "700 map pixels of 0.0 are not"),
+        ({"mpp": "x"}, "is damaged"),
+        ({"settings": None}, "is damaged"),
+        ({"class_pixels": [1]}, "counts 1 classes of 3"),
+        ({"bytes": [1]}, "is damaged"),
         ({"classes": {}}, "is damaged"),
     ],
 )
@@ -477,6 +503,31 @@ def test_damaged_sidecar_is_refused(tmp_path: Path, damage: dict[str, object], m
     path = tmp_path / "scoremap.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
     with pytest.raises(PredictionError, match=message):
+        read_score_map(tmp_path)
+
+
+def test_truncated_layer_is_named(tmp_path: Path) -> None:
+    write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
+    path = tmp_path / "confidence.tif"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(
+        PredictionError, match=rf"confidence\.tif is damaged .{len(whole) - 1} bytes instead of {len(whole)}"
+    ):
+        read_score_map(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scoremap.json", "class.tif"])
+def test_what_cannot_be_replaced_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(PredictionError, match=f"Cannot .*{tmp_path.name}"):
+        write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "scoremap.json").mkdir()
+    with pytest.raises(PredictionError, match=r"scoremap\.json cannot be read"):
         read_score_map(tmp_path)
 
 

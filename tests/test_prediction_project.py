@@ -17,7 +17,7 @@ from darefine_qupath.errors import ClassMapError, MissingMppError, PolygonError,
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import predicting
 from darefine_qupath.pipeline.predicting import PredictRequest, predict_project
-from darefine_qupath.prediction import PredictOptions
+from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
 from darefine_qupath.review import WriteOptions
 from darefine_qupath.tiles import TileSpec
@@ -74,6 +74,39 @@ def test_an_image_whose_polygons_fail_does_not_stop_the_others(
     errors = {outcome.image.name: outcome.error for outcome in found.outcomes}
     assert errors == {"train-1.tif": None, "train-2.tif": "a ring crosses itself", "test-3.tif": None}
     assert [outcome.written is None for outcome in found.outcomes] == [False, True, False]
+
+
+def test_a_map_that_is_written_anew_while_it_is_read_gives_no_polygons(
+    request_of: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predicting.vectorise
+
+    def meanwhile(*arguments, **options):  # noqa: ANN002, ANN003, ANN202
+        found = whole(*arguments, **options)
+        path = next(path for path in (request_of().project / "darefine" / "maps").glob("*/scoremap.json"))
+        path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+        return found
+
+    monkeypatch.setattr(predicting, "vectorise", meanwhile)
+    (found,) = predict_project(request_of(images=("test-3.tif",))).outcomes
+    assert found.written is None
+    assert "was written anew by another process while it was read; predict again" in (found.error or "")
+
+
+def test_progress_tells_how_far_all_slides_are(request_of: Request) -> None:
+    seen: list[Progress] = []
+    predict_project(request_of(write=None), progress=seen.append)
+    assert {progress.num_slides for progress in seen} == {3}
+    assert [seen[0].slides_done, seen[-1].slides_done] == [0, 2]
+    left = [progress.all_seconds_left or 0.0 for progress in seen]
+    assert left[0] > (seen[0].seconds_left or 0.0)
+    assert left[-1] == 0.0
+    # Slides that are finished already are not counted among those to come.
+    again: list[Progress] = []
+    (request_of().project / "darefine" / "maps" / "3" / "scoremap.json").unlink()
+    predict_project(request_of(write=None), progress=again.append)
+    assert {progress.slide for progress in again} == {"test-3.tif"}
+    assert [again[-1].slides_done, again[-1].all_seconds_left] == [2, 0.0]
 
 
 def test_the_command_reports_a_damaged_slide_and_ends_with_an_error(

@@ -220,7 +220,12 @@ def _slide_reporter(bar: Report) -> Any:  # noqa: ANN401 - a callback
     def report(progress: Progress) -> None:
         left = progress.seconds_left
         rest = "" if left is None else f", {left / 60:.0f} min left"
-        bar(progress.done, progress.total, f"{progress.slide} {progress.rate:.1f} tiles/s{rest}")
+        name = progress.slide
+        if progress.num_slides > 1:
+            name += f" (slide {min(progress.slides_done + 1, progress.num_slides)} of {progress.num_slides})"
+            if progress.all_seconds_left is not None:
+                rest += f", {progress.all_seconds_left / 60:.0f} min for all"
+        bar(progress.done, progress.total, f"{name} {progress.rate:.1f} tiles/s{rest}")
 
     return report
 

@@ -7,11 +7,13 @@ slide goes on elsewhere from the last row in its journal.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from darefine_qupath import __version__
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.errors import DarefineError, PredictionError
 from darefine_qupath.prediction.options import PredictOptions, Progress
@@ -33,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 _TOPIC = "darefine-progress"
 _REPORT_SECONDS = 1.0
+_CONNECT_SECONDS = 10
+_WORKER_SECONDS = 60
 _ONE_SLIDE = threading.Lock()
 
 
@@ -155,14 +160,16 @@ def _on_dask(
         if scheduler == "local":
             cluster = stack.enter_context(_local_cluster(distributed, local_workers))
             client = stack.enter_context(distributed.Client(cluster))
+            threads = _threads_of(len(cluster.workers))
         else:
-            client = stack.enter_context(_connect(distributed, scheduler))
+            client, threads = stack.enter_context(_connect(distributed, scheduler)), None
         if progress is not None:
             client.subscribe_topic(_TOPIC, lambda event: progress(Progress(**event[1][_TOPIC])))
         resources = {"GPU": 1} if _has_gpu_resource(client) else {}
-        by_key = {f"darefine-{task.key}-{os.getpid()}-{time.time_ns()}": task for task in tasks}
+        by_key = {f"darefine-{task.key}-{os.getpid()}-{time.time_ns()}": _absolute(task) for task in tasks}
         futures = [
-            client.submit(_work, task, run, key=key, pure=False, resources=resources) for key, task in by_key.items()
+            client.submit(_work, task, run, __version__, threads, key=key, pure=False, resources=resources)
+            for key, task in by_key.items()
         ]
         for future in distributed.as_completed(futures):
             yield _outcome(by_key[future.key], future)
@@ -174,7 +181,19 @@ def _outcome(task: SlideTask, future: Any) -> SlideResult:  # noqa: ANN401 - dis
         result: SlideResult = future.result()
         return result
     error = future.exception()
-    return SlideResult(task=task, error=f"{task.slide}: {type(error).__name__}: {error}")
+    if type(error).__name__ == "KilledWorker":
+        deaths = f"{error.allowed_failures + 1} workers died while they predicted it (out of memory?)"
+        return SlideResult(task=task, error=f"{task.slide}: {deaths}; finished rows are kept for the next call")
+    # Dask wraps what goes wrong before a task begins.
+    if isinstance(error.__cause__ or error, ImportError):
+        lacks = f"a worker's environment lacks something: {error.__cause__ or error}"
+        return SlideResult(task=task, error=f"{task.slide}: {lacks}")
+    return SlideResult(task=task, error=f"{task.slide}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _absolute(task: SlideTask) -> SlideTask:
+    """Give a task paths that mean the same in whatever folder a worker was started."""
+    return replace(task, slide=task.slide.absolute(), model=task.model.absolute(), out=task.out.absolute())
 
 
 def _distributed() -> Any:  # noqa: ANN401
@@ -199,14 +218,26 @@ def _local_cluster(distributed: Any, workers: int | None) -> Any:  # noqa: ANN40
     )
 
 
+def _threads_of(workers: int) -> int | None:
+    """Threads for each worker of this machine, which Dask would give one; None where the user has said."""
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // max(1, workers))
+
+
 def _connect(distributed: Any, address: str) -> Any:  # noqa: ANN401
+    # In a thread of its own: where this is called from a notebook, the main thread runs a loop already.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(asyncio.run, _greet(distributed, address)).result()
+            client = distributed.Client(address, timeout=_CONNECT_SECONDS)
+        except (asyncio.TimeoutError, MemoryError):  # Words of another protocol are read as the length of a message.
+            raise PredictionError(
+                f"What listens at {address} does not answer as a Dask scheduler does; start one with: dask scheduler"
+            ) from None
+        except (OSError, ValueError, ImportError) as error:
+            raise PredictionError(f"No Dask scheduler at {address} ({error}); start one with: dask scheduler") from None
     try:
-        client = distributed.Client(address, timeout="10s")
-    except (OSError, ValueError, TimeoutError) as error:
-        raise PredictionError(f"No Dask scheduler at {address} ({error}); start one with: dask scheduler") from None
-    try:
-        client.wait_for_workers(1, timeout=60)
-    except TimeoutError:
+        client.wait_for_workers(1, timeout=_WORKER_SECONDS)
+    except asyncio.TimeoutError:
         client.close()
         raise PredictionError(
             f"The scheduler at {address} has no workers; start some with: dask worker {address} --resources GPU=1"
@@ -214,15 +245,26 @@ def _connect(distributed: Any, address: str) -> Any:  # noqa: ANN401
     return client
 
 
+async def _greet(distributed: Any, address: str) -> None:  # noqa: ANN401
+    """Connect and leave: Dask's own client waits without end for what accepts a connection and stays silent."""
+    connecting = distributed.comm.connect(address, timeout=_CONNECT_SECONDS)
+    (await asyncio.wait_for(connecting, 2 * _CONNECT_SECONDS)).abort()
+
+
 def _has_gpu_resource(client: Any) -> bool:  # noqa: ANN401
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return any("GPU" in (worker.get("resources") or {}) for worker in workers)
 
 
-def _work(task: SlideTask, run: Runner) -> SlideResult:
+def _work(task: SlideTask, run: Runner, version: str, threads: int | None) -> SlideResult:
     """Run a task on a worker; one at a time, however many threads the worker has."""
     worker = _distributed().get_worker()
+    if version != __version__:
+        where = f"the worker at {worker.address} has darefine {__version__}, here it is {version}"
+        return SlideResult(task=task, error=f"{task.slide}: {where}; install the same on both")
     with _ONE_SLIDE:
+        if threads is not None:
+            torch.set_num_threads(threads)
         return _result(_on_device(task, worker.name), run, _teller(worker))
 
 
@@ -231,6 +273,8 @@ def _on_device(task: SlideTask, worker: object) -> SlideTask:
     gpus = torch.cuda.device_count()
     if gpus < 2 or not isinstance(worker, int) or task.options.device not in ("auto", "cuda"):
         return task
+    # Pinned memory is the current device's: without this, every worker would hold a context on the first one.
+    torch.cuda.set_device(worker % gpus)
     return replace(task, options=replace(task.options, device=f"cuda:{worker % gpus}"))
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,8 +72,9 @@ class JournalState:
     def from_json(cls, data: Mapping[str, Any]) -> JournalState:
         """State of what `to_json` gave."""
         values = dict(data)
+        values["rows_done"], values["slices_done"] = int(values["rows_done"]), int(values["slices_done"])
         values["settings"] = EngineSettings(**values["settings"])
-        values["class_pixels"] = tuple(values["class_pixels"])
+        values["class_pixels"] = tuple(int(count) for count in values["class_pixels"])
         values["warnings"] = tuple(SlideWarning.from_json(warning) for warning in values["warnings"])
         return cls(**values)
 
@@ -100,9 +101,13 @@ class Journal:
         Raises
         ------
         PredictionError
-            If another process is predicting into the same folder.
+            If another process is predicting into the same folder, or nothing can be written there.
         """
-        with self.folder.with_name(".lock").open("w") as file:
+        try:
+            file = self.folder.with_name(".lock").open("w")
+        except OSError as error:
+            raise PredictionError(f"Cannot write to {self.folder.parent}: {error.strerror}") from error
+        with file:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,21 +119,49 @@ class Journal:
                     _log.debug("No locks in %s (%s)", self.folder.parent, error)
             yield
 
-    def load(self, fingerprint: str) -> JournalState | None:
-        """State of a run with this fingerprint; None when there is none, or it is another's or damaged."""
+    def load(self, fingerprint: str, *, bottoms: Sequence[int], width: int) -> JournalState | None:
+        """Find out how far a run came; everything it stored is read, so that damage is not found hours later.
+
+        Parameters
+        ----------
+        fingerprint : str
+            Of the prediction.
+        bottoms : sequence of int
+            Per row of parents, the map row above which everything is finished after it.
+        width : int
+            Map columns.
+
+        Returns
+        -------
+        JournalState or None
+            None when there is nothing to go on with: nothing was begun, it was another prediction, or it is damaged.
+        """
         path = self.folder / "journal.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             state = JournalState.from_json(data)
-        except FileNotFoundError:
+            if state.fingerprint != fingerprint or state.format != _FORMAT:
+                _log.info("%s belongs to another model, image or options: starting over", path)
+                return None
+            self._check(state, bottoms, width)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError, KeyError) as error:
-            _log.warning("%s is damaged (%s): starting over", path, error)
-            return None
-        if state.fingerprint != fingerprint or state.format != _FORMAT:
-            _log.info("%s belongs to another model, image or options: starting over", path)
+        except (PredictionError, OSError, ValueError, TypeError, KeyError) as error:
+            _log.warning("%s cannot be gone on with (%s): starting over", path, error)
             return None
         return state
+
+    def _check(self, state: JournalState, bottoms: Sequence[int], width: int) -> None:
+        if not 0 <= state.rows_done <= len(bottoms):
+            raise ValueError(f"it has {state.rows_done} rows of {len(bottoms)}")
+        shapes = [(4, int(height), width) for height in np.diff(bottoms[: state.rows_done], prepend=0)]
+        for row, (shape, found) in enumerate(zip(shapes, self._bands(state.rows_done), strict=True)):
+            if found.shape != shape:
+                raise ValueError(f"{self._band(row)} has the shape {found.shape}, not {shape}")
+        if state.rows_done:
+            planes, _, columns = self.carry(state.rows_done - 1).shape
+            if (planes, columns) != (len(state.class_pixels) + 1, width):
+                raise ValueError(f"{self._carry(state.rows_done - 1)} has {planes} planes of {columns} columns")
 
     def start(self, state: JournalState) -> None:
         """Begin with nothing done."""
@@ -156,8 +189,11 @@ class Journal:
 
     def bands(self, rows: int) -> Iterator[Layers]:
         """Finished bands of the first rows of parents, from top to bottom."""
-        for row in range(rows):
-            yield Layers(*_read_array(self._band(row)))
+        for values in self._bands(rows):
+            yield Layers(*values)
+
+    def _bands(self, rows: int) -> Iterator[NDArray[np.uint8]]:
+        return (_read_array(self._band(row)) for row in range(rows))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -178,8 +214,9 @@ def _write_array(path: Path, values: NDArray[Any]) -> None:
 
 def _read_array(path: Path) -> NDArray[Any]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here: numpy leaves a file open whose zip it cannot read, and Windows would not remove it.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values: NDArray[Any] = stored["values"]
-    except (OSError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-        raise PredictionError(f"{path} is damaged ({error}); delete its folder and predict again") from error
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+        raise PredictionError(f"{path} is damaged ({error}); predict again, it starts over") from error
     return values

@@ -119,6 +119,11 @@ class Progress:
         Since this run began with the slide.
     fresh : int
         Slices done by this run.
+    slides_done, num_slides : int
+        Of several slides, how many are finished, and how many there are.
+    all_seconds_left : float or None
+        Time left for all slides at this run's rate, those that have not begun taken to be like the others; None while
+        nothing is known.
     """
 
     slide: str
@@ -126,6 +131,9 @@ class Progress:
     total: int
     seconds: float
     fresh: int
+    slides_done: int = 0
+    num_slides: int = 1
+    all_seconds_left: float | None = None
 
     @property
     def rate(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,6 +251,8 @@ def read_score_map(folder: Path) -> ScoreMap:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise PredictionError(f"No finished score map in {folder}; run darefine predict") from None
+    except OSError as error:
+        raise PredictionError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
     found = data.get("format") if isinstance(data, dict) else None
@@ -257,29 +260,41 @@ def read_score_map(folder: Path) -> ScoreMap:
         raise PredictionError(f"{path} has format {found!r}, expected {FORMAT!r}; predict again")
     try:
         score_map = _from_json(folder, data)
-    except (KeyError, TypeError, ValueError) as error:
+        lengths = {layer: int(length) for layer, length in data.get("bytes", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
     missing = [layer for layer in _LAYERS if not score_map.path(layer).is_file()]
     if missing:
-        raise PredictionError(f"{folder} lacks the layers {missing}; delete {_SIDECAR} there and predict again")
+        raise PredictionError(f"{folder} lacks the layers {missing}; predict again")
+    for layer, length in lengths.items():
+        found = (folder / f"{layer}.tif").stat().st_size
+        if found != length:
+            raise PredictionError(f"{folder / layer}.tif is damaged ({found} bytes instead of {length}); predict again")
     return score_map
 
 
 def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
-    return ScoreMap(
+    score_map = ScoreMap(
         folder=folder,
-        size=Size(*data["size"]),
-        box=Box(*data["box"]),
+        size=Size(*map(int, data["size"])),
+        box=Box(*map(int, data["box"])),
         downsample=float(data["downsample"]),
-        mpp=data["mpp"],
+        mpp=None if data["mpp"] is None else float(data["mpp"]),
         classes=ClassMap.from_json(data["classes"]),
         model_id=data["model"],
         fingerprint=data["fingerprint"],
-        class_pixels=tuple(data["class_pixels"]),
-        num_slices=data["num_slices"],
+        class_pixels=tuple(map(int, data["class_pixels"])),
+        num_slices=int(data["num_slices"]),
         warnings=tuple(SlideWarning.from_json(warning) for warning in data["warnings"]),
-        settings=data["settings"],
+        settings=dict(data["settings"]),
     )
+    for pixels, length in zip(score_map.size, score_map.box.size, strict=True):
+        # The box is rounded outwards.
+        if abs(pixels * score_map.downsample - length) > 1:
+            raise ValueError(f"{pixels} map pixels of {score_map.downsample} are not {length} level-0 pixels")
+    if len(score_map.class_pixels) != score_map.classes.num_classes:
+        raise ValueError(f"it counts {len(score_map.class_pixels)} classes of {score_map.classes.num_classes}")
+    return score_map
 
 
 def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
@@ -299,20 +314,31 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
     PredictionError
         If the bands do not make up the map, or the disk does not take it.
     """
-    (score_map.folder / _SIDECAR).unlink(missing_ok=True)
+    try:
+        (score_map.folder / _SIDECAR).unlink(missing_ok=True)
+    except OSError as error:
+        raise PredictionError(f"Cannot replace {score_map.folder / _SIDECAR}: {error.strerror}") from error
     partial = {layer: score_map.folder / f".{layer}.partial.tif" for layer in _LAYERS}
     try:
         with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB, GDAL_PAM_ENABLED=False, GDAL_TIFF_INTERNAL_MASK=True):
             _write_layers(score_map, bands, partial)
             for layer in _LAYERS:
                 _add_pyramid(partial[layer], layer, score_map.size)
+        lengths = {layer: _synced(path) for layer, path in partial.items()}
+        for layer, path in partial.items():
+            path.replace(score_map.path(layer))
     except (rasterio.errors.RasterioError, OSError) as error:
         for path in partial.values():
             path.unlink(missing_ok=True)
         raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
-    for layer, path in partial.items():
-        path.replace(score_map.path(layer))
-    write_json(score_map.folder / _SIDECAR, score_map.to_json())
+    write_json(score_map.folder / _SIDECAR, {**score_map.to_json(), "bytes": lengths})
+
+
+def _synced(path: Path) -> int:
+    """Put a file on the disk for good; gives its length."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
 
 
 def _write_layers(score_map: ScoreMap, bands: Iterable[Layers], paths: Mapping[Layer, Path]) -> None:

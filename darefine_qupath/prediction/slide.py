@@ -177,7 +177,7 @@ class _Run:
 
     def predict(self, progress: Callable[[Progress], None] | None) -> ScoreMap:
         with self.journal.locked():
-            state = self.journal.load(self.mark) if self.options.resume else None
+            state = self._interrupted() if self.options.resume else None
             if state is None or not self._can_go_on(state):
                 state = self._start()
             _insist(self.slide, state.warnings, self.options)
@@ -187,6 +187,10 @@ class _Run:
             write_score_map(score_map, self._bands(state.rows_done))
             self.journal.clear()
         return score_map
+
+    def _interrupted(self) -> JournalState | None:
+        bottoms = [row.bottom for row in self.plan.rows]
+        return self.journal.load(self.mark, bottoms=bottoms, width=self.plan.grid.size.width)
 
     def _start(self) -> JournalState:
         found = check_slide(
