@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 import shapely
 import torch
+from click.testing import CliRunner
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.cli.learn import tiles as tiles_command
 from darefine_qupath.cli.learn import train as train_command
-from darefine_qupath.errors import ConfigError, DarefineError, ModelError, TileError, TrainingError
+from darefine_qupath.errors import (
+    ConfigError,
+    DarefineError,
+    ModelError,
+    TileError,
+    TrainingError,
+    TrainingStoppedError,
+)
 from darefine_qupath.geometry import Size
 from darefine_qupath.models import Normalisation, build_model
 from darefine_qupath.pipeline import learning
@@ -303,6 +311,7 @@ class Trained:
 
     def __init__(self) -> None:
         self.calls: list[tuple[TileDataset, TileDataset | None, dict[str, Any]]] = []
+        self.stop_at = 0
 
     def __call__(self, data: TileDataset, validation: TileDataset | None, **more: Any) -> TrainResult:  # noqa: ANN401
         self.calls.append((data, validation, more))
@@ -316,6 +325,9 @@ class Trained:
             provenance=more["provenance"],
         )
         (out / "config.json").write_text(json.dumps(settings.to_json()))
+        if len(self.calls) == self.stop_at:
+            (out / "state.safetensors").touch()
+            raise TrainingStoppedError("SIGINT ended training")
         return TrainResult(folder=out, best=out / "a", last=out / "b", metrics={}, epochs=1, is_early=False)
 
 
@@ -454,6 +466,65 @@ def test_folds_that_could_not_begin_leave_their_tiles_and_a_free_folder(
     monkeypatch.setattr(learning, "train", trained)
     assert isinstance(train_on_project(wanted), Folds)
     assert (run / "tiles" / "dataset.json").stat().st_mtime_ns == cut
+
+
+def test_folds_go_on_with_their_tiles_whatever_happens_to_the_project(
+    tiny: Path, tmp_path: Path, trained: Trained
+) -> None:
+    wanted = replace(request(tiny, tmp_path / "run", split={"folds": 2}), on_the_fly=False)
+    trained.stop_at = 1
+    with pytest.raises(TrainingStoppedError):
+        train_on_project(wanted)
+    shutil.rmtree(tiny)
+    resume_training(tmp_path / "run")
+    first, second = trained.calls[-2:]
+    assert [call[2]["resume"] for call in (first, second)] == [True, False]
+    assert first[1] is not None
+    assert set(second[0].tiles.ids()) == set(first[1].tiles.ids())
+    labels = [json.loads((tmp_path / "run" / f"fold-{fold}" / "labels.json").read_text()) for fold in (1, 2)]
+    assert all(item["objects"] for item in labels)
+    assert not labels[0]["objects"].keys() & labels[1]["objects"].keys()
+
+
+def test_a_run_goes_on_without_its_project(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained, always_normal: Path
+) -> None:
+    out = tmp_path / "run"
+    (tiny / "darefine.toml").write_text('[classes]\nunlabelled = "Normal"\n[sampling]\nmax_per_image = 9\n')
+    monkeypatch.chdir(tmp_path)
+    coarse = {"slice_um": 256, "context_um": 640, "stride_um": 256}
+    tiles = TileRequest(project=Path("project"), workers=1, tiles=coarse)
+    recipe = {"epochs": 7, "device": "cpu"}
+    train_on_project(TrainRequest(tiles=tiles, out=out, init_from=always_normal, train=recipe))
+    # Neither project nor model is there any longer, and this machine has other defaults.
+    shutil.rmtree(tiny)
+    always_normal.unlink()
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(learning.torch.cuda, "is_available", lambda: True)
+    resume_training(out, changes={"workers": 3})
+    (first, _, was), (again, _, now) = trained.calls
+    assert again.tiles.ids() == first.tiles.ids()
+    assert now["config"] == replace(was["config"], workers=3)
+    assert all(now[key] == was[key] for key in ("model", "tile_spec", "class_map", "provenance"))
+
+
+def test_tiles_that_are_others_by_now_are_refused(tiny: Path, tmp_path: Path, trained: Trained) -> None:
+    train_on_project(replace(request(tiny, tmp_path / "run"), on_the_fly=False))
+    file = tmp_path / "run" / "tiles" / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "digest": "other"}))
+    with pytest.raises(TrainingError, match=r"are others than .* began with; start a new run"):
+        resume_training(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tiles")
+    with pytest.raises(TileError, match="holds no finished dataset"):
+        resume_training(tmp_path / "run")
+    assert len(trained.calls) == 1
+
+
+def test_what_a_resumed_run_would_pass_over_is_refused(tmp_path: Path) -> None:
+    for given in (["--encoder", "resnet18"], ["--preset", "modern"], ["--min-labelled", "0.5"]):
+        result = CliRunner().invoke(train_command, ["--resume", str(tmp_path), *given])
+        assert result.exit_code == 2
+        assert f"its own tiles, network and recipe: leave {given[0]} out" in result.output
 
 
 def test_hard_tiles_come_from_a_former_model(

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from darefine_qupath.cli import main
-from darefine_qupath.errors import TrainingError
+from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.training import RunFolder
-from darefine_qupath.training.distributed import join_world, resolve_device
+from darefine_qupath.training import distributed as distributed_module
+from darefine_qupath.training.distributed import World, join_world, resolve_device
 from tests.training_toy import toy_config, toy_data, toy_train
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +154,39 @@ def test_broken_environments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(TrainingError, match="could not join the others"):
         join_world("cpu")
+
+
+PEER = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+
+def test_a_lost_process_is_told_in_one_line(tmp_path: Path) -> None:
+    two = World(rank=0, size=2)
+    with (
+        pytest.raises(TrainingError, match=r"Process 0 of 2 has lost another one.*--resume .*run$"),
+        two.talking(tmp_path / "run"),
+    ):
+        raise PEER
+    with pytest.raises(RuntimeError, match="something else"), two.talking(tmp_path):
+        raise RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="Connection reset"), World().talking(tmp_path):
+        raise PEER
+
+
+@pytest.mark.parametrize(("error", "parts"), [(TrainingError("no memory"), []), (TrainingStoppedError("stop"), [1])])
+def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: TrainingError, parts: list[int]
+) -> None:
+    farewells = [1]
+    monkeypatch.setattr(distributed_module.atexit, "unregister", lambda _: farewells.clear())
+    with pytest.raises(type(error)), World(size=2, device=torch.device("cuda", 0)).talking(tmp_path):
+        raise error
+    assert farewells == parts
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"cannot share cuda:0; with --device cuda each takes its own"):
+        join_world("cuda:0")
 
 
 def test_devices_by_name() -> None:
