@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from uuid import UUID, uuid4
 
@@ -95,6 +96,10 @@ class Annotation:
     nucleus: BaseGeometry | None = None
     is_missing: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same; two probabilities that are not set are, which dataclasses deny since Python 3.13."""
+        return _values(self) == _values(other) if isinstance(other, Annotation) else NotImplemented
+
     @property
     def area(self) -> float:
         """Area in square level-0 pixels, exact for an ellipse (its geometry is a 100-cornered polygon)."""
@@ -104,6 +109,10 @@ class Annotation:
             left, top, right, bottom = self.geometry.bounds
             return float(math.pi * (right - left) * (bottom - top) / 4)
         return float(self.geometry.area)
+
+
+# Tuples take a value for equal to itself, and every NaN of a record is `math.nan`.
+_values = attrgetter(*(item.name for item in fields(Annotation)))
 
 
 def class_counts(annotations: Iterable[Annotation]) -> dict[str, int]:

@@ -139,19 +139,19 @@ def draw_panels(
         misfit = difference(*compare)
         drawn.append(("Difference", paint_labels(_greyed(thumbnail), misfit, (_RIGHT, _WRONG), hidden=0)))
     top = _GAP + (_TITLE if title else 0)
-    canvas = Image.new(
-        "RGB", (len(drawn) * (width + _GAP) + _GAP, top + _TITLE + height + _LEGEND + _GAP), (255, 255, 255)
-    )
-    pen = ImageDraw.Draw(canvas)
+    entries = list(zip(class_map.names, class_map.colours, strict=True))
+    if compare is not None:
+        entries.append(("Wrong", _WRONG))
     large, small = ImageFont.load_default(20), ImageFont.load_default(16)
+    # The legend may be wider than the pictures of a small slide.
+    across = max(len(drawn) * (width + _GAP), sum(_legend_width(name, small) for name, _ in entries)) + _GAP
+    canvas = Image.new("RGB", (across, top + _TITLE + height + _LEGEND + _GAP), (255, 255, 255))
+    pen = ImageDraw.Draw(canvas)
     pen.text((_GAP, _GAP // 2), title, fill=_INK, font=large)
     for index, (name, picture) in enumerate(drawn):
         x = _GAP + index * (width + _GAP)
         pen.text((x, top), name, fill=_INK, font=small)
         canvas.paste(Image.fromarray(picture), (x, top + _TITLE))
-    entries = list(zip(class_map.names, class_map.colours, strict=True))
-    if compare is not None:
-        entries.append(("Wrong", _WRONG))
     _legend(pen, entries, (_GAP, top + _TITLE + height + _GAP), small)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
@@ -172,4 +172,8 @@ def _legend(
     for name, colour in entries:
         pen.rectangle((x, y, x + 18, y + 18), fill=tuple(colour), outline=_INK)
         pen.text((x + 26, y), name, fill=_INK, font=font)
-        x += 26 + round(pen.textlength(name, font=font)) + 28
+        x += _legend_width(name, font)
+
+
+def _legend_width(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return 26 + round(font.getlength(name)) + 28

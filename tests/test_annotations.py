@@ -22,6 +22,14 @@ FRAME = Box(0, 0, 40, 40)
 properties = settings(deadline=None, derandomize=True, max_examples=100)
 
 
+def test_records_with_no_probability_are_equal() -> None:
+    geometry, identity = shapely.box(0, 0, 1, 1), uuid4()
+    record = Annotation(geometry=geometry, id=identity)
+    assert record == Annotation(geometry=geometry, id=identity)
+    assert record != Annotation(geometry=geometry, id=identity, class_probability=0.5)
+    assert record != identity
+
+
 def painted(*annotations: Annotation, classes: ClassMap = CLASSES, stroke_px: float = 0.0) -> np.ndarray:
     return LabelPainter(annotations, classes, stroke_px=stroke_px).paint(FRAME, (40, 40))
 

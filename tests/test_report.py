@@ -63,3 +63,16 @@ def test_a_row_of_panels_has_one_per_picture_and_one_for_the_difference(tmp_path
         assert (narrow.width - 16) / 2 == (wide.width - 16) / 4 == 76
         drawn = np.asarray(wide.convert("RGB"))
     assert (drawn == np.array([255, 0, 0])).all(axis=2).any()
+
+
+@pytest.mark.parametrize("side", [20, 400])
+def test_the_legend_fits_below_pictures_of_any_size(tmp_path: Path, side: int) -> None:
+    names = ("Normal tissue", "Benign", "In situ", "Invasive carcinoma")
+    classes = ClassMap(names=names, colours=(RED, RED, RED, BLUE))
+    draw_panels(tmp_path / "row.png", np.full((side, side, 3), 255, np.uint8), [Panel(title="Slide")], classes)
+    pixels = np.asarray(Image.open(tmp_path / "row.png"))
+    blue = (pixels == (0, 0, 255)).all(axis=2)
+    assert blue.any()
+    assert (pixels[:, -5:] == 255).all()
+    # The last name, right of its box.
+    assert (pixels[:, np.flatnonzero(blue.any(axis=0)).max() + 30 :] != 255).any()

@@ -84,12 +84,13 @@ class Failures:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; the first column is text, the others are right-aligned."""
+    """Print a table; a column of numbers is right-aligned, all but the first."""
     if title is not None:
         click.echo(title)
     grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        is_text = index == 0 or any(cell[:1].isalpha() for cell in (row[index] for row in rows))
+        grid.add_column(column, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     # A pipe has no width; a table must not be cut there.
