@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.exc import TorchDynamoException
 
 from darefine_qupath.checkpoint import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
@@ -30,7 +32,7 @@ from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
 from darefine_qupath.training.batches import load_batches, num_workers, plan_epoch, plan_run
 from darefine_qupath.training.interrupt import stop_on_signals
-from darefine_qupath.training.stepping import memory_advice
+from darefine_qupath.training.stepping import compile_advice, memory_advice
 from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train
 
 
@@ -355,7 +357,7 @@ def test_what_an_interrupt_does_is_said_at_once(caplog: pytest.LogCaptureFixture
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
-    assert "Ctrl-C again stops it at once" in caplog.text
+    assert "Ctrl-C again stops at once" in caplog.text
 
 
 def test_an_interrupt_that_is_passed_on_twice_counts_once() -> None:
@@ -432,8 +434,15 @@ def test_out_of_memory_says_which_settings_to_change(
         toy_train(tmp_path)
 
 
-def test_other_runtime_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="something else"), memory_advice(4, 32):
+def test_a_compiler_that_is_not_there_is_one_line() -> None:
+    message = r"^torch.compile does not work here \(InvalidCxxCompiler: none\); train with compile = false$"
+    with pytest.raises(TrainingError, match=message), compile_advice():
+        raise TorchDynamoException("InvalidCxxCompiler: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+
+@pytest.mark.parametrize("advice", [compile_advice, partial(memory_advice, 4, 32)], ids=["compile", "memory"])
+def test_other_runtime_errors_stay_what_they_are(advice: Callable[[], AbstractContextManager[None]]) -> None:
+    with pytest.raises(RuntimeError, match="something else"), advice():
         raise RuntimeError("something else")
 
 

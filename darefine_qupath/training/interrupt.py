@@ -58,10 +58,7 @@ def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator
             return
         request.signal_name, request.since = signal.Signals(number).name, monotonic()
         if not is_silent:
-            _log.warning(
-                "%s: training stops as soon as it can go on from there; Ctrl-C again stops it at once",
-                request.signal_name,
-            )
+            _log.warning("Stopping after this step, so that the run can go on later; Ctrl-C again stops at once")
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

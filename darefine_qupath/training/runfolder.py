@@ -236,6 +236,7 @@ model.safetensors  the model: weights of the validation with the best mIoU, with
 last.safetensors   the model after the last epoch, in the same form; written at the very end.
 state.safetensors  what training goes on from (darefine train --resume FOLDER); not needed for prediction.
 config.json        every setting the run was started with, and digests of its tiles.
+request.json       the command it was started with; settings.toml the darefine.toml of then.
 metrics.jsonl      one line per epoch: loss, learning rate, speed, mIoU, IoU per class and more.
 curves.png         loss and IoU over the epochs.
 confusion.png      true (rows) against predicted classes (columns) of the best validation.

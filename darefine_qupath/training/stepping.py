@@ -22,7 +22,7 @@ from darefine_qupath.training.losses import SegmentationLoss
 from darefine_qupath.training.recipe import TrainConfig
 from darefine_qupath.training.schedule import build_optimiser, set_learning_rates
 
-__all__ = ["StepOutcome", "Stepper", "autocast", "memory_advice", "resolve_precision"]
+__all__ = ["StepOutcome", "Stepper", "autocast", "compile_advice", "memory_advice", "resolve_precision"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,6 +90,24 @@ def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
             f"Out of memory with {batch_size} tiles of {size_px} px at once: lower --batch-size (or raise accumulate, "
             f"which cuts a batch into parts and leaves the result as it is), or lower the tile size, size_px"
         ) from error
+
+
+@contextmanager
+def compile_advice() -> Iterator[None]:
+    """Turn pages about a network that torch cannot compile here into a line that says what to do.
+
+    Raises
+    ------
+    TrainingError
+        In the place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"torch.compile does not work here ({reason}); train with compile = false") from error
 
 
 class Stepper:
@@ -177,7 +195,8 @@ class Stepper:
         batch = apply_augmentation(batch.to(self.world.device), draws)
         own = self.loss.normalisers(batch.masks)
         shared = self.world.sum(torch.cat([own, own.new_full((1,), float(stop))]))
-        own_loss = self._backward(batch, shared[:2])
+        with compile_advice():
+            own_loss = self._backward(batch, shared[:2])
         self._update()
         self.step += 1
         return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], learning_rate)
