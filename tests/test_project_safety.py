@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import math
 import os
 import subprocess
@@ -110,6 +111,49 @@ def test_the_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_project_that_cannot_be_written_to_says_so(tmp_path: Path) -> None:
     (tmp_path / "darefine").write_text("a file where the folder should be")
     with pytest.raises(ProjectWriteError, match="Cannot write to"), safety.write_lock(tmp_path):
+        pass
+
+
+class WindowsLocks:
+    """Locks of bytes, as the msvcrt module gives them: nobody else reads or locks a locked byte."""
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, int], int] = {}
+
+    def locking(self, descriptor: int, mode: int, count: int) -> None:
+        assert count == 1
+        place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
+        if self.held.get(place, descriptor) != descriptor:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        if mode == self.LK_NBLCK:
+            self.held[place] = descriptor
+        else:
+            del self.held[place]
+
+
+def test_the_lock_of_windows_keeps_others_out_and_its_owner_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = WindowsLocks()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", locks)
+    spec = importlib.util.spec_from_file_location("safety_on_windows", safety.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("COMPUTERNAME", "PATHOLOGY-7")
+    match = rf"process {os.getpid()} on PATHOLOGY-7\) is writing"
+    with module.write_lock(tmp_path):
+        note = (tmp_path / "darefine" / ".lock").stat().st_size
+        assert all(place > note for _, place in locks.held)
+        with pytest.raises(ProjectLockedError, match=match), module.write_lock(tmp_path, patience_s=0):
+            pass
+    assert not locks.held
+    with module.write_lock(tmp_path, patience_s=0):
         pass
 
 
