@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio._err import CPLE_AppDefinedError
 
 from darefine_qupath import prediction
 from darefine_qupath.errors import PredictionError
@@ -29,6 +30,7 @@ from darefine_qupath.prediction import (
     ScoreMap,
     predict_slide,
     read_score_map,
+    scoremap,
     stain_statistics,
 )
 from darefine_qupath.prediction.blend import Layers, RollingBand, Score, pooled_length, pooled_window, smooth_window
@@ -523,6 +525,27 @@ def test_what_cannot_be_replaced_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(PredictionError, match=f"Cannot .*{tmp_path.name}"):
         write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "error", [CPLE_AppDefinedError(3, 1, "TIFFReadDirectory: Failed"), OSError(28, "No space left")]
+)
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fill(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(scoremap, "_add_pyramid", fill)
+    with pytest.raises(PredictionError, match=rf"Cannot write the score map to .*{tmp_path.name}: .*(Failed|No space)"):
+        write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_map_without_all_rows_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(PredictionError, match="1 rows were given"):
+        write_score_map(a_map(tmp_path), some_bands((700, 1), [1]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:

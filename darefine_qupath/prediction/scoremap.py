@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
@@ -327,10 +328,12 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
         lengths = {layer: _synced(path) for layer, path in partial.items()}
         for layer, path in partial.items():
             path.replace(score_map.path(layer))
-    except (rasterio.errors.RasterioError, OSError) as error:
+    # Where the disk fills up while overviews are built, rasterio lets GDAL's own error through.
+    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
+        raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
+    finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-        raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
     write_json(score_map.folder / _SIDECAR, {**score_map.to_json(), "bytes": lengths})
 
 
