@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
+from darefine_qupath.cli.learn import show_result
 from darefine_qupath.cli.learn import tiles as tiles_command
 from darefine_qupath.cli.learn import train as train_command
 from darefine_qupath.errors import (
@@ -627,3 +628,32 @@ def test_workers_open_their_own_handles(tmp_path: Path) -> None:
     assert os.getpid() not in {int(pid) for pid, _ in opened[1:]}
     # The reader that this process has used is used there too: its threads were not forked.
     assert {name for _, name in opened} == {opened[0][1]}
+
+
+@pytest.mark.parametrize(
+    ("miou", "blank", "ending"),
+    [
+        (0.8, 0.4, "0.400 with blank ones"),
+        (0.8, 0.79, "hardly uses its context."),
+        (0.4, 0.41, "hardly uses its context."),
+        (0.4, 0.6, "--fusion aligned or --input single may help."),
+    ],
+)
+def test_training_ends_with_what_the_context_was_worth(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, miou: float, blank: float, ending: str
+) -> None:
+    result = TrainResult(
+        folder=tmp_path,
+        best=tmp_path / "model.safetensors",
+        last=tmp_path / "last.safetensors",
+        metrics={"iou": {"Normal": miou}},
+        epochs=1,
+        is_early=False,
+        context_miou=(miou, blank),
+    )
+    show_result(result, as_json=False)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "context" in line]
+    assert said.startswith(f"mIoU after the last epoch: {miou:.3f} with the tiles' contexts, {blank:.3f} with blank")
+    assert said.endswith(ending)
+    show_result(result, as_json=True)
+    assert json.loads(capsys.readouterr().out)["context"] == {"miou": miou, "miou_with_blank_contexts": blank}

@@ -125,6 +125,32 @@ def test_best_epoch_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert read_header(result.last).provenance["epoch"] == 3
 
 
+@pytest.mark.parametrize("network", ["da-refinenet", "unet"])
+def test_last_epoch_is_also_measured_with_blank_contexts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    asked = []
+
+    def scripted(*_: object, context: str, **__: object) -> ConfusionMatrix:
+        asked.append(context)
+        wrong = 9 if context == "blank" else len(asked)
+        return ConfusionMatrix([[9, wrong, 0], [0, 9, 0], [0, 0, 9]])
+
+    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    model = toy_model(network=network, slice_encoder="resnet18", context_encoder="resnet18")
+    result = toy_train(tmp_path, toy_config(epochs=2, encoder_weights="none"), model=model, train_data=toy_data(2))
+    if network == "unet":
+        assert (asked, result.context_miou) == (["normal", "normal"], None)
+        return
+    assert asked == ["normal", "normal", "blank"]
+    assert result.context_miou == (pytest.approx((9 / 11 + 9 / 11 + 1) / 3), pytest.approx((1 / 2 + 1 / 2 + 1) / 3))
+    assert result.metrics["epoch"] == 1, "the best epoch need not be the one that was measured so"
+    again = toy_train(
+        tmp_path, toy_config(epochs=2, encoder_weights="none"), model=model, train_data=toy_data(2), resume=True
+    )
+    assert again.context_miou == result.context_miou
+
+
 def test_early_stop_after_validations_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     still = ConfusionMatrix([[3, 1, 0], [0, 4, 0], [0, 0, 4]])
     monkeypatch.setattr(loop_module, "evaluate", lambda *_, **__: still)

@@ -78,6 +78,8 @@ _SPLIT_OPTIONS = (
 _RECIPE_KEYS = ("preset", "epochs", "batch_size", "device", "seed", "encoder_weights")
 _SPLIT_KEYS = ("validation", "test", "validation_images", "test_images")
 _TILE_KEYS = ("size_px", "slice_um", "context_um", "stride_um", "slice_px", "context_px", "stride_px", "placement")
+_NO_MATTER = 0.02
+"""Difference of mIoU that different seeds make as well."""
 
 
 def _tile_options(command: Any) -> Any:  # noqa: ANN401 - click's decorators
@@ -259,7 +261,7 @@ def train(
             request = _request(project, out, options)
             result = train_on_project(request, progress=step, tile_progress=cut, announce=note)
     if result.is_main:
-        _show_result(result, as_json=as_json)
+        show_result(result, as_json=as_json)
 
 
 def _changes(options: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +335,8 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _show_result(result: TrainResult | Folds, *, as_json: bool) -> None:
+def show_result(result: TrainResult | Folds, *, as_json: bool) -> None:
+    """Say what a run ended with."""
     if isinstance(result, Folds):
         _show_folds(result, as_json=as_json)
         return
@@ -346,11 +349,25 @@ def _show_result(result: TrainResult | Folds, *, as_json: bool) -> None:
         table(["class", "IoU"], [*rows, ("mean", number(result.metrics.get("miou")))], title="Best validation")
     else:
         note("There was no validation; the model is that of the last epoch.")
+    if result.context_miou is not None:
+        note(_worth_of_context(*result.context_miou))
     note(f"Model: {result.best}\nCurves and everything else: {result.folder}")
 
 
+def _worth_of_context(miou: float, blank: float) -> str:
+    found = f"mIoU after the last epoch: {miou:.3f} with the tiles' contexts, {blank:.3f} with blank ones"
+    if blank > miou + _NO_MATTER:
+        return f"{found}. The context misleads this network; more slides, --fusion aligned or --input single may help."
+    if blank > miou - _NO_MATTER:
+        return f"{found}. This network hardly uses its context."
+    return found
+
+
 def _result_json(result: TrainResult) -> dict[str, Any]:
-    return {"model": result.best, "run": result.folder, "epochs": result.epochs, "metrics": result.metrics}
+    found = {"model": result.best, "run": result.folder, "epochs": result.epochs, "metrics": result.metrics}
+    if result.context_miou is not None:
+        found["context"] = dict(zip(("miou", "miou_with_blank_contexts"), result.context_miou, strict=True))
+    return found
 
 
 def _show_folds(folds: Folds, *, as_json: bool) -> None:

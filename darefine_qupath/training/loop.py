@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -31,7 +31,7 @@ from darefine_qupath.training.augment import draw_augmentation
 from darefine_qupath.training.batches import Loaded, TileData, load_batches, num_workers, plan_run, steps_per_epoch
 from darefine_qupath.training.curves import draw_confusion, draw_curves
 from darefine_qupath.training.distributed import World, join_world
-from darefine_qupath.training.evaluation import evaluate
+from darefine_qupath.training.evaluation import ContextMode, evaluate
 from darefine_qupath.training.initial import FrozenNorms, initial_network
 from darefine_qupath.training.interrupt import StopRequest, stop_on_signals
 from darefine_qupath.training.losses import inverse_frequency
@@ -66,6 +66,9 @@ class TrainResult:
         Epochs that were trained.
     is_early : bool
         Whether mIoU stood still for long enough to stop.
+    context_miou : tuple of (float, float) or None
+        mIoU after the last epoch with the tiles' own contexts, and with blank ones; None without validation or for a
+        network that sees no context.
     is_main : bool
         Whether this is the process, of several, that wrote all this.
     """
@@ -76,6 +79,7 @@ class TrainResult:
     metrics: Mapping[str, Any]
     epochs: int
     is_early: bool
+    context_miou: tuple[float, float] | None = None
     is_main: bool = True
 
 
@@ -330,6 +334,8 @@ class _Run:
         record = self._record(epoch, matrix)
         is_best = self._judge(epoch, matrix)
         is_last = is_last or self._is_stale
+        if is_last and matrix is not None and self.val_data is not None and self.settings.model.uses_context:
+            record["miou_with_blank_contexts"] = self._validate(self.val_data, context="blank").to_json()["miou"]
         self.counters = replace(self.counters, epoch=epoch, step=0, loss_sum=0.0, is_finished=is_last)
         if self.world.is_main:
             self._write(record, matrix, is_best=is_best)
@@ -339,7 +345,7 @@ class _Run:
         self._tell(record)
         self.world.wait()
 
-    def _validate(self, data: TileData) -> ConfusionMatrix:
+    def _validate(self, data: TileData, context: ContextMode = "normal") -> ConfusionMatrix:
         self.world.share_buffers(self.stepper.best_network)
         with self._memory_advice():
             return evaluate(
@@ -347,6 +353,7 @@ class _Run:
                 data,
                 normalisation=self.settings.normalisation,
                 device=self.world.device,
+                context=context,
                 batch_size=max(1, self.config.batch_size // self.world.size // self.config.accumulate),
                 workers=num_workers(self.config, self.world.size),
                 dtype=self.stepper.dtype,
@@ -475,8 +482,15 @@ class _Run:
             metrics=metrics,
             epochs=counters.epoch,
             is_early=counters.epoch < self.config.epochs,
+            context_miou=_context_miou(records),
             is_main=self.world.is_main,
         )
+
+
+def _context_miou(records: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    last = records[-1] if records else {}
+    blank = last.get("miou_with_blank_contexts")
+    return None if blank is None or last.get("miou") is None else (last["miou"], blank)
 
 
 _NOT_METRICS = ("epoch", "step", "images_per_second", "seconds", "learning_rate")
