@@ -150,6 +150,37 @@ def test_threads_are_shared_by_the_workers_of_this_machine(monkeypatch: pytest.M
     assert clusters._threads_of(1) is None
 
 
+def test_a_local_cluster_computes_in_as_many_threads_as_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[object, ...]] = []
+
+    class Dask:
+        """Stands for the cluster and its client; like Dask it leaves one thread in the environment."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+        def __enter__(self) -> Dask:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def scheduler_info(self, **_: object) -> dict[str, object]:
+            return {"workers": {}}
+
+        def submit(self, *arguments: object, **_: object) -> None:
+            submitted.append(arguments)
+
+    dask = SimpleNamespace(LocalCluster=Dask, Client=Dask, as_completed=lambda _: [])
+    monkeypatch.setattr(clusters, "_distributed", lambda: dask)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert not list(predict_many(tasks(tmp_path, 1), scheduler="local", local_workers=2))
+    assert [arguments[-1] for arguments in submitted] == [4]
+
+
 def test_paths_mean_the_same_wherever_a_worker_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (task,) = tasks(tmp_path, 1)
     monkeypatch.chdir(tmp_path)

@@ -158,9 +158,11 @@ def _on_dask(
     distributed = _distributed()
     with ExitStack() as stack:
         if scheduler == "local":
-            cluster = stack.enter_context(_local_cluster(distributed, local_workers))
+            workers = local_workers or max(1, torch.cuda.device_count())
+            # Asked before the cluster is there, which puts its own settings into the environment of this process.
+            threads = _threads_of(workers)
+            cluster = stack.enter_context(_local_cluster(distributed, workers))
             client = stack.enter_context(distributed.Client(cluster))
-            threads = _threads_of(len(cluster.workers))
         else:
             client, threads = stack.enter_context(_connect(distributed, scheduler)), None
         if progress is not None:
@@ -205,14 +207,13 @@ def _distributed() -> Any:  # noqa: ANN401
         ) from None
 
 
-def _local_cluster(distributed: Any, workers: int | None) -> Any:  # noqa: ANN401
-    gpus = torch.cuda.device_count()
+def _local_cluster(distributed: Any, workers: int) -> Any:  # noqa: ANN401
     return distributed.LocalCluster(
-        n_workers=workers or max(1, gpus),
+        n_workers=workers,
         threads_per_worker=1,
         processes=True,
         dashboard_address=None,
-        resources={"GPU": 1} if gpus else None,
+        resources={"GPU": 1} if torch.cuda.device_count() else None,
         # The network's memory is not Dask's to judge: at its limit a worker would be killed in the middle of a slide.
         memory_limit=0,
     )
@@ -220,7 +221,7 @@ def _local_cluster(distributed: Any, workers: int | None) -> Any:  # noqa: ANN40
 
 def _threads_of(workers: int) -> int | None:
     """Threads for each worker of this machine, which Dask would give one; None where the user has said."""
-    return None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // max(1, workers))
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
 
 
 def _connect(distributed: Any, address: str) -> Any:  # noqa: ANN401
