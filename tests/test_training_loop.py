@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -574,7 +575,9 @@ def test_what_workers_die_of_is_one_line(bad: str, kind: type[Exception], messag
     data = TileDataset(toy_data(4).tiles, Unreadable(toy_spec(), bad))
     planned = plan_epoch(data.tiles, toy_config(), None, 0)
     with pytest.raises(kind, match=message):
-        list(load_batches(data, planned, workers=1))
+        list(load_batches(data, planned, workers=2))
+    # Python would wait for them at its end.
+    assert active_children() == []
 
 
 def test_device_that_is_not_here(tmp_path: Path) -> None:

@@ -195,10 +195,15 @@ def load_batches(
         prefetch_factor=4 if workers else None,
     )
     batches = iter(loader)
-    while (found := _next(batches)) is not None:
-        if isinstance(found, DarefineError):
-            raise found
-        yield Loaded(placed=log.pop(0), batch=found[0], ids=found[1])
+    try:
+        while (found := _next(batches)) is not None:
+            if isinstance(found, DarefineError):
+                raise found
+            yield Loaded(placed=log.pop(0), batch=found[0], ids=found[1])
+    finally:
+        # An error keeps hold of them until Python ends, which waits without end for workers that no signal reaches.
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _next(batches: Iterator[_Collated]) -> _Collated | None:
