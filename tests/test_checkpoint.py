@@ -410,7 +410,7 @@ def test_onnx_is_a_command(file: Path, tmp_path: Path, run: Run) -> None:
 
 def test_onnx_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(ModelError, match=r"pip install darefine-qupath\[onnx\]"):
+    with pytest.raises(ModelError, match=r"pip install 'darefine-qupath\[onnx\]'"):
         export_onnx(a_checkpoint(), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 

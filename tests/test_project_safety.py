@@ -14,6 +14,7 @@ from uuid import UUID
 import pytest
 import shapely
 
+from darefine_qupath import locks as locks_module
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import (
     ProjectChangedError,
@@ -103,7 +104,7 @@ def test_another_process_is_kept_out_until_the_holder_is_gone(tmp_path: Path) ->
 
 def test_the_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
-    monkeypatch.setattr(safety, "_try_lock", lambda _: next(answers))
+    monkeypatch.setattr(safety, "try_lock", lambda _: next(answers))
     with safety.write_lock(tmp_path, patience_s=10):
         assert next(answers, None) is None
 
@@ -139,21 +140,22 @@ def test_the_lock_of_windows_keeps_others_out_and_its_owner_can_be_read(
     locks = WindowsLocks()
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "msvcrt", locks)
-    spec = importlib.util.spec_from_file_location("safety_on_windows", safety.__file__)
+    spec = importlib.util.spec_from_file_location("locks_on_windows", locks_module.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(safety, "try_lock", module.try_lock)
+    monkeypatch.setattr(safety, "unlock", module.unlock)
     monkeypatch.setenv("COMPUTERNAME", "PATHOLOGY-7")
     match = rf"process {os.getpid()} on PATHOLOGY-7\) is writing"
-    with module.write_lock(tmp_path):
+    with safety.write_lock(tmp_path):
         note = (tmp_path / "darefine" / ".lock").stat().st_size
         assert all(place > note for _, place in locks.held)
-        with pytest.raises(ProjectLockedError, match=match), module.write_lock(tmp_path, patience_s=0):
+        with pytest.raises(ProjectLockedError, match=match), safety.write_lock(tmp_path, patience_s=0):
             pass
     assert not locks.held
-    with module.write_lock(tmp_path, patience_s=0):
+    with safety.write_lock(tmp_path, patience_s=0):
         pass
 
 

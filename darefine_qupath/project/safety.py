@@ -34,11 +34,7 @@ from darefine_qupath.errors import (
     ProjectNotFoundError,
     ProjectWriteError,
 )
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from darefine_qupath.locks import try_lock, unlock
 
 __all__ = [
     "BACKUPS_KEPT",
@@ -64,7 +60,6 @@ LOCK_PATIENCE_S = 2.0
 
 OWN_FOLDER = "darefine"
 _STAGED = ".darefine-tmp"
-_LOCK_BYTE = 0x7FFFFFFE  # far beyond the owner's note: Windows lets nobody read a locked byte
 
 
 # -- reading
@@ -165,7 +160,7 @@ def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[Non
             yield
         finally:
             _note_owner(descriptor, "")
-            _release(descriptor)
+            unlock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -176,7 +171,7 @@ def _host() -> str:
 
 def _acquire(descriptor: int, path: Path, patience_s: float) -> None:
     until = time.monotonic() + patience_s
-    while not _try_lock(descriptor):
+    while not try_lock(descriptor):
         if time.monotonic() >= until:
             with contextlib.suppress(OSError):
                 owner = path.read_text(encoding="utf-8").strip()
@@ -185,32 +180,6 @@ def _acquire(descriptor: int, path: Path, patience_s: float) -> None:
                 f"Another darefine process{owner} is writing to {path.parent.parent}; try again when it has ended"
             )
         time.sleep(0.02)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            _log.warning("This file system has no locks: see to it that only one darefine process writes at a time")
-            return True
-        raise
-    return True
-
-
-def _release(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        if sys.platform == "win32":
-            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _note_owner(descriptor: int, owner: str) -> None:

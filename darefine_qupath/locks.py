@@ -1,0 +1,71 @@
+"""Locks between processes: the operating system holds them, and drops them when a process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["try_lock", "unlock"]
+
+_log = logging.getLogger(__name__)
+
+_LOCK_BYTE = 0x7FFFFFFE
+"""Far beyond what a lock file may say of its owner: Windows lets nobody read a locked byte."""
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process, without waiting.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the file; to close it gives the lock up.
+
+    Returns
+    -------
+    bool
+        False if another process has it. Where the file system has no locks, True with a warning.
+
+    Raises
+    ------
+    OSError
+        For any other reason.
+    """
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            _log.warning("This file system has no locks: see to it that only one darefine process writes at a time")
+            return True
+        raise
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Give up the lock of an open file.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the file.
+    """
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            os.lseek(descriptor, _LOCK_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
