@@ -380,6 +380,21 @@ def test_signal_breaks_a_validation_off(
     assert_same(weights(unbroken("paper")), weights(tmp_path / "run"))
 
 
+def test_signal_while_contexts_are_blank_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = loop_module.evaluate
+
+    def interrupted(*args: object, context: str, **kwargs: object) -> ConfusionMatrix:
+        if context == "blank":
+            os.kill(os.getpid(), signal.SIGINT)
+        return count(*args, context=context, **kwargs)
+
+    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    model = ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8, num_classes=3)
+    result = toy_train(tmp_path, toy_config(epochs=1), model=model, train_data=toy_data(5))
+    assert (result.epochs, result.context_miou is not None) == (1, True)
+    assert result.best.exists()
+
+
 def test_what_an_interrupt_does_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -358,7 +358,8 @@ class _Run:
                 workers=num_workers(self.config, self.world.size),
                 dtype=self.stepper.dtype,
                 world=self.world,
-                before_batch=self._heed_stop,
+                # The epoch is judged by the time contexts are blank: what is left of the run then is done.
+                before_batch=self._heed_stop if context == "normal" else None,
             )
 
     def _heed_stop(self) -> None:
