@@ -129,6 +129,23 @@ def test_a_worker_of_another_version_predicts_nothing(tmp_path: Path, monkeypatc
     assert not task.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [("9.9", "has darefine 9.9, here it is"), (ModuleNotFoundError("x"), "has no darefine that it could import")],
+)
+def test_workers_are_asked_for_their_version_before_they_get_a_task(
+    monkeypatch: pytest.MonkeyPatch, found: object, what: str
+) -> None:
+    monkeypatch.setattr(clusters.metadata, "version", lambda _: clusters.__version__)
+
+    def client(answer: object) -> SimpleNamespace:
+        return SimpleNamespace(run=lambda *_, **__: {"tcp://a:1": clusters.__version__, "tcp://b:2": answer})
+
+    clusters._check_versions(client(clusters.__version__))
+    with pytest.raises(PredictionError, match=f"The worker at tcp://b:2 {what}"):
+        clusters._check_versions(client(found))
+
+
 def test_workers_of_a_local_cluster_have_a_device_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _TOPIC = "darefine-progress"
 _REPORT_SECONDS = 1.0
 _CONNECT_SECONDS = 10
 _WORKER_SECONDS = 60
+_DISTRIBUTION = "darefine-qupath"
 _ONE_SLIDE = threading.Lock()
 
 
@@ -165,6 +166,7 @@ def _on_dask(
             client = stack.enter_context(distributed.Client(cluster))
         else:
             client, threads = stack.enter_context(_connect(distributed, scheduler)), None
+            _check_versions(client)
         if progress is not None:
             client.subscribe_topic(_TOPIC, lambda event: progress(Progress(**event[1][_TOPIC])))
         resources = {"GPU": 1} if _has_gpu_resource(client) else {}
@@ -250,6 +252,21 @@ async def _greet(distributed: Any, address: str) -> None:  # noqa: ANN401
     """Connect and leave: Dask's own client waits without end for what accepts a connection and stays silent."""
     connecting = distributed.comm.connect(address, timeout=_CONNECT_SECONDS)
     (await asyncio.wait_for(connecting, 2 * _CONNECT_SECONDS)).abort()
+
+
+def _check_versions(client: Any) -> None:  # noqa: ANN401
+    """Refuse workers with another darefine, or none: those would die of the first task, and nobody would do it.
+
+    The function that they run is Python's own, so that it can be had without darefine.
+    """
+    try:
+        here = metadata.version(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # A checkout that is not installed; `_work` compares as well.
+        return
+    for address, found in client.run(metadata.version, _DISTRIBUTION, on_error="return").items():
+        if found != here:
+            what = "no darefine that it could import" if isinstance(found, Exception) else f"darefine {found}"
+            raise PredictionError(f"The worker at {address} has {what}, here it is {here}; install the same on both")
 
 
 def _has_gpu_resource(client: Any) -> bool:  # noqa: ANN401
