@@ -167,8 +167,11 @@ class Normalisation:
         if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
             raise ModelError(f"Expected RGB pixels of shape (B, 3, H, W) or (B, H, W, 3), got {tuple(image.shape)}")
         image_B3HW = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
-        mean_311 = torch.tensor(self.mean, dtype=torch.float32, device=image.device).mul_(255)[:, None, None]
-        scale_311 = torch.tensor(self.std, dtype=torch.float32, device=image.device).mul_(255)[:, None, None]
+        # Made here and sent without waiting: a GPU may have the step before still to do.
+        mean_311, scale_311 = (
+            torch.tensor(values, dtype=torch.float32).mul_(255)[:, None, None].to(image.device, non_blocking=True)
+            for values in (self.mean, self.std)
+        )
         return ((image_B3HW.to(torch.float32) - mean_311) / scale_311).to(dtype)
 
     def to_json(self) -> dict[str, Any]:

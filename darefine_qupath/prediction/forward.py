@@ -357,6 +357,7 @@ class Engine:
             try:
                 results.append(run(part))
                 done += len(part)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -364,10 +365,11 @@ class Engine:
                     raise PredictionError(
                         f"One slice does not fit in the memory of {self.device}; use --device cpu or a narrower model"
                     ) from error
-                self.batch_size = max(1, len(part) // 2)
-                _log.warning("%s is out of memory: going on with %d slices at once", self.device, self.batch_size)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            self.batch_size = max(1, len(part) // 2)
+            _log.warning("%s is out of memory: going on with %d slices at once", self.device, self.batch_size)
+            # Only now: the error's traceback held what the batch had taken.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         return results
 
 

@@ -15,13 +15,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import PredictionError
+from darefine_qupath.locks import try_lock
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.forward import EngineSettings
 from darefine_qupath.prediction.scoremap import SlideWarning, write_json
@@ -108,15 +104,10 @@ class Journal:
         except OSError as error:
             raise PredictionError(f"Cannot write to {self.folder.parent}: {error.strerror}") from error
         with file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise PredictionError(
-                        f"Another process is predicting into {self.folder.parent}; wait for it or stop it"
-                    ) from None
-                except OSError as error:
-                    _log.debug("No locks in %s (%s)", self.folder.parent, error)
+            if not try_lock(file.fileno()):
+                raise PredictionError(
+                    f"Another process is predicting into {self.folder.parent}; wait for it or stop it"
+                )
             yield
 
     def load(self, fingerprint: str, *, bottoms: Sequence[int], width: int) -> JournalState | None:
