@@ -261,12 +261,15 @@ def _show_prediction(prediction: Prediction, *, dry_run: bool) -> None:
 def _written(result: RunResult | None) -> str:
     if result is None:
         return "-"
-    parts = [f"+{result.added}", f"-{result.removed}", f"={result.kept}"]
-    if result.hidden:
-        parts.append(f"under yours {result.hidden}")
-    if result.adopted or result.rejected:
-        parts.append(f"yours {result.adopted}, rejected {result.rejected}")
-    return " ".join(parts)
+    counts = {
+        "added": result.added,
+        "removed": result.removed,
+        "kept": result.kept,
+        "hidden by yours": result.hidden,
+        "taken over": result.adopted,
+        "rejected": result.rejected,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
 @click.command(short_help="Compare predictions with annotations.")
