@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from darefine_qupath.errors import ModelError
+from darefine_qupath.models.devices import sent
 
 __all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalisation"]
 
@@ -167,9 +168,8 @@ class Normalisation:
         if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
             raise ModelError(f"Expected RGB pixels of shape (B, 3, H, W) or (B, H, W, 3), got {tuple(image.shape)}")
         image_B3HW = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
-        # Made here and sent without waiting: a GPU may have the step before still to do.
         mean_311, scale_311 = (
-            torch.tensor(values, dtype=torch.float32).mul_(255)[:, None, None].to(image.device, non_blocking=True)
+            sent(torch.tensor(values, dtype=torch.float32).mul_(255)[:, None, None], image.device)
             for values in (self.mean, self.std)
         )
         return ((image_B3HW.to(torch.float32) - mean_311) / scale_311).to(dtype)

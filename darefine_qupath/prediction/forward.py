@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalisation
 from darefine_qupath.models.blocks import fold_batch_norms
+from darefine_qupath.models.devices import is_out_of_memory, sent
 from darefine_qupath.models.winograd import WinogradConv2d, use_winograd
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
@@ -319,8 +320,8 @@ class Engine:
         contexts: Sequence[tuple[ContextFeatures, ...]],
     ) -> Tensor:
         slices, index, boxes, phases = zip(*jobs, strict=True)
-        index_B = torch.tensor(index, device=self.device)
-        box_B4 = torch.from_numpy(np.stack(boxes)).to(self.device)
+        index_B = sent(torch.tensor(index), self.device)
+        box_B4 = sent(torch.from_numpy(np.stack(boxes)), self.device)
         with torch.inference_mode():
             slice_B3HW = self._upload(slices)
             scores: list[Tensor] = []
@@ -336,11 +337,7 @@ class Engine:
             return torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
 
     def _upload(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        image_BHW3 = torch.from_numpy(np.stack(images))
-        if self.device.type == "cuda":
-            # From pinned memory the copy runs beside the kernels of the batch before.
-            image_BHW3 = image_BHW3.pin_memory()
-        image_B3HW = self._normalisation.apply(image_BHW3.to(self.device, non_blocking=True))
+        image_B3HW = self._normalisation.apply(sent(torch.from_numpy(np.stack(images)), self.device))
         return image_B3HW.contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
@@ -359,7 +356,7 @@ class Engine:
                 done += len(part)
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise PredictionError(
@@ -386,13 +383,6 @@ def _keep_freed_memory() -> None:
     if is_glibc:
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text
-    )
 
 
 def _row(features: ContextFeatures, index: int) -> ContextFeatures:

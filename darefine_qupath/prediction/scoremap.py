@@ -16,7 +16,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from darefine_qupath.atomic import replacing
+from darefine_qupath.atomic import put_in_place, replacing
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
@@ -267,10 +267,12 @@ def read_score_map(folder: Path) -> ScoreMap:
     missing = [layer for layer in _LAYERS if not score_map.path(layer).is_file()]
     if missing:
         raise PredictionError(f"{folder} lacks the layers {missing}; predict again")
-    for layer, length in lengths.items():
-        found = (folder / f"{layer}.tif").stat().st_size
-        if found != length:
-            raise PredictionError(f"{folder / layer}.tif is damaged ({found} bytes instead of {length}); predict again")
+    for layer in _LAYERS:
+        found = score_map.path(layer).stat().st_size
+        if found != lengths.get(layer, found):
+            raise PredictionError(
+                f"{score_map.path(layer)} is damaged ({found} bytes instead of {lengths[layer]}); predict again"
+            )
     return score_map
 
 
@@ -327,7 +329,7 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
                 _add_pyramid(partial[layer], layer, score_map.size)
         lengths = {layer: _synced(path) for layer, path in partial.items()}
         for layer, path in partial.items():
-            path.replace(score_map.path(layer))
+            put_in_place(path, score_map.path(layer))
     # Where the disk fills up while overviews are built, rasterio lets GDAL's own error through.
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error

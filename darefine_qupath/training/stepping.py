@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import Normalisation, SegmentationNetwork
+from darefine_qupath.models.devices import is_out_of_memory
 from darefine_qupath.training.augment import Batch, Draw, apply_augmentation
 from darefine_qupath.training.distributed import World
 from darefine_qupath.training.initial import FrozenNorms
@@ -80,11 +81,8 @@ def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
-            known in text for known in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-        ):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"Out of memory with {batch_size} tiles of {size_px} px at once: lower --batch-size (or raise accumulate, "
