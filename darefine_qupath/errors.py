@@ -3,6 +3,7 @@
 ::
 
     DarefineError
+    ├── LimitError                (ValueError)         a file asks for more than any honest one
     ├── GeometryError             (ValueError)         a box, size or downsample that makes no sense
     ├── ConfigError               (ValueError)         darefine.toml or an option is wrong
     ├── ClassMapError             (ValueError)         a path class is unknown or mapped twice
@@ -51,6 +52,7 @@ __all__ = [
     "ExchangeError",
     "GeometryError",
     "ImageNotFoundError",
+    "LimitError",
     "MissingMppError",
     "ModelError",
     "PolygonError",
@@ -74,6 +76,10 @@ __all__ = [
 
 class DarefineError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+class LimitError(DarefineError, ValueError):
+    """A file is larger, deeper or slower to read than any honest one."""
 
 
 class GeometryError(DarefineError, ValueError):
