@@ -442,10 +442,47 @@ def test_geojson_bad_feature_is_refused_with_its_index(write: Write, bad: object
     assert len(imported.annotations) == 2
 
 
-def test_geojson_id_used_twice_is_refused(write: Write) -> None:
-    data = qupath_feature() | {"id": "6423a977-ffff-48db-affc-cd11632010f0"}
+ID = "6423a977-ffff-48db-affc-cd11632010f0"
+
+
+def test_second_shape_of_an_id_gets_a_new_one_and_keeps_its_children(write: Write) -> None:
+    other = qupath_feature(name="other", childObjects=[qupath_feature(name="child")])
+    imported = read_annotations(write(json.dumps([qupath_feature() | {"id": ID}, other | {"id": ID}]), "a.json"))
+    first, second, child = imported.annotations
+    assert (str(first.id), child.parent) == (ID, second.id)
+    assert second.id != first.id
+    assert [note.item for note in imported.repaired] == ["feature 1"]
+
+
+def test_geojson_object_that_stands_twice_comes_once(write: Write) -> None:
+    data = qupath_feature() | {"id": ID}
     imported = read_annotations(write(json.dumps([data, data]), "a.json"))
-    assert (len(imported.annotations), len(imported.refused)) == (1, 1)
+    assert (len(imported.annotations), [note.item for note in imported.refused]) == (1, ["feature 1"])
+
+
+@pytest.mark.parametrize(
+    ("members", "properties", "own"),
+    [
+        ({"id": ID}, {}, True),
+        ({}, {"id": ID}, True),
+        ({"id": 7}, {}, False),
+        ({"id": "cell-7"}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_only_a_uuid_is_an_id_of_its_own(
+    write: Write, members: dict[str, object], properties: dict[str, object], *, own: bool
+) -> None:
+    imported = read_annotations(write(json.dumps(qupath_feature(**properties) | members), "a.json"))
+    assert imported.own_ids == ({UUID(ID)} if own else set())
+    assert imported.items == ("feature 0",)
+
+
+def test_ruler_without_length_is_one_bad_object(write: Write) -> None:
+    ruler = {"type": "LineString", "coordinates": [[5, 5], [5, 5]]}
+    imported = read_annotations(write(json.dumps([ruler, qupath_feature()]), "a.json"))
+    assert [str(note) for note in imported.refused] == ["feature 0: has points that are all the same"]
+    assert len(imported.annotations) == 1
 
 
 def test_geojson_form_is_qupaths(tmp_path: Path) -> None:

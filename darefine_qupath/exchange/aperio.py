@@ -119,11 +119,10 @@ def _read_layer(collector: Collector, layer: Element, layer_name: str, mpp: floa
         positive.append(_Region(item, geometry, roi, path_class, name))
     for item, hole in negative:
         _cut(collector, positive, item, hole)
-    collector.annotations += [
-        Annotation(geometry=region.geometry, path_class=region.path_class, name=region.name, roi=region.roi)
-        for region in positive
-        if not region.geometry.is_empty
-    ]
+    for region in positive:
+        if not region.geometry.is_empty:
+            read = Annotation(geometry=region.geometry, path_class=region.path_class, name=region.name, roi=region.roi)
+            collector.add(region.item, read)
 
 
 def _cut(collector: Collector, regions: Sequence[_Region], item: str, hole: BaseGeometry) -> None:

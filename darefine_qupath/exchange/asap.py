@@ -61,7 +61,7 @@ def read_asap(path: Path, root: Element, *, classes: Sequence[str] = ()) -> Impo
         group_name = element.get("PartOfGroup", "None")
         path_class = collector.class_name(None if group_name == "None" else group_name)
         collector.colour(path_class, _colour(element.get("Color")))
-        collector.annotations.append(Annotation(geometry=geometry, path_class=path_class, name=name or None, roi=roi))
+        collector.add(item, Annotation(geometry=geometry, path_class=path_class, name=name or None, roi=roi))
     return collector.result("ASAP XML")
 
 

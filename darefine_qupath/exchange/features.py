@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import geojson
 import shapely
@@ -94,16 +94,17 @@ def _read(collector: Collector, item: str, data: object, parent: UUID | None) ->
     if not isinstance(properties, dict):
         collector.refuse(item, f"has properties that are {_short(properties)}")
         return
+    own = parent
     try:
         annotation = _annotation(collector, item, data, properties, parent)
     except ExchangeError as error:
         collector.refuse(item, str(error))
         annotation = None
     if annotation is not None:
-        collector.add(item, annotation)
+        own = collector.add(item, annotation, own_id=_uuid(data.get("id")) or _uuid(properties.get("id")))
     children = properties.get("childObjects", properties.get("children", []))
     for index, child in enumerate(children if isinstance(children, list) else []):
-        _read(collector, f"{item}, child {index}", child, parent if annotation is None else annotation.id)
+        _read(collector, f"{item}, child {index}", child, own)
 
 
 def _annotation(
@@ -119,7 +120,6 @@ def _annotation(
     nucleus = data.get("nucleusGeometry")
     member = data["geometry"]
     return Annotation(
-        id=_uuid(data.get("id")),
         kind=_KINDS.get(kind_name, "annotation"),
         geometry=geometry,
         roi="Ellipse" if member.get("isEllipse") is True else None,
@@ -205,11 +205,11 @@ def _plane(value: object) -> Plane:
     return Plane(*numbers) if all(isinstance(number, int) for number in numbers) else Plane()
 
 
-def _uuid(value: object) -> UUID:
+def _uuid(value: object) -> UUID | None:
     try:
-        return UUID(str(value))
+        return UUID(value) if isinstance(value, str) else None
     except ValueError:
-        return uuid4()
+        return None
 
 
 def _short(value: object) -> str:

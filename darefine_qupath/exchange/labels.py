@@ -75,9 +75,10 @@ def read_label_mask(
     is_known[[label for label in known if label < len(is_known)]] = True
     for geometry, value in shapes(pixels, mask=is_known[pixels], connectivity=4):
         polygon = shapely.transform(shape(geometry), lambda points: points * (scale_x, scale_y))
-        usable = collector.shape(f"an area of label {int(value)}", polygon)
+        item = f"an area of label {int(value)}"
+        usable = collector.shape(item, polygon)
         if usable is not None:
-            collector.annotations.append(Annotation(geometry=usable, path_class=known[int(value)]))
+            collector.add(item, Annotation(geometry=usable, path_class=known[int(value)]))
     return collector.result("label mask")
 
 

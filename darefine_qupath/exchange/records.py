@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import numpy as np
 import shapely
-from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import MultiLineString, MultiPolygon, Polygon
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour
@@ -63,6 +63,10 @@ class Imported:
         ``"Aperio XML"``, ``"ASAP XML"``, ``"GeoJSON"`` or ``"label mask"``.
     annotations : tuple of Annotation
         In the order of the file.
+    items : tuple of str
+        For each annotation, what the file counts or names it as.
+    own_ids : frozenset of UUID
+        Ids of annotations that the file itself gives; the others were made up when it was read.
     repaired : tuple of Note
         Shapes that crossed themselves, say; they are among the annotations.
     refused : tuple of Note
@@ -80,6 +84,8 @@ class Imported:
     path: Path
     format: str
     annotations: tuple[Annotation, ...]
+    items: tuple[str, ...] = ()
+    own_ids: frozenset[UUID] = frozenset()
     repaired: tuple[Note, ...] = ()
     refused: tuple[Note, ...] = ()
     cut_outs: int = 0
@@ -111,11 +117,13 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     Returns
     -------
     shapely geometry or None
-        On a grid of 0.01 px, valid; None where an areal geometry has no area.
+        On a grid of 0.01 px, valid; None where an areal geometry has no area, or a line no length.
     bool
         Whether it was not valid. A ring that crosses itself keeps all that it encloses, as QuPath fills it.
     """
     rounded = shapely.transform(geometry, _on_grid)
+    if geometry.geom_type in ("LineString", "MultiLineString"):
+        return _with_length(rounded), False
     if geometry.geom_type not in ("Polygon", "MultiPolygon", "GeometryCollection"):
         return (None if rounded.is_empty else rounded), False
     repaired = not rounded.is_valid
@@ -127,6 +135,16 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     if not polygons:
         return None, repaired
     return (polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)), repaired
+
+
+def _with_length(lines: BaseGeometry) -> BaseGeometry | None:
+    """Lines without those whose points are all the same, a ruler's, say; None where none is left."""
+    if lines.is_valid and not lines.is_empty:
+        return lines
+    parts = [part for part in shapely.get_parts(lines) if part.length > 0]
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else MultiLineString(parts)
 
 
 def _is_tangled(geometry: BaseGeometry) -> bool:
@@ -178,7 +196,8 @@ class Collector:
         self.warnings: list[str] = []
         self.colours: dict[str, Colour] = {}
         self.cut_outs = 0
-        self._ids: set[UUID] = set()
+        self._items: list[str] = []
+        self._first: dict[UUID, Annotation] = {}
         self._spelling = {name.casefold(): name for name in reversed(classes)}
 
     def class_name(self, text: str | None) -> str | None:
@@ -199,19 +218,42 @@ class Collector:
             return None
         usable, repaired = snapped(geometry)
         if usable is None:
-            self.refuse(item, "encloses no area")
+            is_line = geometry.geom_type in ("LineString", "MultiLineString")
+            self.refuse(item, "has points that are all the same" if is_line else "encloses no area")
         elif repaired:
             before, after = abs(_signed_area(geometry)), usable.area
             self.repaired.append(Note(item=item, reason=f"crossed itself; {before:.0f} px^2 drawn, {after:.0f} kept"))
         return usable
 
-    def add(self, item: str, annotation: Annotation) -> None:
-        """Take an annotation in, unless its id is there already."""
-        if annotation.id in self._ids:
-            self.refuse(item, f"has the id {annotation.id} of another one")
-        else:
-            self._ids.add(annotation.id)
-            self.annotations.append(annotation)
+    def add(self, item: str, annotation: Annotation, *, own_id: UUID | None = None) -> UUID:
+        """Take an annotation in.
+
+        Parameters
+        ----------
+        item : str
+            What the file counts or names it as.
+        annotation : Annotation
+            What was read.
+        own_id : UUID, optional
+            Id that the file gives; a second shape of one id gets a new one.
+
+        Returns
+        -------
+        UUID
+            Of the annotation, for what stands below it.
+        """
+        first = self._first.get(own_id) if own_id is not None else None
+        if own_id is not None and first is None:
+            annotation = replace(annotation, id=own_id)
+            self._first[own_id] = annotation
+        elif first is not None and replace(annotation, id=first.id) == first:
+            self.refuse(item, f"stands in the file twice (id {own_id})")
+            return first.id
+        elif first is not None:
+            self.repaired.append(Note(item=item, reason=f"has the id {own_id} of another one and gets a new one"))
+        self.annotations.append(annotation)
+        self._items.append(item)
+        return annotation.id
 
     def refuse(self, item: str, reason: str) -> None:
         """Note an item that cannot be imported."""
@@ -228,6 +270,8 @@ class Collector:
             path=self.path,
             format=format_name,
             annotations=tuple(self.annotations),
+            items=tuple(self._items),
+            own_ids=frozenset(self._first),
             repaired=tuple(self.repaired),
             refused=tuple(self.refused),
             cut_outs=self.cut_outs,
