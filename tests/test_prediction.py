@@ -57,6 +57,23 @@ def test_every_pixel_has_its_own_label(tmp_path: Path, placement: str, stride: i
     assert (found.read("class") != 255).all()
 
 
+@pytest.mark.parametrize(
+    ("context", "stride", "overlap"), [(77, 32, None), (80, 64, None), (96, 64, 0.0), (64, 64, 0.0)]
+)
+@pytest.mark.parametrize("size", [(700, 530), (1, 1), (65, 3), (331, 67)])
+def test_no_pixel_is_skipped_whatever_the_context(
+    tmp_path: Path, context: int, stride: int, overlap: float | None, size: tuple[int, int]
+) -> None:
+    labels = blobs(size)
+    tiles = TileSpec(size_px=27, slice_px=64, context_px=context, stride_px=stride)
+    options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=1, overlap=overlap)
+    found = predict_slide(
+        array_slide(tmp_path, labels), checkpoint(ColourNetwork(), tiles=tiles), out=tmp_path / "map", options=options
+    )
+    assert (found.read("class") != 255).all()
+    assert sum(found.class_pixels) == found.size.width * found.size.height
+
+
 def test_a_constant_slide_has_constant_scores(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, np.ones((500, 610), np.uint8))
     found = predict_slide(slide, checkpoint(ColourNetwork(sharpness=1.0)), out=tmp_path / "map", options=OPTIONS)

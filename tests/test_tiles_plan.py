@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles import PixelSpec, TilePair, TileSpec, group_by_context, iter_pairs, plan_tiles, read_pair
+from darefine_qupath.tiles import (
+    PixelSpec,
+    TilePair,
+    TileSpec,
+    group_by_context,
+    iter_pairs,
+    plan_even,
+    plan_tiles,
+    read_pair,
+)
 from tests.tile_slides import ArraySlide, ramps
 
 PAPER = TileSpec.paper().at(None)
@@ -90,24 +98,6 @@ def test_slices_that_do_not_overlap_cover_every_pixel_once(
     assert len(pairs) == -(-size[0] // side) * -(-size[1] // side)
 
 
-@given(SIZES, specs("parent"), st.data())
-@properties
-def test_overlapping_parents_cover_too(size: tuple[int, int], spec: PixelSpec, data: st.DataObject) -> None:
-    step = data.draw(st.integers(1, spec.context_px))
-    if max(size) > 20 * step:
-        step = spec.context_px
-    pairs = plan_tiles(size, spec, context_step=step)
-    assert coverage(pairs, size).min() >= 1
-    contexts = [context for context, _ in group_by_context(pairs)]
-    assert len(set(contexts)) == len(contexts)
-
-
-@pytest.mark.parametrize("step", [0, 5001])
-def test_a_context_step_that_leaves_gaps_is_refused(step: int) -> None:
-    with pytest.raises(TileError, match=f"context_step must lie between 1 and the context's 5000 px, got {step}"):
-        plan_tiles((9000, 9000), PAPER, context_step=step)
-
-
 def test_a_parent_of_the_paper_has_81_slices() -> None:
     groups = group_by_context(plan_tiles((10_000, 5_000), PAPER))
     assert [(context, len(pairs)) for context, pairs in groups] == [
@@ -146,6 +136,86 @@ def test_within_leaves_out_what_does_not_touch(
     every = plan_tiles(size, spec)
     assert plan_tiles(size, spec, within=box) == tuple(p for p in every if p.slice.intersection(box))
     assert plan_tiles(size, spec, keep=lambda b: b.x % 2 == 0) == tuple(p for p in every if p.slice.x % 2 == 0)
+
+
+@st.composite
+def any_ratios(draw: st.DrawFn) -> PixelSpec:
+    """Slice, context and stride in any real ratio, on a slide of any pixel size."""
+    slice_um = draw(st.floats(1, 500))
+    context_um = slice_um * draw(st.one_of(st.just(1.0), st.floats(1, 1.3), st.floats(1, 9)))
+    stride_um = slice_um * (1 - draw(st.one_of(st.just(0.0), st.floats(0, 0.9))))
+    spec = TileSpec(
+        size_px=draw(st.integers(1, 600)), slice_um=slice_um, context_um=context_um, stride_um=stride_um,
+        placement=draw(st.sampled_from(["parent", "centred"])),
+    )  # fmt: skip
+    return spec.at(draw(st.floats(0.1, 4)))
+
+
+LENGTHS = st.one_of(st.integers(1, 60), st.integers(1, 100_000))
+many = settings(deadline=None, derandomize=True, max_examples=250)
+
+
+@given(LENGTHS, any_ratios(), st.floats(0, 0.9))
+@many
+def test_one_even_grid_covers_whatever_the_ratios(length: int, spec: PixelSpec, context_overlap: float) -> None:
+    length = min(length, 1000 * spec.stride_px)
+    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    starts = [box.x for _, boxes in planned for box in boxes]
+    steps = np.diff(starts)
+    assert starts[0] == 0
+    assert starts[-1] + spec.slice_px >= length
+    assert (steps >= 1).all()
+    assert (steps <= spec.slice_px).all()
+    assert np.ptp(steps) <= 2 * max(1, np.ceil(spec.slice_downsample)) if len(steps) else True
+    assert len(starts) <= max(0, -(-(length - spec.slice_px) // spec.stride_px)) + 1
+
+
+@given(LENGTHS, any_ratios(), st.floats(0, 0.9))
+@many
+def test_one_slice_has_the_one_context_in_whose_middle_it_lies_most(
+    length: int, spec: PixelSpec, context_overlap: float
+) -> None:
+    length = min(length, 300 * spec.stride_px)
+    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    contexts = np.array([context.x for context, _ in planned])
+    assert (np.diff(contexts) > 0).all()
+    room = spec.context_px - spec.slice_px
+    for context, boxes in planned:
+        for box in boxes:
+            assert context.contains(box) or (spec.placement == "centred" and context == box.centred(*context.size))
+            off = abs(box.x - context.x - room / 2)
+            assert off <= np.abs(box.x - contexts - room / 2).min() + 1
+
+
+@given(LENGTHS, any_ratios(), st.floats(0, 0.9))
+@many
+def test_contexts_are_shared_as_far_as_they_reach(length: int, spec: PixelSpec, context_overlap: float) -> None:
+    length = min(length, 1000 * spec.stride_px)
+    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    num_slices = sum(len(boxes) for _, boxes in planned)
+    if spec.placement == "centred":
+        assert len(planned) == num_slices
+        return
+    # Of those that fit, the part that is not left to neighbors; one fewer where an input pixel is in the way.
+    jitter = int(np.ceil(max(1, spec.slice_downsample)))
+    fit = max(1, (spec.context_px - spec.slice_px - jitter) // spec.stride_px + 1)
+    shared = max(1, min(fit, round(fit * (1 - context_overlap))))
+    assert len(planned) <= -(-num_slices // shared) + 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "num"), [((1000, 1200, 500), 39 * 31), ((256, 320, 192), 104 * 83), ((256, 384, 256), 79 * 63)]
+)
+def test_a_context_hardly_larger_than_its_slices_skips_none(tiles: tuple[int, int, int], num: int) -> None:
+    spec = PixelSpec(slice_px=tiles[0], context_px=tiles[1], stride_px=tiles[2], size_px=256, context_size_px=256)
+    assert sum(len(boxes) for _, boxes in plan_even((20_000, 16_000), spec)) == num
+
+
+@pytest.mark.parametrize(("context_overlap", "contexts"), [(0.0, 20), (0.45, 42), (0.9, 713)])
+def test_contexts_of_the_paper_are_shared(context_overlap: float, contexts: int) -> None:
+    planned = list(plan_even((20_000, 16_000), PAPER, context_overlap=context_overlap))
+    assert len(planned) == contexts
+    assert sum(len(boxes) for _, boxes in planned) == 39 * 31
 
 
 def test_each_parent_is_read_once() -> None:

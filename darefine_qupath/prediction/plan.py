@@ -1,8 +1,7 @@
 """What is predicted of a slide, and in which order.
 
-Slices come from the planning function of training. Its parent contexts stand side by side; here they overlap, so that
-the slices of one parent run on into the next, no border is left over, and every slice is predicted once, with the
-context in whose middle it lies.
+Where slices and contexts lie is for `darefine_qupath.tiles.plan` to say; here they become rows that are computed and
+finished one after the other, and places on the score map.
 """
 
 from __future__ import annotations
@@ -11,23 +10,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.plan import plan_even
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from darefine_qupath.prediction.options import PredictOptions
     from darefine_qupath.tiles.spec import PixelSpec
 
-__all__ = ["MapGrid", "Parent", "PlanRow", "SlidePlan", "context_step", "plan_slide", "with_overlap"]
+__all__ = ["MapGrid", "Parent", "PlanRow", "SlidePlan", "plan_slide", "with_overlap"]
 
 _LEAST_OVERLAP = 0.25
 _BLANK_ROWS = 512
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class MapGrid:
     def of(cls, slide_size: tuple[int, int], spec: PixelSpec, stride: int) -> MapGrid:
         """Grid that covers a slide."""
         downsample = spec.slice_downsample * stride
-        width, height = (max(1, math.ceil(length / downsample - 1e-6)) for length in slide_size)
+        width, height = (max(1, math.ceil(length / downsample - _ROUNDING)) for length in slide_size)
         return cls(spec.slice_downsample, stride, Size(width, height))
 
     @property
@@ -72,15 +71,14 @@ class MapGrid:
         return Box.covering((0, top * self.downsample, self.size.width * self.downsample, bottom * self.downsample))
 
     def place(self, position: int) -> tuple[int, int]:
-        """Map pixel of a level-0 position, and the input pixels between that pixel's edge and the position."""
-        return divmod(round(position / self.input_downsample), self.stride)
+        """Map pixel of a level-0 position, and the input pixels between that pixel's edge and the position.
 
-
-class _Cell(NamedTuple):
-    """One context along one axis, and the slices that are predicted with it."""
-
-    context: int
-    slices: tuple[int, ...]
+        The nearest input pixel or, where these are the smaller ones, the next: so the last slice of a plan reaches the
+        end of the map wherever it reaches that of the slide.
+        """
+        place = position / self.input_downsample
+        whole = math.floor(place + 0.5) if self.input_downsample > 1 else math.ceil(place - _ROUNDING)
+        return divmod(whole, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,27 +158,6 @@ def with_overlap(spec: PixelSpec, overlap: float | None) -> PixelSpec:
     return replace(spec, stride_px=max(1, round(spec.slice_px * (1 - overlap))))
 
 
-def context_step(spec: PixelSpec, context_overlap: float = 0.0) -> int:
-    """Level-0 pixels from one parent to the next at which their slices make one even grid.
-
-    Parameters
-    ----------
-    spec : PixelSpec
-        With the stride that is used.
-    context_overlap : float
-        Part of the slices that fit into a parent and are left to its neighbours.
-
-    Returns
-    -------
-    int
-        A whole number of slice steps (rounded where the slices themselves do not stand evenly).
-    """
-    room = spec.context_px - spec.slice_px
-    steps = -(-room // spec.stride_px)
-    stride = room / steps if steps else spec.stride_px
-    return max(1, round(stride * max(1, round((steps + 1) * (1 - context_overlap)))))
-
-
 def plan_slide(
     size: tuple[int, int],
     spec: PixelSpec,
@@ -208,41 +185,14 @@ def plan_slide(
     """
     spec = with_overlap(spec, options.overlap)
     grid = MapGrid.of(size, spec, options.map_stride)
-    step = context_step(spec, options.context_overlap)
-    columns, rows_of = (_most_central(length, spec, step) for length in size)
-    parents = [_parent(column, row, spec) for row in rows_of for column in columns]
+    planned = plan_even(size, spec, context_overlap=options.context_overlap)
+    parents = [Parent(context, slices) for context, slices in planned]
     if keep is not None:
         parents = _kept(parents, keep)
     if not options.share_context:
         parents = [Parent(parent.context, (box,)) for parent in parents for box in parent.slices]
     rows = [tuple(row) for _, row in groupby(parents, key=lambda parent: parent.context.y)]
     return SlidePlan(spec, grid, _rows(rows, grid, spec))
-
-
-def _most_central(length: int, spec: PixelSpec, step: int) -> list[_Cell]:
-    """Contexts along one axis, each with the slices that lie nearer to its middle than to that of any other.
-
-    The axis is that of a slide one pixel high, so that it is planned by the same function as every slide.
-    """
-    pairs = plan_tiles((length, 1), spec, context_step=step)
-    places = sorted({(pair.slice.x, pair.context.x) for pair in pairs})
-    # Where slices do not stand on whole pixels, those of different contexts may lie a pixel or two apart.
-    starts = np.array([place[0] for place in places])
-    clusters = np.cumsum(np.diff(starts, prepend=starts[:1]) > spec.stride_px / 2)
-    margin = (spec.context_px - spec.slice_px) / 2
-    chosen = [
-        min((places[index] for index in group), key=lambda place: abs(place[0] - place[1] - margin))
-        for _, group in groupby(range(len(places)), key=lambda index: int(clusters[index]))
-    ]
-    return [
-        _Cell(context, tuple(place[0] for place in group))
-        for context, group in groupby(chosen, key=lambda place: place[1])
-    ]
-
-
-def _parent(column: _Cell, row: _Cell, spec: PixelSpec) -> Parent:
-    slices = (Box(x, y, spec.slice_px, spec.slice_px) for y in row.slices for x in column.slices)
-    return Parent(Box(column.context, row.context, spec.context_px, spec.context_px), tuple(slices))
 
 
 def _kept(parents: list[Parent], keep: Callable[[Sequence[Box]], NDArray[np.bool_]]) -> list[Parent]:

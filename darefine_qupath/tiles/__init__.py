@@ -6,7 +6,7 @@ make training data; `loading` alone needs torch.
 
 from __future__ import annotations
 
-from darefine_qupath.tiles.plan import TilePair, group_by_context, plan_tiles
+from darefine_qupath.tiles.plan import TilePair, group_by_context, plan_even, plan_tiles
 from darefine_qupath.tiles.reading import PairPixels, iter_pairs, read_context, read_pair, read_slice
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 
@@ -17,6 +17,7 @@ __all__ = [
     "TileSpec",
     "group_by_context",
     "iter_pairs",
+    "plan_even",
     "plan_tiles",
     "read_context",
     "read_pair",

@@ -1,12 +1,16 @@
-"""Where the tiles of a slide lie: pure arithmetic, the same for training and for prediction.
+"""Where the tiles of a slide lie: pure arithmetic, for training and for prediction.
 
-``parent``: contexts stand on a grid from the slide's top left corner, slices are cut inside them, evenly and at most
-a stride apart, so that every pixel of the slide lies in a slice. At the right and lower border a slice may overhang
-the slide; slices that would only repeat what their neighbour covers are left out. A context at the border is moved
-back over the slide as far as its slices allow, so that it shows tissue rather than white; a slide smaller than a
-context lies in its middle.
+Both know two placements. ``parent``: many slices share a context, which is moved back over the slide at its borders as
+far as its slices allow, so that it shows tissue rather than white; a slide smaller than a context lies in its middle.
+``centred``: each slice has a context around its own centre, which may overhang.
 
-``centred``: slices stand on one grid over the slide, each with a context around its own centre, which may overhang.
+`plan_tiles`, for training: parent contexts stand side by side from the slide's top left corner and slices are cut
+inside them, evenly and at most a stride apart. At the right and lower border a slice may overhang the slide; slices
+that would only repeat what their neighbor covers are left out.
+
+`plan_even`, for prediction: one even grid of slices over the whole slide, whatever the sizes of slice, context and
+stride; parent contexts overlap, and each slice has the one in whose middle it lies most. No slice is laid twice, and
+there is no border of contexts at which the grid would break.
 """
 
 from __future__ import annotations
@@ -14,13 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from darefine_qupath.errors import TileError
+import numpy as np
+
 from darefine_qupath.geometry import Box
 from darefine_qupath.tiles.spec import PixelSpec
 
-__all__ = ["TilePair", "group_by_context", "plan_tiles"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["TilePair", "group_by_context", "plan_even", "plan_tiles"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,9 +53,8 @@ def plan_tiles(
     within: Box | None = None,
     keep: Callable[[Box], bool] | None = None,
     grid_shift: tuple[int, int] = (0, 0),
-    context_step: int | None = None,
 ) -> tuple[TilePair, ...]:
-    """Plan the tiles of a slide.
+    """Plan the tiles of a slide for training.
 
     Parameters
     ----------
@@ -62,32 +69,52 @@ def plan_tiles(
     grid_shift : tuple of int
         Start the grid this many level-0 pixels to the left of and above the slide: a second pass over the slide
         with the context borders elsewhere.
-    context_step : int, optional
-        Level-0 pixels from one parent context to the next; by default they stand side by side. A smaller step lets
-        them overlap, so that the slices of one run on into the next; ``centred`` placement takes no notice.
 
     Returns
     -------
     tuple of TilePair
         Tiles that share a context stand together; contexts, and slices in them, row by row. Without `within` and
         `keep` every pixel of the slide lies in at least one slice.
-
-    Raises
-    ------
-    TileError
-        If `context_step` would leave gaps or not advance.
     """
     axis = _parent_axis if spec.placement == "parent" else _centred_axis
-    step = spec.context_px if context_step is None else context_step
-    if not 1 <= step <= spec.context_px:
-        raise TileError(f"context_step must lie between 1 and the context's {spec.context_px} px, got {context_step}")
-    columns = axis(size[0], spec, grid_shift[0], step)
-    rows = axis(size[1], spec, grid_shift[1], step)
+    columns = axis(size[0], spec, grid_shift[0])
+    rows = axis(size[1], spec, grid_shift[1])
     if within is not None:
         columns = _touching(columns, spec.slice_px, within.x, within.right)
         rows = _touching(rows, spec.slice_px, within.y, within.bottom)
     pairs = (pair for row in rows for column in columns for pair in _pairs(column, row, spec))
     return tuple(pair for pair in pairs if keep is None or keep(pair.slice))
+
+
+def plan_even(
+    size: tuple[int, int], spec: PixelSpec, *, context_overlap: float = 0.0
+) -> Iterator[tuple[Box, tuple[Box, ...]]]:
+    """Plan the tiles of a slide for prediction.
+
+    Parameters
+    ----------
+    size : tuple of int
+        Width and height of the slide in level-0 pixels.
+    spec : PixelSpec
+        From `TileSpec.at`.
+    context_overlap : float
+        Part of the slices that fit into a parent context and are left to its neighbors, 0 to below 1.
+
+    Yields
+    ------
+    context : Box
+        In level-0 pixels, row by row.
+    slices : tuple of Box
+        Those of which it is the context; it holds them whole. Along each axis they are at most
+        ``max(0, ceil((length - slice_px) / stride_px)) + 1`` in all, and together they cover every pixel of the slide
+        and, laid on whole pixels of the network's input, of its score map.
+    """
+    columns, rows = (_even_axis(length, spec, context_overlap) for length in size)
+    side = spec.slice_px
+    for row in rows:
+        for column in columns:
+            context = Box(column.context, row.context, spec.context_px, spec.context_px)
+            yield context, tuple(Box(x, y, side, side) for y in row.slices for x in column.slices)
 
 
 def group_by_context(pairs: Iterable[TilePair]) -> tuple[tuple[Box, tuple[TilePair, ...]], ...]:
@@ -113,12 +140,12 @@ def _pairs(column: _Cell, row: _Cell, spec: PixelSpec) -> Iterator[TilePair]:
             yield TilePair(Box(x, y, spec.slice_px, spec.slice_px), context)
 
 
-def _parent_axis(length: int, spec: PixelSpec, shift: int, context_step: int) -> list[_Cell]:
+def _parent_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
     room = spec.context_px - spec.slice_px
     steps = -(-room // spec.stride_px)
     offsets = [room * step // steps for step in range(steps + 1)] if steps else [0]
     cells = []
-    for origin in range(-(shift % context_step), length, context_step):
+    for origin in range(-(shift % spec.context_px), length, spec.context_px):
         slices = _needed([origin + offset for offset in offsets], spec.slice_px, length)
         cells.append(_Cell(_context_start(origin, slices, spec, length), slices))
         if origin + spec.context_px >= length:
@@ -126,11 +153,60 @@ def _parent_axis(length: int, spec: PixelSpec, shift: int, context_step: int) ->
     return cells
 
 
-def _centred_axis(length: int, spec: PixelSpec, shift: int, _context_step: int) -> list[_Cell]:
+def _centred_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
     starts = range(-(shift % spec.stride_px), length, spec.stride_px)
+    return _centred(_needed(starts, spec.slice_px, length), spec)
+
+
+def _centred(starts: Iterable[int], spec: PixelSpec) -> list[_Cell]:
     # Box.centred, for one axis.
     margin = (spec.slice_px - spec.context_px) // 2
-    return [_Cell(start + margin, (start,)) for start in _needed(starts, spec.slice_px, length)]
+    return [_Cell(start + margin, (start,)) for start in starts]
+
+
+def _even_axis(length: int, spec: PixelSpec, context_overlap: float) -> list[_Cell]:
+    starts = _even_starts(length, spec)
+    if spec.placement == "centred":
+        return _centred(starts.tolist(), spec)
+    contexts = _context_starts(starts, length, spec, context_overlap)
+    # Half way between the middles of two contexts, as starts of slices.
+    between = (contexts[1:] + contexts[:-1] + spec.context_px - spec.slice_px) / 2
+    parts = np.split(starts, np.searchsorted(starts, between, side="right"))
+    cells = zip(contexts.tolist(), parts, strict=True)
+    return [_Cell(context, tuple(part.tolist())) for context, part in cells if len(part)]
+
+
+def _even_starts(length: int, spec: PixelSpec) -> NDArray[np.int64]:
+    """Find starts of slices a stride apart, from 0 to the first that reaches the end.
+
+    Where an input pixel is larger than a level-0 pixel, each is moved on to the next whole input pixel: what then
+    covers the slide without a gap covers the score map too, and lies on both at the same place.
+    """
+    side, size, stride = spec.slice_px, spec.size_px, spec.stride_px
+    number = np.arange(max(0, -(-(length - side) // stride)) + 1)
+    if side <= size:
+        return number * stride
+    inputs = -(-number * stride * size // side)
+    last = np.searchsorted(inputs * side, (length - side) * size)
+    return np.unique((2 * inputs[: last + 1] * side + size) // (2 * size))
+
+
+def _context_starts(
+    starts: NDArray[np.int64], length: int, spec: PixelSpec, context_overlap: float
+) -> NDArray[np.int64]:
+    """Find starts of parent contexts along one axis; every slice lies in one of them whole."""
+    room = spec.context_px - spec.slice_px
+    step = max(1, round((room // spec.stride_px + 1) * (1 - context_overlap)))
+    # By number of the first slice in a context, that of the last.
+    ends = np.searchsorted(starts, starts + room, side="right") - 1
+    found, first, last = [], 0, -1
+    while last < len(starts) - 1:
+        last = int(ends[first])
+        slices = (int(starts[first]), int(starts[last]))
+        slack = room - (slices[1] - slices[0])
+        found.append(_context_start(slices[0] - slack // 2, slices, spec, length))
+        first = min(first + step, last + 1)
+    return np.unique(found)
 
 
 def _needed(starts: Sequence[int], side: int, length: int) -> tuple[int, ...]:
