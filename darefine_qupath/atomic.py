@@ -1,24 +1,84 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and stay whose they are."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
+import re
 import secrets
+import stat
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darefine_qupath.errors import DarefineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-__all__ = ["put_in_place", "replacing", "sync_folder"]
+__all__ = ["followed", "keep_attributes", "put_in_place", "replacing", "sync_folder"]
 
 # A virus scanner or an indexer holds a new file for a moment, and Windows moves nothing that is held.
 _PATIENCE_S = 1.0 if os.name == "nt" else 0.0
+_ABANDONED_S = 24 * 3600.0
+"""A temporary file of this age has no writer any more."""
+
+
+def followed(path: Path) -> Path:
+    """Return the file that a path names in the end: what is written through a link leaves the link in place."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def keep_attributes(former: Path, new: Path) -> None:
+    """Give a new file what the one that it is to replace has: owner, group, mode and extended attributes.
+
+    An owner that only root can give stays away; without the group, the group's rights become those of everybody else,
+    so that nobody may read more than before. Windows has none of these.
+
+    Parameters
+    ----------
+    former : Path
+        The file whose attributes they are.
+    new : Path
+        Must exist.
+
+    Raises
+    ------
+    OSError
+        If one of them is not there.
+    """
+    if sys.platform == "win32":
+        return
+    found, own = former.stat(), new.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid) and not _given_to(new, found.st_uid, found.st_gid):
+        mode = mode & 0o707 | (mode & 0o007) << 3
+    _copy_extended(former, new)
+    with contextlib.suppress(PermissionError, NotImplementedError):  # some network shares have one mode for all
+        new.chmod(mode)
+
+
+def _given_to(path: Path, owner: int, group: int) -> bool:
+    """Give a file to a user and a group, or to the group alone; whether the group has it."""
+    for user in (owner, -1):
+        with contextlib.suppress(OSError):
+            os.chown(path, user, group)
+            return True
+    return False
+
+
+def _copy_extended(former: Path, new: Path) -> None:
+    # Access lists, labels of SELinux and what file managers note; what cannot be kept belongs to the system.
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(former):
+            with contextlib.suppress(OSError):
+                os.setxattr(new, name, os.getxattr(former, name))
 
 
 def put_in_place(source: Path, target: Path) -> None:
@@ -52,7 +112,8 @@ def replacing(path: Path, error: type[DarefineError]) -> Iterator[Path]:
     Parameters
     ----------
     path : Path
-        The file to write. One that is there keeps its content until the new one is whole.
+        The file to write. One that is there keeps its content until the new one is whole, and its owner, mode and
+        extended attributes for good; a link stays one.
     error : type of DarefineError
         Raised, with path and reason, where the system refuses.
 
@@ -68,23 +129,39 @@ def replacing(path: Path, error: type[DarefineError]) -> Iterator[Path]:
     """
     if not path.parent.is_dir():
         raise error(f"{path} cannot be written: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    target = followed(path)
+    temporary = target.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
+        _remove_abandoned(temporary)
         temporary.touch(exist_ok=False)
         # Some writers (safetensors) leave files that only their owner reads; a result has the user's usual rights.
         mode = temporary.stat().st_mode
+        if target.is_file():
+            temporary.chmod(stat.S_IRUSR | stat.S_IWUSR)  # nobody reads half of it who might not read the former one
         yield temporary
-        temporary.chmod(mode)
         with temporary.open("rb+") as file:
+            temporary.chmod(mode)
+            if target.is_file():
+                keep_attributes(target, temporary)
             os.fsync(file.fileno())
-        put_in_place(temporary, path)
-        sync_folder(path.parent)
+        put_in_place(temporary, target)
+        sync_folder(target.parent)
     except DarefineError:  # some are OSErrors; what went wrong inside has its own words
         raise
     except OSError as problem:
         raise error(f"{path} cannot be written ({problem.strerror or problem})") from problem
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove what writers of the same file left that were killed."""
+    stem, suffix = temporary.stem[:-8], temporary.suffix
+    wanted = re.compile(rf"{re.escape(stem)}[0-9a-f]{{8}}{re.escape(suffix)}")
+    for path in temporary.parent.glob(f"{glob.escape(stem)}*"):
+        with contextlib.suppress(OSError):
+            if wanted.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,19 +6,49 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 import sys
+from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-__all__ = ["try_lock", "unlock"]
+__all__ = ["open_lock", "try_lock", "unlock"]
 
 _log = logging.getLogger(__name__)
 
 _LOCK_BYTE = 0x7FFFFFFE
 """Far beyond what a lock file may say of its owner: Windows lets nobody read a locked byte."""
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, and make it if need be; its content stays as it is.
+
+    Parameters
+    ----------
+    path : Path
+        Only ever ours: what a link of that name points to is not touched.
+
+    Returns
+    -------
+    int
+        Descriptor, for `try_lock`.
+
+    Raises
+    ------
+    OSError
+        If it is a link or no regular file, or cannot be opened.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a link; remove it")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path.name} is not a file; remove it")
+    return descriptor
 
 
 def try_lock(descriptor: int) -> bool:

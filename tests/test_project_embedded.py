@@ -157,6 +157,35 @@ def test_a_damaged_file_can_be_replaced_by_a_backup(project: EmbeddedProject) ->
     assert list_backups(project.path, "1")[0].path.read_bytes() == b"\xac\xed\x00\x05damaged"
 
 
+KILLED = """
+import os, shapely, sys
+from pathlib import Path
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.project import Changes, open_project
+replace = os.replace
+os.replace = lambda source, target: os._exit(9) if target.name == "data.qpdata" else replace(source, target)
+project = open_project(sys.argv[1], engine="embedded")
+project.apply(project.images[0], Changes(add=[Annotation(geometry=shapely.box(0, 0, 9, 9))]))
+"""
+
+
+def test_a_write_that_was_killed_leaves_no_backup_of_the_present_state(project: EmbeddedProject) -> None:
+    first = data_file(project).read_bytes()
+    add(project)
+    present = data_file(project).read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(project.path)], check=False)
+    assert (done.returncode, data_file(project).read_bytes()) == (9, present)
+    assert [backup.path.read_bytes() for backup in list_backups(project.path, "1")] == [first]
+    assert list(project.folder.rglob("*.darefine-tmp"))
+    project.set_classes([*project.classes, PathClass("New", Colour(1, 2, 3))])  # any write
+    assert not list(project.folder.rglob("*.darefine-tmp"))
+    add(project, replace(NEW, id=NEW.id.__class__(int=7)))
+    states = [backup.path.read_bytes() for backup in list_backups(project.path, "1")]
+    assert states == [present, first]
+    restore(project.path, "1", 2)
+    assert data_file(project).read_bytes() == first
+
+
 def test_a_backup_that_is_not_there(project: EmbeddedProject) -> None:
     with pytest.raises(ProjectError, match=r"No backups of .* match 1; there are: none"):
         restore(project.path, "1")
@@ -174,6 +203,70 @@ def test_a_damaged_backup_is_refused(project: EmbeddedProject) -> None:
     with pytest.raises(ProjectFormatError, match=r"Z-data.qpdata: "):
         restore(project.path, "1")
     assert listing(project.folder) == before
+
+
+# -- files stay whose they are
+
+OWNED = ("project.qpproj", "classifiers/classes.json", "data/1/data.qpdata", "data/1/summary.json")
+
+
+def write_everything(project: EmbeddedProject) -> None:
+    add(project, replace(NEW, path_class="Never seen"))
+    project.set_metadata(project.images[0], {"a": "b"})
+    restore(project.path, "1")
+
+
+@pytest.mark.skipif(not hasattr(os, "chown"), reason="modes and owners of POSIX")
+def test_files_and_backups_keep_owner_and_mode(project: EmbeddedProject) -> None:
+    owner = (1234, 4321) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    for name in OWNED:
+        os.chown(project.folder / name, *owner)
+        (project.folder / name).chmod(0o640)
+    write_everything(project)
+    made = [*(project.folder / "darefine" / "backups").rglob("*.qpdata"), project.folder / "project.qpproj.backup"]
+    for path in (*(project.folder / name for name in OWNED), *made):
+        found = path.stat()
+        assert (found.st_uid, found.st_gid, oct(found.st_mode)[-3:]) == (*owner, "640"), path
+    assert len(made) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_files_that_are_links_stay_links(project: EmbeddedProject, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for number, name in enumerate(OWNED):
+        (project.folder / name).rename(disk / str(number))
+        (project.folder / name).symlink_to(disk / str(number))
+    before = listing(disk)
+    write_everything(EmbeddedProject(project.path))
+    assert all((project.folder / name).is_symlink() for name in OWNED)
+    after = listing(disk)
+    assert after.keys() == before.keys()
+    assert after["2"] == before["2"]
+    assert after["0"] != before["0"]
+    assert after["1"] != before["1"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "device", "folder", "too large"])
+@pytest.mark.parametrize("name", [*OWNED[:3]])
+def test_what_is_no_file_is_named_and_not_written_over(project: EmbeddedProject, kind: str, name: str) -> None:
+    path = project.folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "too large":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "not there")
+    match = rf"{path.name}.*(regular file|not there|larger than|directory)|There is no QuPath project at .*{path.name}"
+    with pytest.raises(ProjectError, match=match):
+        add(EmbeddedProject(project.path), replace(NEW, path_class="Never seen"))
+    assert os.path.lexists(path)
+    assert not path.is_file() or path.stat().st_size == 1 << 40
 
 
 # -- nothing is lost

@@ -115,6 +115,44 @@ def test_a_project_that_cannot_be_written_to_says_so(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_lock_that_is_something_else_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    lock, notes = tmp_path / "darefine" / ".lock", tmp_path / "notes.txt"
+    lock.parent.mkdir()
+    notes.write_text("weeks of work")
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(notes if kind == "link" else tmp_path / "not there")
+    with pytest.raises(ProjectWriteError, match=r"Cannot write to"), safety.write_lock(tmp_path):
+        pass
+    assert (notes.read_text(), (tmp_path / "not there").exists()) == ("weeks of work", False)
+
+
+def test_a_lock_file_with_a_second_name_keeps_its_content(tmp_path: Path) -> None:
+    lock, notes = tmp_path / "darefine" / ".lock", tmp_path / "notes.txt"
+    lock.parent.mkdir()
+    notes.write_text("weeks of work")
+    os.link(notes, lock)
+    with safety.write_lock(tmp_path):
+        pass
+    assert notes.read_text() == "weeks of work"
+
+
+def test_after_a_kill_the_next_write_cleans_every_folder(tmp_path: Path) -> None:
+    own = tmp_path / "darefine"
+    folders = [tmp_path, own, own / "runs", own / "backups" / "7", tmp_path / "data" / "3", tmp_path / "classifiers"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "file.0123456789ab.darefine-tmp").write_bytes(b"half")
+    (own / ".lock").write_text("1234 on this computer")
+    with safety.write_lock(tmp_path):
+        pass
+    assert not list(tmp_path.rglob("*.darefine-tmp"))
+
+
 class WindowsLocks:
     """Locks of bytes, as the msvcrt module gives them: nobody else reads or locks a locked byte."""
 
@@ -270,6 +308,35 @@ def test_what_cannot_be_put_back_is_kept_and_named(
             batch.commit()
     assert "could not be put back" in caplog.text
     assert b"old a" in listing(folder).values()
+
+
+@pytest.mark.skipif(not hasattr(os, "chown"), reason="modes of POSIX")
+def test_files_and_backups_keep_mode_and_links(folder: Path) -> None:
+    (folder / "disk").mkdir()
+    real = folder / "disk" / "b-1"
+    (folder / "b").rename(real)
+    (folder / "b").symlink_to(real)
+    for path in (folder / "a", real):
+        path.chmod(0o640)
+    with Batch(folder) as batch:
+        stage_all(batch, folder)
+        batch.stage(folder / "d", b"new d", like=real)
+        batch.commit()
+    assert (folder / "b").is_symlink()
+    modes = {path.name: oct(path.stat().st_mode)[-3:] for path in (folder / "a", real, folder / "backups" / "a-backup")}
+    assert modes == {"a": "640", "b-1": "640", "a-backup": "640"}
+    assert oct((folder / "d").stat().st_mode)[-3:] == "640"
+    assert listing(folder / "disk") == {"b-1": b"new b"}
+
+
+@pytest.mark.skipif(not hasattr(os, "chown"), reason="links of POSIX")
+def test_leftovers_beside_the_file_of_a_link_are_removed(folder: Path) -> None:
+    (folder / "disk").mkdir()
+    (folder / "b").rename(folder / "disk" / "b-1")
+    (folder / "b").symlink_to("disk/b-1")
+    Batch(folder).stage(folder / "b", b"new b")
+    safety.remove_leftovers(folder)
+    assert listing(folder / "disk") == {"b-1": b"old b"}
 
 
 def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:

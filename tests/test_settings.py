@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_a_named_file_must_be_there(tmp_path: Path) -> None:
 def test_a_broken_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _read(tmp_path, text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "dangling link", "folder", "deep", "digits", "too large"])
+def test_what_is_no_settings_file_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "darefine.toml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("device", "dangling link"):
+        path.symlink_to("/dev/zero" if kind == "device" else "nothing")
+    else:
+        path.write_text({"deep": f"a = {'[' * 9000}", "digits": f"a = {'9' * 5000}"}.get(kind, ""))
+        if kind == "too large":
+            os.truncate(path, 1 << 40)
+    with pytest.raises(ConfigError, match=r"darefine\.toml: (it is|it cannot|Exceeds)"):
+        read_settings(tmp_path)
 
 
 def test_without_a_table_the_classes_are_those_in_use_in_the_order_of_the_project() -> None:
@@ -168,7 +186,7 @@ def test_a_tile_setting_of_another_kind_is_refused(tmp_path: Path, text: str, me
 
 @pytest.mark.parametrize("value", ["nan", "inf", "true", "0", "'x'"])
 def test_a_pixel_size_that_is_no_size_is_refused(tmp_path: Path, value: str) -> None:
-    with pytest.raises(ConfigError, match="must be a positive number"):
+    with pytest.raises(ConfigError, match=r"must be a positive number|where a finite number should be"):
         _ = _read(tmp_path, f"[images]\nmpp = {value}").mpp
 
 

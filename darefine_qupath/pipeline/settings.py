@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,16 +32,12 @@ from typing import Any, TypeVar
 
 from darefine_qupath.classes import ClassMap, Colour, PathClass, is_ignored
 from darefine_qupath.errors import ConfigError
+from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.screening import Screening
 from darefine_qupath.tiles.storage import Storage
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["FILE_NAME", "Settings", "read_settings"]
 
@@ -238,17 +233,16 @@ def read_settings(folder: Path, path: Path | None = None) -> Settings:
     Raises
     ------
     ConfigError
-        If the file is missing although named, not TOML, or has an unknown table.
+        If the file is missing although named, no regular file, not TOML, or has an unknown table.
     """
     file = path or folder / FILE_NAME
-    if not file.is_file():
+    # A link to nothing must not pass for no settings.
+    if not file.is_symlink() and not file.exists():
         if path is not None:
             raise ConfigError(f"No settings file {path}")
         return Settings()
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    with naming(file, ConfigError):
+        tables = parse_toml(read_file(file, NOTES), NOTES)
     _refuse_unknown(tables, _SECTIONS, None, file)
     for name, table in tables.items():
         if not isinstance(table, dict):

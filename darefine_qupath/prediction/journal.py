@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import PredictionError
-from darefine_qupath.locks import try_lock
+from darefine_qupath.locks import open_lock, try_lock
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.forward import EngineSettings
 from darefine_qupath.prediction.scoremap import SlideWarning, write_json
@@ -100,15 +101,17 @@ class Journal:
             If another process is predicting into the same folder, or nothing can be written there.
         """
         try:
-            file = self.folder.with_name(".lock").open("w")
+            descriptor = open_lock(self.folder.with_name(".lock"))
         except OSError as error:
             raise PredictionError(f"Cannot write to {self.folder.parent}: {error.strerror}") from error
-        with file:
-            if not try_lock(file.fileno()):
+        try:
+            if not try_lock(descriptor):
                 raise PredictionError(
                     f"Another process is predicting into {self.folder.parent}; wait for it or stop it"
                 )
             yield
+        finally:
+            os.close(descriptor)
 
     def load(self, fingerprint: str, *, bottoms: Sequence[int], width: int) -> JournalState | None:
         """Find out how far a run came; everything it stored is read, so that damage is not found hours later.

@@ -16,7 +16,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from darefine_qupath.atomic import put_in_place, replacing
+from darefine_qupath.atomic import followed, keep_attributes, put_in_place, replacing
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
@@ -321,7 +321,8 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
         (score_map.folder / _SIDECAR).unlink(missing_ok=True)
     except OSError as error:
         raise PredictionError(f"Cannot replace {score_map.folder / _SIDECAR}: {error.strerror}") from error
-    partial = {layer: score_map.folder / f".{layer}.partial.tif" for layer in _LAYERS}
+    targets = {layer: followed(score_map.path(layer)) for layer in _LAYERS}
+    partial = {layer: target.with_name(f".{layer}.partial.tif") for layer, target in targets.items()}
     try:
         with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB, GDAL_PAM_ENABLED=False, GDAL_TIFF_INTERNAL_MASK=True):
             _write_layers(score_map, bands, partial)
@@ -329,7 +330,9 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
                 _add_pyramid(partial[layer], layer, score_map.size)
         lengths = {layer: _synced(path) for layer, path in partial.items()}
         for layer, path in partial.items():
-            put_in_place(path, score_map.path(layer))
+            if targets[layer].is_file():
+                keep_attributes(targets[layer], path)
+            put_in_place(path, targets[layer])
     # Where the disk fills up while overviews are built, rasterio lets GDAL's own error through.
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error

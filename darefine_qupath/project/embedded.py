@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -27,6 +27,7 @@ from darefine_qupath.errors import (
     SlideError,
 )
 from darefine_qupath.geometry import Size
+from darefine_qupath.limits import NOTES
 from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
 from darefine_qupath.project.javanodes import no_collection
@@ -41,6 +42,8 @@ __all__ = ["PROJECT_FILE", "EmbeddedProject", "project_file"]
 _log = logging.getLogger(__name__)
 
 PROJECT_FILE = "project.qpproj"
+_JSON = replace(NOTES, file_bytes=256 << 20)
+"""A project of 100,000 images takes less."""
 _DATA_FILE = "data.qpdata"
 _UNSET = "UNSET"
 _IMAGE_TYPES = ("BRIGHTFIELD_H_E", "BRIGHTFIELD_H_DAB", "BRIGHTFIELD_OTHER", "FLUORESCENCE", "OTHER", _UNSET)
@@ -146,7 +149,7 @@ class EmbeddedProject(Project):
         return files.NEW_PROJECT_VERSION
 
     def _load(self) -> None:
-        data, self._stamp = safety.read_stamped(self.path)
+        data, self._stamp = safety.read_stamped(self.path, _JSON)
         self._document = files.parse_project(data, self.path)
         self._images: tuple[ImageEntry, ...] | None = None
 
@@ -211,7 +214,7 @@ class EmbeddedProject(Project):
         summary = path.with_name("summary.json")
         with contextlib.suppress(ProjectError):
             if summary.is_file():
-                found = files.parse_json(safety.read_stamped(summary)[0], summary)
+                found = files.parse_json(safety.read_stamped(summary, _JSON)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
             return qpdata.read(safety.read_stamped(path)[0], path=path).image_type
@@ -232,7 +235,8 @@ class EmbeddedProject(Project):
         return self.folder / "classifiers" / "classes.json"
 
     def _stored_classes(self) -> tuple[bytes | None, safety.Stamp | None]:
-        return safety.read_stamped(self._classes_file) if self._classes_file.is_file() else (None, None)
+        path = self._classes_file
+        return safety.read_stamped(path, _JSON) if safety.is_there(path) else (None, None)
 
     def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
         """Every object of an image but the root, parents before children.
@@ -256,7 +260,7 @@ class EmbeddedProject(Project):
 
     def _has_data(self, entry_id: str) -> bool:
         path = self._data_file(entry_id)
-        if path.is_file():
+        if safety.is_there(path):
             return True
         left = path.with_name(f"{_DATA_FILE}.bkp")
         if left.is_file():
@@ -340,7 +344,7 @@ class EmbeddedProject(Project):
     def backups(self, image: ImageEntry) -> tuple[safety.Backup, ...]:
         """Former states of an image's objects, newest first."""
         self._check_known(image)
-        return safety.backups_of(self.folder, image.id)
+        return safety.without_present(safety.backups_of(self.folder, image.id), self._data_file(image.id))
 
     def restore(self, image: ImageEntry, backup: safety.Backup) -> Applied:
         """Bring back a former state of an image's objects; the present one is kept as a backup.
@@ -402,6 +406,7 @@ class EmbeddedProject(Project):
         path = self._data_file(image.id)
         with safety.write_lock(self.folder):
             safety.remove_leftovers(self.folder, self._classes_file.parent, path.parent)
+            safety.drop_copy_of_present(self.folder, image.id, path)
             yield path
 
     def _store(
@@ -417,7 +422,7 @@ class EmbeddedProject(Project):
             after = _read_back(batch.stage(path, content, backup=backup), content, path)
             verify(after)
             summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
-            batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
+            batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False), like=path)
             safety.check_unchanged(path, basis)
             batch.commit()
         safety.prune_backups(self.folder, entry_id)
@@ -591,7 +596,7 @@ class EmbeddedProject(Project):
         """Give the project file as it is now, not as it was when opened: what others wrote meanwhile stays."""
         with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
             safety.remove_leftovers(self.folder)
-            yield files.parse_project(safety.read_stamped(self.path)[0], self.path), batch
+            yield files.parse_project(safety.read_stamped(self.path, _JSON)[0], self.path), batch
 
     def _raw_entry(self, document: files.JsonObject, image: ImageEntry) -> files.JsonObject:
         self._check_known(image)
@@ -603,8 +608,8 @@ class EmbeddedProject(Project):
         raise ProjectChangedError(f"{image.name!r} (entry {image.id}) was taken out of {self.path} meanwhile")
 
     def _stage_project(self, batch: safety.Batch, document: files.JsonObject) -> None:
-        former = self.path.read_bytes()
-        batch.stage(self.path.with_name(f"{self.path.name}.backup"), former)
+        former = safety.read_stamped(self.path, _JSON)[0]
+        batch.stage(self.path.with_name(f"{self.path.name}.backup"), former, like=self.path)
         batch.stage(self.path, files.json_bytes(self._at_home(document)))
 
     def _at_home(self, document: files.JsonObject) -> files.JsonObject:

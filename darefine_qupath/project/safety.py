@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import logging
 import math
@@ -26,15 +27,17 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.atomic import put_in_place, sync_folder
+from darefine_qupath.atomic import followed, keep_attributes, put_in_place, sync_folder
 from darefine_qupath.errors import (
+    LimitError,
     ProjectChangedError,
     ProjectFormatError,
     ProjectLockedError,
     ProjectNotFoundError,
     ProjectWriteError,
 )
-from darefine_qupath.locks import try_lock, unlock
+from darefine_qupath.limits import DATA, Limits, open_file
+from darefine_qupath.locks import open_lock, try_lock, unlock
 
 __all__ = [
     "BACKUPS_KEPT",
@@ -44,11 +47,14 @@ __all__ = [
     "backup_path",
     "backups_of",
     "check_unchanged",
+    "drop_copy_of_present",
+    "is_there",
     "prune_backups",
     "qupath_warnings",
     "read_stamped",
     "remove_leftovers",
     "verify_objects",
+    "without_present",
     "write_lock",
 ]
 
@@ -74,27 +80,61 @@ class Stamp:
     digest: str
 
 
-def read_stamped(path: Path) -> tuple[bytes, Stamp]:
+def is_there(path: Path) -> bool:
+    """Whether a file of a project is there.
+
+    Raises
+    ------
+    ProjectFormatError
+        If something is there that is no file: a link to what is not there must not pass for an empty image.
+    """
+    if path.is_file():
+        return True
+    if path.is_symlink():
+        raise ProjectFormatError(f"is a link to {os.path.realpath(path)}, which is not there", path=path)
+    if path.exists():
+        raise ProjectFormatError("is not a regular file", path=path)
+    return False
+
+
+def read_stamped(path: Path, limits: Limits = DATA) -> tuple[bytes, Stamp]:
     """Content of a file, and what it was like.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    limits : Limits, optional
+        How large it may be.
+
+    Returns
+    -------
+    tuple of bytes and Stamp
 
     Raises
     ------
     ProjectNotFoundError
         If the file is not there.
     ProjectFormatError
-        If it cannot be read, or does not hold still.
+        If it cannot be read, is no regular file or too large, or does not hold still.
     """
     try:
         for _ in range(5):
-            before = path.stat()
-            data = path.read_bytes()
+            with open_file(path) as file:
+                before = os.fstat(file.fileno())
+                # A byte more than it said shows a file that grows while it is read.
+                data = file.read(before.st_size + 1) if before.st_size <= limits.file_bytes else b""
             after = path.stat()
+            if after.st_size > limits.file_bytes:
+                raise LimitError(f"it is larger than {limits.file_bytes:,} bytes")
             if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(
                 data
             ) == after.st_size:
                 return data, Stamp(len(data), after.st_mtime_ns, hashlib.sha256(data).hexdigest())
     except FileNotFoundError:
         raise ProjectNotFoundError(f"{path} is not there") from None
+    except LimitError as error:
+        raise ProjectFormatError(str(error), path=path) from None
     except OSError as error:
         raise ProjectFormatError(f"cannot be read: {error.strerror or error}", path=path) from error
     raise ProjectFormatError("is being written by another program; try again", path=path)
@@ -150,11 +190,13 @@ def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[Non
     path = folder / OWN_FOLDER / ".lock"
     try:
         path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_lock(path)
     except OSError as error:
         raise write_error(folder, error) from error
     try:
         _acquire(descriptor, path, LOCK_PATIENCE_S if patience_s is None else patience_s)
+        if os.fstat(descriptor).st_size:  # who held it last could not take back the note of it
+            remove_leftovers(*_written_folders(folder))
         _note_owner(descriptor, f"{os.getpid()} on {_host()}")
         try:
             yield
@@ -182,9 +224,19 @@ def _acquire(descriptor: int, path: Path, patience_s: float) -> None:
         time.sleep(0.02)
 
 
+def _written_folders(folder: Path) -> Iterator[Path]:
+    """Every folder of a project that a write stages files in."""
+    own = folder / OWN_FOLDER
+    yield from (folder, folder / "classifiers", folder / "data", own, own / "runs")
+    for parent in (folder / "data", own / "backups"):
+        yield from parent.iterdir() if parent.is_dir() else ()
+
+
 def _note_owner(descriptor: int, owner: str) -> None:
     # Only for the message that another process shows; a full disk must not stop it.
     with contextlib.suppress(OSError):
+        if os.fstat(descriptor).st_nlink > 1:
+            return  # the file has a second name, and may be somebody's
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, owner.encode())
@@ -206,13 +258,16 @@ def write_error(what: Path, error: OSError) -> ProjectWriteError:
     return ProjectWriteError(f"Cannot write to {what}: {error.strerror or error}{hint}. The project is as it was")
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and make sure that it is on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+def write_synced(path: Path, data: bytes, *, like: Path | None = None) -> None:
+    """Write a new file and make sure that it is on the disk; with the attributes of `like`, where that is given."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666 if like is None else 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
+        if like is not None:
+            keep_attributes(like, path)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -252,17 +307,19 @@ class Batch:
         if not self._committed:
             self._take_back()
 
-    def stage(self, target: Path, data: bytes, *, backup: Path | None = None) -> Path:
+    def stage(self, target: Path, data: bytes, *, backup: Path | None = None, like: Path | None = None) -> Path:
         """Write the new content of `target` beside it.
 
         Parameters
         ----------
         target : Path
-            File to be replaced or made.
+            File to be replaced or made. It keeps owner, mode and extended attributes, and a link stays one.
         data : bytes
             New content.
         backup : Path, optional
             Keep the former content here for good.
+        like : Path, optional
+            A file whose owner, mode and extended attributes one that is made gets.
 
         Returns
         -------
@@ -274,12 +331,13 @@ class Batch:
         ProjectWriteError
             If there is no room, say.
         """
+        target = followed(target)
         try:
             self._make_folder(target.parent)
             former = self._keep_former(target, backup)
             new = self._new_name(target)
             self._staged.append(_Staged(target, new, former))
-            write_synced(new, data)
+            write_synced(new, data, like=like if former is None and like is not None and like.is_file() else former)
         except OSError as error:
             raise write_error(target, error) from error
         return new
@@ -290,7 +348,7 @@ class Batch:
         former = self._new_name(target)
         self._made.append(former)
         content = target.read_bytes()
-        write_synced(former, content)
+        write_synced(former, content, like=target)
         if backup is None:
             return former
         self._make_folder(backup.parent)
@@ -362,11 +420,15 @@ def _remove(path: Path) -> None:
 def remove_leftovers(*folders: Path) -> None:
     """Remove what a write that was killed left behind; only while holding the lock."""
     for folder in folders:
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if path.name.endswith(_STAGED):
-                    _log.info("Removing %s, left by a write that did not finish", path)
-                    _remove(path)
+        for path in list(folder.iterdir()) if folder.is_dir() else ():
+            staged = [path]
+            if path.is_symlink():  # its file was staged where that is
+                real = followed(path)
+                staged = list(real.parent.glob(f"{glob.escape(real.name)}.*{_STAGED}"))
+            for left in staged:
+                if left.name.endswith(_STAGED):
+                    _log.info("Removing %s, left by a write that did not finish", left)
+                    _remove(left)
 
 
 # -- backups
@@ -430,6 +492,33 @@ def backups_of(project: Path, entry_id: str) -> tuple[Backup, ...]:
             written = datetime.strptime(path.name.removesuffix(f"-{_BACKUP_NAME}"), _BACKUP_TIME)
             found.append(Backup(path=path, time=written.replace(tzinfo=timezone.utc), size=path.stat().st_size))
     return tuple(sorted(found, key=lambda backup: backup.path.name, reverse=True))
+
+
+def without_present(backups: Sequence[Backup], data_file: Path) -> tuple[Backup, ...]:
+    """Backups, newest first, without the copy of the present state that a write leaves which is killed before the end.
+
+    Parameters
+    ----------
+    backups : sequence of Backup
+        From `backups_of`.
+    data_file : Path
+        The image's present data.
+
+    Returns
+    -------
+    tuple of Backup
+    """
+    if not backups or not data_file.is_file() or data_file.stat().st_size != backups[0].size:
+        return tuple(backups)
+    is_present = read_stamped(data_file)[1].digest == read_stamped(backups[0].path)[1].digest
+    return tuple(backups[1:] if is_present else backups)
+
+
+def drop_copy_of_present(project: Path, entry_id: str, data_file: Path) -> None:
+    """Remove the copy that `without_present` leaves out; only while holding the lock."""
+    found = backups_of(project, entry_id)
+    for backup in found[: len(found) - len(without_present(found, data_file))]:
+        _remove(backup.path)
 
 
 def prune_backups(project: Path, entry_id: str) -> None:

@@ -24,7 +24,7 @@ import shapely
 
 from darefine_qupath.annotations import Annotation, Plane
 from darefine_qupath.errors import DarefineError, ReviewError
-from darefine_qupath.project.safety import Batch
+from darefine_qupath.project.safety import Batch, write_lock
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -188,7 +188,7 @@ def save_run(project: Project, run: Run) -> Path:
         If it cannot be written.
     """
     path = runs_folder(project) / f"{run.id}.json"
-    with Batch(project.folder) as batch:
+    with write_lock(project.folder), Batch(project.folder) as batch:
         batch.stage(path, (json.dumps(_run_to_json(run), ensure_ascii=False, indent=1) + "\n").encode())
         batch.commit()
     return path
