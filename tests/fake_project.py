@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap, PathClass
-from darefine_qupath.errors import ProjectWriteError
+from darefine_qupath.errors import ProjectChangedError, ProjectWriteError
 from darefine_qupath.polygons import ClassPolygon
-from darefine_qupath.project import Applied, Changes, ImageEntry, Project
+from darefine_qupath.project import Applied, Changes, ImageEntry, ImageState, Project
 from darefine_qupath.review import RunResult, write_back
 
 CLASSES = ClassMap(names=("Normal", "Benign", "Invasive"))
@@ -23,13 +24,18 @@ SLIDE = ImageEntry(id="7", name="slide.svs", uri=None, path=None, exists=False, 
 
 
 class FakeProject(Project):
-    """A project in memory; its folder holds only what the review puts there."""
+    """A project in memory; its folder holds only what the review puts there.
+
+    It detects changes as the engines do: by the version that a write was thought out for, or else was last read.
+    """
 
     engine = "embedded"
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "project.qpproj"
-        self.state: dict[str, tuple[Annotation, ...]] = {}
+        self.stored: dict[str, tuple[Annotation, ...]] = {}
+        self.properties: dict[str, dict[str, str]] = {}
+        self.seen: dict[str, str] = {}
         self.class_list: tuple[PathClass, ...] = ()
         self.fails = False
 
@@ -48,10 +54,25 @@ class FakeProject(Project):
     def set_classes(self, classes: Sequence[PathClass]) -> None:
         self.class_list = tuple(classes)
 
-    def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
-        return self.state.get(image.id, ())
+    def state(self, image: ImageEntry) -> ImageState:
+        state = ImageState(
+            objects=self.stored.get(image.id, ()),
+            properties=dict(self.properties.get(image.id, {})),
+            version=self.version_of(image),
+        )
+        self.seen[image.id] = state.version
+        return state
 
-    def apply(self, image: ImageEntry, changes: Changes) -> Applied:
+    def version_of(self, image: ImageEntry) -> str:
+        if image.id not in self.stored and image.id not in self.properties:
+            return ""
+        content = repr((self.stored.get(image.id), sorted(self.properties.get(image.id, {}).items())))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def apply(self, image: ImageEntry, changes: Changes, *, version: str | None = None) -> Applied:
+        wanted = self.seen.get(image.id) if version is None else version
+        if wanted is not None and wanted != self.version_of(image):
+            raise ProjectChangedError(f"{image.name} changed since it was read")
         if self.fails:
             raise ProjectWriteError("the disk is full")
         now = {record.id: record for record in self.objects(image)}
@@ -63,10 +84,16 @@ class FakeProject(Project):
             assert record.id not in now
             assert record.parent is None or record.parent in now
             now[record.id] = record
-        self.state[image.id] = tuple(now.values())
+        for record in changes.replace:
+            now[record.id] = record
+        self.stored[image.id] = tuple(now.values())
+        properties = {**self.properties.get(image.id, {}), **changes.properties}
+        self.properties[image.id] = {key: value for key, value in properties.items() if value is not None}
+        self.seen[image.id] = self.version_of(image)
         return Applied(
-            added=len(changes.add), replaced=0, removed=len(changes.remove), num_objects=len(now), backup=None
-        )
+            added=len(changes.add), replaced=len(changes.replace), removed=len(changes.remove), num_objects=len(now),
+            backup=None, digest=self.seen[image.id],
+        )  # fmt: skip
 
     def add_image(
         self, path: Path, *, name: str | None = None, mpp: float | None = None,
@@ -83,16 +110,21 @@ class FakeProject(Project):
     # what a pathologist does in QuPath
 
     def edit(self, key: UUID, **change: object) -> None:
-        records = self.state[SLIDE.id]
-        self.state[SLIDE.id] = tuple(replace(r, **change) if r.id == key else r for r in records)  # type: ignore[arg-type]
+        records = self.stored[SLIDE.id]
+        self.stored[SLIDE.id] = tuple(replace(r, **change) if r.id == key else r for r in records)  # type: ignore[arg-type]
 
     def delete(self, key: UUID) -> None:
-        self.state[SLIDE.id] = tuple(record for record in self.state[SLIDE.id] if record.id != key)
+        self.stored[SLIDE.id] = tuple(record for record in self.stored[SLIDE.id] if record.id != key)
 
     def draw(self, geometry: BaseGeometry, path_class: str | None, **more: object) -> Annotation:
         record = Annotation(geometry=geometry, path_class=path_class, **more)  # type: ignore[arg-type]
-        self.state[SLIDE.id] = (*self.objects(SLIDE), record)
+        self.stored[SLIDE.id] = (*self.stored.get(SLIDE.id, ()), record)
         return record
+
+    def save_from(self, former: ImageState, **more: Annotation) -> None:
+        """QuPath's Save, or a restore, over an image: what is stored then was in memory before."""
+        self.stored[SLIDE.id] = (*former.objects, *more.values())
+        self.properties[SLIDE.id] = dict(former.properties)
 
 
 def square(x: float, y: float, side: float = 400) -> Polygon:

@@ -302,6 +302,66 @@ def test_objects_that_changed_on_disk_are_not_overwritten(annotated: Project) ->
         annotated.apply(image, Changes(add=[record(SHAPES["hole"])]))
 
 
+@pytest.mark.parametrize("name", ["annotated", "empty"])
+def test_a_change_is_made_to_the_version_that_it_was_thought_out_for(
+    name: str, place: Callable[[str], Path], engine: EngineName
+) -> None:
+    with open_project(place(f"qupath-0.6.0/{name}"), engine=engine) as project:
+        image = project.images[0]
+        state = project.state(image)
+        assert (state.objects, bool(state.version)) == (project.objects(image), name == "annotated")
+        with open_project(project.path, engine="embedded") as other:
+            applied = other.apply(image, Changes(add=[record(SHAPES["box"])]))
+        assert len(project.objects(image)) == len(state.objects) + 1
+        stored = (project.folder / "data" / image.id / "data.qpdata").read_bytes()
+        with pytest.raises(ProjectChangedError, match="changed since it was read"):
+            project.apply(image, Changes(add=[record(SHAPES["hole"])]), version=state.version)
+        assert (project.folder / "data" / image.id / "data.qpdata").read_bytes() == stored
+        now = project.state(image).version
+        assert now == applied.digest
+        assert project.apply(image, Changes(add=[record(SHAPES["hole"])]), version=now).added == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("added", [0, 1], ids=["alone", "with objects"])
+def test_image_properties_are_set_and_taken_out(
+    version: str, added: int, place: Callable[[str], Path], engine: EngineName
+) -> None:
+    with open_project(place(f"qupath-{version}/annotated"), engine=engine) as project:
+        image = project.images[0]
+        before, objects = dict(project.state(image).properties), comparable(project.objects(image))
+        before.pop("PROJECT_ENTRY_ID", None)
+        for value in ("000001-1", "größer \U0001f52c", None):
+            new = [record(SHAPES["hole"]) for _ in range(added)]
+            project.apply(image, Changes(add=new, properties={"darefine.run": value}))
+            with reopened(project) as again:
+                found = dict(again.state(image).properties)
+                after = comparable(again.objects(image))
+            found.pop("PROJECT_ENTRY_ID", None)
+            assert found == before | ({} if value is None else {"darefine.run": value})
+            assert {key: after[key] for key in objects} == objects
+
+
+def test_properties_alone_leave_the_other_bytes_and_push_out_no_backup(annotated: Project) -> None:
+    image = annotated.images[0]
+    path = annotated.folder / "data" / image.id / "data.qpdata"
+    first = annotated.apply(image, Changes(properties={"darefine.run": "a"}))
+    content = path.read_bytes()
+    annotated.apply(image, Changes(properties={"darefine.run": "longer"}))
+    assert path.read_bytes() != content
+    annotated.apply(image, Changes(properties={"darefine.run": "a"}))
+    assert path.read_bytes() == content
+    assert (first.num_objects, first.backup) == (35, None)
+
+
+def test_an_image_without_data_gets_its_first_property(place: Callable[[str], Path], engine: EngineName) -> None:
+    with open_project(place("qupath-0.6.0/empty"), engine=engine) as project:
+        image = project.images[0]
+        project.apply(image, Changes(properties={"darefine.run": "a"}), version="")
+        assert project.state(image).properties["darefine.run"] == "a"
+        assert project.objects(image) == ()
+
+
 def test_an_image_of_another_project_is_refused(annotated: Project) -> None:
     stranger = replace(annotated.images[0], id="77")
     for call in (annotated.objects, lambda image: annotated.apply(image, Changes())):

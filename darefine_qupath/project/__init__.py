@@ -12,7 +12,7 @@ from typing import Any
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
 from darefine_qupath.project.embedded import EmbeddedProject
-from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
+from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
 from darefine_qupath.project.safety import Backup
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Changes",
     "Engine",
     "ImageEntry",
+    "ImageState",
     "Project",
     "create_project",
     "list_backups",

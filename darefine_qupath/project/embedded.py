@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour, PathClass, default_colour
 from darefine_qupath.errors import (
     ClassMapError,
@@ -29,7 +28,7 @@ from darefine_qupath.errors import (
 from darefine_qupath.geometry import Size
 from darefine_qupath.limits import NOTES
 from darefine_qupath.project import files, qpdata, safety, uris
-from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, Project
+from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
 from darefine_qupath.project.javanodes import no_collection
 
 if TYPE_CHECKING:
@@ -238,8 +237,8 @@ class EmbeddedProject(Project):
         path = self._classes_file
         return safety.read_stamped(path, _JSON) if safety.is_there(path) else (None, None)
 
-    def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
-        """Every object of an image but the root, parents before children.
+    def state(self, image: ImageEntry) -> ImageState:
+        """Read what is stored for an image.
 
         Raises
         ------
@@ -251,8 +250,10 @@ class EmbeddedProject(Project):
         self._check_known(image)
         if not self._has_data(image.id):
             self._stamps[image.id] = None
-            return ()
-        return self._read(image.id).data.objects
+            return ImageState()
+        read = self._read(image.id)
+        properties = {key: value for key, value in read.data.properties.items() if isinstance(value, str)}
+        return ImageState(objects=read.data.objects, properties=properties, version=read.stamp.digest)
 
     def _check_known(self, image: ImageEntry) -> None:
         if all(str(record.id) != image.id for record in files.entry_records(self._document, self.path)):
@@ -287,8 +288,22 @@ class EmbeddedProject(Project):
 
     # -- objects
 
-    def apply(self, image: ImageEntry, changes: Changes) -> Applied:
+    def apply(self, image: ImageEntry, changes: Changes, *, version: str | None = None) -> Applied:
         """Add, replace and remove objects: all of it, read back and verified, or nothing.
+
+        Parameters
+        ----------
+        image : ImageEntry
+            The image.
+        changes : Changes
+            What to do.
+        version : str, optional
+            What the changes were thought out for, from `ImageState`; by default what was last read.
+
+        Returns
+        -------
+        Applied
+            What was done, counted from the file read back.
 
         Raises
         ------
@@ -297,15 +312,14 @@ class EmbeddedProject(Project):
         AnnotationError
             If an object to replace or remove is not there, or one to add is.
         ProjectChangedError
-            If the file changed since it was read.
+            If the image's data has another version by now.
         ProjectLockedError
             If another darefine process is writing.
         ProjectWriteError
             If the write failed; the former state stands.
         """
         with no_collection(), self._writing(image) as path:
-            if image.id in self._stamps:
-                safety.check_unchanged(path, self._stamps[image.id])
+            self._check_version(image, version)
             # What was read before is about to change, and takes more memory than the write.
             self._last = None
             before = self._opened_data(image)
@@ -315,7 +329,7 @@ class EmbeddedProject(Project):
             classes = self._classes_for(changes, before)
             content, verify = self._edited(image, before, changes, {known.name: known.colour for known in classes})
             del before  # its nodes are changed and used up
-            after, backup = self._store(image.id, content, verify, classes)
+            after, backup = self._store(image.id, content, verify, classes, is_kept=changes.touches_objects)
         return Applied(
             added=len(changes.add),
             replaced=len(changes.replace),
@@ -324,6 +338,17 @@ class EmbeddedProject(Project):
             backup=backup,
             warnings=warnings,
             digest=self._digest(image),
+        )
+
+    def _check_version(self, image: ImageEntry, version: str | None) -> None:
+        """Make sure that the image's data is what changes were thought out for, or else what was last read."""
+        if version is None and image.id in self._stamps:
+            version = self._digest(image) or ""
+        path = self._data_file(image.id)
+        if version is None or version == (safety.read_stamped(path)[1].digest if path.is_file() else ""):
+            return
+        raise ProjectChangedError(
+            f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
         )
 
     def _edited(
@@ -410,15 +435,24 @@ class EmbeddedProject(Project):
             yield path
 
     def _store(
-        self, entry_id: str, content: bytes, verify: _Verify, classes: Sequence[PathClass] | None
+        self,
+        entry_id: str,
+        content: bytes,
+        verify: _Verify,
+        classes: Sequence[PathClass] | None,
+        *,
+        is_kept: bool = True,
     ) -> tuple[qpdata.Document, Path | None]:
-        """Replace an image's data, its summary and the class list together; give what was read back and the backup."""
+        """Replace an image's data, its summary and the class list together; give what was read back and the backup.
+
+        Without `is_kept` there is no backup: no object changed, and a state worth keeping would go for it.
+        """
         path = self._data_file(entry_id)
         basis = self._stamps.get(entry_id) if path.is_file() else None
         with safety.Batch(self.folder) as batch:
             if classes is not None:
                 self._stage_classes(batch, classes)
-            backup = safety.backup_path(self.folder, entry_id) if path.is_file() else None
+            backup = safety.backup_path(self.folder, entry_id) if is_kept and path.is_file() else None
             after = _read_back(batch.stage(path, content, backup=backup), content, path)
             verify(after)
             summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())

@@ -13,7 +13,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import ImageNotFoundError
 
-__all__ = ["Applied", "Changes", "Engine", "ImageEntry", "Project"]
+__all__ = ["Applied", "Changes", "Engine", "ImageEntry", "ImageState", "Project"]
 
 Engine = Literal["embedded", "paquo"]
 
@@ -66,6 +66,25 @@ class ImageEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageState:
+    """What is stored for an image, as it was when it was read.
+
+    Attributes
+    ----------
+    objects : tuple of Annotation
+        Every object but the root, parents before children.
+    properties : mapping of str to str
+        Image properties that are text. QuPath keeps them when it opens and saves an image.
+    version : str
+        Fingerprint of the stored data, for `Project.apply`; empty when nothing is stored yet.
+    """
+
+    objects: tuple[Annotation, ...] = ()
+    properties: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
     """Edits to the objects of one image, applied all or not at all.
 
@@ -77,16 +96,24 @@ class Changes:
         Objects whose UUID is there already; kept at their place in the hierarchy, with their children.
     remove : sequence of UUID
         Objects to take out; their children move up to the removed object's parent, as QuPath does by default.
+    properties : mapping of str to str or None
+        Image properties to set to a text; None takes one out.
     """
 
     add: Sequence[Annotation] = ()
     replace: Sequence[Annotation] = ()
     remove: Sequence[UUID] = ()
+    properties: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing would change."""
-        return not (self.add or self.replace or self.remove)
+        return not (self.touches_objects or self.properties)
+
+    @property
+    def touches_objects(self) -> bool:
+        """Whether objects would change."""
+        return bool(self.add or self.replace or self.remove)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +127,11 @@ class Applied:
     num_objects : int
         Objects of the image afterwards, the root not counted.
     backup : Path or None
-        Copy of the former file; None when there was none.
+        Copy of the former file; None when there was none, and where no object changed.
     warnings : tuple of str
         What the user should know (the project may be open in QuPath, say).
     digest : str or None
-        Fingerprint of what is stored for the image afterwards; None when nothing was written.
+        Version of what is stored for the image afterwards; None when nothing was written.
     """
 
     added: int
@@ -160,27 +187,53 @@ class Project(ABC):
         """Write the class list."""
 
     @abstractmethod
+    def state(self, image: ImageEntry) -> ImageState:
+        """Read what is stored for an image.
+
+        Raises
+        ------
+        ImageNotFoundError
+            If the project has no such image.
+        ProjectFormatError
+            If the image's data is damaged.
+        """
+
     def objects(self, image: ImageEntry) -> tuple[Annotation, ...]:
         """Every object of an image but the root, parents before children.
 
         Raises
         ------
-        ProjectFormatError
-            If the image's data is damaged.
+        ImageNotFoundError, ProjectFormatError
+            As for `state`.
         """
+        return self.state(image).objects
 
     def annotations(self, image: ImageEntry) -> tuple[Annotation, ...]:
         """Annotations of an image, parents before children; empty when nothing is saved yet."""
         return tuple(record for record in self.objects(image) if record.kind == "annotation")
 
     @abstractmethod
-    def apply(self, image: ImageEntry, changes: Changes) -> Applied:
+    def apply(self, image: ImageEntry, changes: Changes, *, version: str | None = None) -> Applied:
         """Add, replace and remove objects: all of it, read back and verified, or nothing.
+
+        Parameters
+        ----------
+        image : ImageEntry
+            The image.
+        changes : Changes
+            What to do.
+        version : str, optional
+            What the changes were thought out for, from `ImageState`; by default what was last read.
+
+        Returns
+        -------
+        Applied
+            What was done.
 
         Raises
         ------
         ProjectChangedError
-            If the file changed since it was read.
+            If the image's data has another version by now.
         ProjectLockedError
             If another darefine process is writing.
         ProjectWriteError

@@ -264,6 +264,16 @@ class _OpenImage:
                     workflow.removeStep(index)
                 return
 
+    def set_properties(self, properties: Mapping[str, str | None]) -> None:
+        """Set image properties, or take them out."""
+        import paquo.java  # noqa: PLC0415
+
+        for name, value in properties.items():
+            if value is None:
+                self.data.removeProperty(paquo.java.String(name))
+            else:
+                self.data.setProperty(paquo.java.String(name), paquo.java.String(value))
+
     def close(self) -> None:
         """Let go of the image file."""
         if files.is_since(start_qupath(), 0, 6):
@@ -569,15 +579,19 @@ class PaquoProject(EmbeddedProject):
         self, image: ImageEntry, before: qpdata.Document, changes: Changes, colours: Mapping[str, Colour]
     ) -> tuple[bytes, Callable[[qpdata.Document], None]]:
         """Let QuPath make the changes; what it may not lose is compared before anything is replaced."""
+        if not changes.touches_objects:
+            # A text beside the objects needs no QuPath, which would make every object anew.
+            return super()._edited(image, before, changes, colours)
         start_qupath()
         base = qpdata.read(before.data, path=before.path)
         before.edit(changes, colours)  # the same refusals as the embedded engine, before QuPath sees anything
         with _java_errors(f"save {image.name!r}"), contextlib.closing(self._open(image, base.data)) as opened:
             _Editor(opened, base, colours).apply(changes)
+            opened.set_properties(changes.properties)
             opened.keep_history([step.name for step in base.workflow])
             content = opened.written()
         after = qpdata.read(content, path=base.path)
-        _check_rest(base, after)
+        _check_rest(base, after, changes)
         safety.verify_objects(qpdata.expected(base, changes), after.objects, path=self._data_file(image.id))
         # What is read back from the disk are the same bytes.
         return content, lambda _: None
@@ -638,7 +652,7 @@ class _Stains:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData) -> None:
+def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData, changes: Changes) -> None:
     """Make sure that QuPath kept what is not an object: it passes over what it does not know, with a log line."""
 
     def parts(data: qpdata.ImageData) -> dict[str, object]:
@@ -646,11 +660,15 @@ def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData) -> None:
             "image type": data.image_type,
             "TMA grid": data.tma_grid,
             "history": [(step.java_class, step.name, step.script) for step in data.workflow],
-            "properties": sorted({*data.properties, _ENTRY_ID}),
+            "properties": {*data.properties, _ENTRY_ID},
             "stains": _Stains(data.stains),
         }
 
     ours, theirs = parts(before), parts(after)
+    wanted = {name for name, value in changes.properties.items() if value is not None}
+    ours["properties"] = ({*before.properties, _ENTRY_ID} - changes.properties.keys()) | wanted
+    if any(after.properties.get(name) != value for name, value in changes.properties.items()):
+        theirs["properties"] = None
     lost = [name for name, value in ours.items() if value != theirs[name]]
     if lost:
         raise ProjectWriteError(

@@ -39,6 +39,7 @@ from darefine_qupath.project.javautil import NodeError
 from darefine_qupath.project.qpitems import complete_items, root_of
 from darefine_qupath.project.qpnodes import NodeBuilder, class_name, probability_block
 from darefine_qupath.project.qpobjects import KINDS, PATH_CLASS, Found, ObjectParts, Reader, class_of, walk
+from darefine_qupath.project.qpproperties import beside, set_properties
 from darefine_qupath.project.qpread import ImageData, duplicates_of, open_compact, read, roi_batch
 from darefine_qupath.project.qpwrite import (
     KIND_CLASSES,
@@ -124,6 +125,11 @@ class Document:
     def server(self) -> Mapping[str, Any] | None:
         """The image server's builder."""
         return self._items.server
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """Image properties."""
+        return self._items.properties
 
     @property
     def num_objects(self) -> int:
@@ -221,6 +227,8 @@ class Document:
             try:
                 editor = _Editor(self, colours)
                 editor.apply(changes, former)
+                if changes.properties:
+                    set_properties(self.stream, changes.properties, editor.builder)
             except NodeError as error:
                 raise self._named(error) from None
             replaced = [replace(record, parent=old.parent) for record, old in zip(changes.replace, former, strict=True)]
@@ -534,9 +542,14 @@ def _difference(before: Document, changes: Changes, after: Document) -> str | No
         one = before.found[number]
         if one.id in replaced or not _is_packed(one.node):
             comparison.take_as_same(one.node, two.node)
-    if not comparison.same(tuple(before.stream.contents), tuple(after.stream.contents)):
+    if not comparison.same(_beside(before, changes), _beside(after, changes)):
         return "what stands beside the objects came back changed"
-    return None
+    wrong = [name for name, value in changes.properties.items() if after.properties.get(name) != value]
+    return f"the image property {wrong[0]!r} came back wrong" if wrong else None
+
+
+def _beside(document: Document, changes: Changes) -> tuple[Any, ...]:
+    return beside(document.stream, changes.properties) if changes.properties else tuple(document.stream.contents)
 
 
 def _owners(found: Sequence[Found], removed: set[int]) -> list[int]:
