@@ -42,6 +42,7 @@ __all__ = [
     "NOTES",
     "Budget",
     "Limits",
+    "check_depth",
     "check_values",
     "naming",
     "open_file",
@@ -50,6 +51,7 @@ __all__ = [
     "proper_text",
     "read_file",
     "spoken",
+    "whole_text",
 ]
 
 _BOM = b"\xef\xbb\xbf"
@@ -270,7 +272,7 @@ def parse_json(data: bytes | str, limits: Limits, *, non_finite: bool = False, h
     """
     coded = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     text = coded.removeprefix(_BOM).decode("utf-8", "surrogatepass" if isinstance(data, str) else "strict")
-    _check_depth(coded, limits)
+    check_depth(coded, limits)
     value = json.loads(text, parse_constant=None if non_finite else _refuse_constant)
     if not half_characters and (_MAY_BE_HALF.search(coded) or isinstance(data, str)):
         for found in _texts(value):
@@ -343,6 +345,14 @@ def proper_text(text: str) -> str:
     return text
 
 
+def whole_text(text: str) -> str:
+    """Give the text with every half of a character (a lone surrogate) replaced by U+FFFD, as QuPath shows it."""
+    try:
+        return proper_text(text)
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _walk(value: object) -> Iterator[tuple[object, int]]:
     """Give every value and key, with its depth, without calling itself."""
     waiting: list[tuple[object, int]] = [(value, 0)]
@@ -359,8 +369,21 @@ def _texts(value: object) -> Iterator[str]:
     return (item for item, _ in _walk(value) if isinstance(item, str))
 
 
-def _check_depth(data: bytes, limits: Limits) -> None:
-    """Look how deep the brackets of JSON go, outside of its strings, before a parser goes there."""
+def check_depth(data: bytes, limits: Limits) -> None:
+    """Look how deep the brackets of JSON go, outside of its strings, before a parser goes there.
+
+    Parameters
+    ----------
+    data : bytes
+        JSON.
+    limits : Limits
+        How deep they may go.
+
+    Raises
+    ------
+    LimitError
+        If that is too deep.
+    """
     if data.count(b"[") + data.count(b"{") <= limits.depth:
         return
     # Escapes pair up from the left, so what is left of a quote after these two is a quote that begins or ends a string.

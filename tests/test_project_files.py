@@ -129,6 +129,38 @@ def test_what_is_no_project_is_said_in_one_line(data: bytes, match: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def one_image(**entry: object) -> bytes:
+    metadata = {"width": 100, "height": 200}
+    builder = {"builderType": "uri", "uri": "file:/a.tif", "args": [], "metadata": metadata}
+    images = [{"serverBuilder": builder, "entryID": 1, "imageName": "a", **entry}]
+    return json.dumps({"version": "0.6.0", "lastID": 1, "images": images}).encode()
+
+
+def test_half_a_character_in_a_name_can_be_printed_and_stays_in_the_file() -> None:
+    data = one_image(imageName="\ud800", metadata={"\udfff": "a\ud801", "b": ["\ud800"]}, description="\ud800")
+    document = files.parse_project(data, Path("p"))
+    (record,) = files.entry_records(document, Path("p"))
+    assert (record.name, record.description) == ("\ufffd", "\ufffd")
+    assert record.metadata == {"\ufffd": "a\ufffd", "b": '["\\ud800"]'}
+    assert b'"imageName": "\\ud800"' in files.json_bytes(document)
+
+
+@pytest.mark.parametrize("depth", [200, 900, 3000])
+@pytest.mark.parametrize("key", ["metadata", "tags"])
+def test_what_is_nested_deeply_is_refused(depth: int, key: str) -> None:
+    data = one_image(**{key: 0}).replace(b'": 0}', b'": ' + b'{"a":' * depth + b"0" + b"}" * depth + b"}")
+    with pytest.raises(ProjectFormatError, match="nested too deeply"):
+        files.parse_project(data, Path("p"))
+
+
+@pytest.mark.parametrize("width", [10**30, 2**31, 0, -5, 0.5, "wide", None])
+def test_a_size_that_no_image_has_is_named(width: object) -> None:
+    server = files.server_of({"builderType": "uri", "uri": "file:/a", "metadata": {"width": width, "height": 3}})
+    assert server.size is None
+    assert "in the project file, and no image" in str(server.unsupported)
+    assert len(str(server.unsupported)) < 200
+
+
 def test_a_project_of_qupath_0_1_is_refused_by_name() -> None:
     with pytest.raises(ProjectUnsupportedError, match=r"QuPath 0\.1"):
         files.parse_project(b'{"images": [{"path": "a.svs", "name": "a"}]}', ANY)

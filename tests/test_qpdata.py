@@ -7,6 +7,7 @@ import json
 import math
 import random
 import struct
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,8 +29,9 @@ from darefine_qupath.project import qpdata
 from darefine_qupath.project.interface import Changes
 from darefine_qupath.project.javanodes import ClassDesc, Field, JavaArray, JavaObject, JavaString, Stream
 from darefine_qupath.project.javastream import decode, encode
-from darefine_qupath.project.javautil import hash_code, hash_order
+from darefine_qupath.project.javautil import NodeError, hash_code, hash_order, whole_number
 from darefine_qupath.project.qpnodes import NodeBuilder
+from darefine_qupath.project.qpobjects import Reader
 from darefine_qupath.project.rois import fill
 from tests.conftest import DATA
 from tests.fuzzing import damaged
@@ -405,6 +407,65 @@ def test_values_shared_a_million_times_do_not_fill_memory() -> None:
     data = _stream_of((None, None, None, len(children).to_bytes(4, "big"), *children))
     with pytest.raises(ProjectFormatError, match="shared so often"):
         qpdata.read(data)
+
+
+HOSTILE = sorted((DATA / "hostile").glob("laughs*.qpdata"))
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in HOSTILE])
+def test_keys_that_share_lists_without_end_are_read_by_their_class(path: Path) -> None:
+    tracemalloc.start()
+    try:
+        image = _read(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert "java.util.ArrayList" in {*image.properties, *map(str, *[v for v in image.properties.values() if v])}
+
+
+def test_a_colour_that_is_no_number_is_named() -> None:
+    with pytest.raises(ProjectFormatError, match=r"B-4991\.qpdata: .* where a whole number should be \(at byte \d+\)"):
+        _read(DATA / "hostile" / "qpdata-B-4991.qpdata")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, 0.5, -(2.0**31) - 1])
+def test_a_whole_number_is_one_that_java_holds(value: float) -> None:
+    double = ClassDesc("java.lang.Double", 1, 2, [Field("D", "value", None)], None)
+    with pytest.raises(NodeError, match="where a whole number should be"):
+        whole_number(JavaObject.of(double, {"value": value}))
+
+
+def test_what_nobody_thought_of_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _file("0.6.0", "annotated")
+    monkeypatch.setattr(Reader, "_roi", lambda *_: 1 // 0)
+    with pytest.raises(ProjectFormatError, match=r"data\.qpdata: The image data cannot be read: .*by zero"):
+        _read(path)
+    document = qpdata.Document(path.read_bytes(), path=path)
+    with pytest.raises(ProjectFormatError, match=r"data\.qpdata: The image data cannot be read: .*by zero"):
+        document.records([1])
+
+
+def test_half_a_character_is_shown_as_qupath_shows_it(annotated: qpdata.ImageData) -> None:
+    named = _edited(annotated, Changes(add=[_new(name="abc", metadata={"k": "xyz"})]))
+    data = named.data.replace(b"\0\3abc", b"\0\3\xed\xa0\x80").replace(b"\0\3xyz", b"\0\3\xed\xbf\xbf")
+    found = qpdata.read(data).objects[-1]
+    assert (found.name, found.metadata) == ("\ufffd", {"k": "\ufffd"})
+    assert encode(qpdata.Document(data).stream) == data
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"plane": Plane(z=2**31)}, "on plane .* which QuPath cannot hold"),
+        ({"plane": Plane(t=-(10**30))}, "on plane .* which QuPath cannot hold"),
+        ({"path_class": ": ".join("a" * 900)}, "has 900 parts; QuPath derives a class at most"),
+    ],
+)
+def test_what_java_cannot_hold_is_not_written(
+    annotated: qpdata.ImageData, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        qpdata.edit(annotated, Changes(add=[_new(**fields)]))
 
 
 def test_a_hierarchy_may_be_deep() -> None:

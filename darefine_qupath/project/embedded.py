@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -26,7 +26,6 @@ from darefine_qupath.errors import (
     SlideError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.limits import NOTES
 from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
 from darefine_qupath.project.javanodes import no_collection
@@ -41,8 +40,6 @@ __all__ = ["PROJECT_FILE", "EmbeddedProject", "project_file"]
 _log = logging.getLogger(__name__)
 
 PROJECT_FILE = "project.qpproj"
-_JSON = replace(NOTES, file_bytes=256 << 20)
-"""A project of 100,000 images takes less."""
 _DATA_FILE = "data.qpdata"
 _UNSET = "UNSET"
 _IMAGE_TYPES = ("BRIGHTFIELD_H_E", "BRIGHTFIELD_H_DAB", "BRIGHTFIELD_OTHER", "FLUORESCENCE", "OTHER", _UNSET)
@@ -148,7 +145,7 @@ class EmbeddedProject(Project):
         return files.NEW_PROJECT_VERSION
 
     def _load(self) -> None:
-        data, self._stamp = safety.read_stamped(self.path, _JSON)
+        data, self._stamp = safety.read_stamped(self.path, files.LIMITS)
         self._document = files.parse_project(data, self.path)
         self._images: tuple[ImageEntry, ...] | None = None
 
@@ -213,7 +210,7 @@ class EmbeddedProject(Project):
         summary = path.with_name("summary.json")
         with contextlib.suppress(ProjectError):
             if summary.is_file():
-                found = files.parse_json(safety.read_stamped(summary, _JSON)[0], summary)
+                found = files.parse_json(safety.read_stamped(summary, files.LIMITS)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
             return qpdata.read(safety.read_stamped(path)[0], path=path).image_type
@@ -235,7 +232,7 @@ class EmbeddedProject(Project):
 
     def _stored_classes(self) -> tuple[bytes | None, safety.Stamp | None]:
         path = self._classes_file
-        return safety.read_stamped(path, _JSON) if safety.is_there(path) else (None, None)
+        return safety.read_stamped(path, files.LIMITS) if safety.is_there(path) else (None, None)
 
     def state(self, image: ImageEntry) -> ImageState:
         """Read what is stored for an image.
@@ -630,7 +627,7 @@ class EmbeddedProject(Project):
         """Give the project file as it is now, not as it was when opened: what others wrote meanwhile stays."""
         with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
             safety.remove_leftovers(self.folder)
-            yield files.parse_project(safety.read_stamped(self.path, _JSON)[0], self.path), batch
+            yield files.parse_project(safety.read_stamped(self.path, files.LIMITS)[0], self.path), batch
 
     def _raw_entry(self, document: files.JsonObject, image: ImageEntry) -> files.JsonObject:
         self._check_known(image)
@@ -642,7 +639,7 @@ class EmbeddedProject(Project):
         raise ProjectChangedError(f"{image.name!r} (entry {image.id}) was taken out of {self.path} meanwhile")
 
     def _stage_project(self, batch: safety.Batch, document: files.JsonObject) -> None:
-        former = safety.read_stamped(self.path, _JSON)[0]
+        former = safety.read_stamped(self.path, files.LIMITS)[0]
         batch.stage(self.path.with_name(f"{self.path.name}.backup"), former, like=self.path)
         batch.stage(self.path, files.json_bytes(self._at_home(document)))
 

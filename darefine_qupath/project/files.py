@@ -10,20 +10,22 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from darefine_qupath.classes import Colour, PathClass, default_colour
-from darefine_qupath.errors import ProjectFormatError, ProjectUnsupportedError
+from darefine_qupath.errors import LimitError, ProjectFormatError, ProjectUnsupportedError
 from darefine_qupath.geometry import Size
+from darefine_qupath.limits import NOTES, check_depth, whole_text
 from darefine_qupath.project.uris import file_uri
 
 __all__ = [
     "BIO_FORMATS",
     "IMAGEJ",
+    "LIMITS",
     "NEW_PROJECT_VERSION",
     "OPENSLIDE",
     "EntryRecord",
@@ -55,6 +57,11 @@ NEW_PROJECT_VERSION = "0.6.0"
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 IMAGEJ = "qupath.imagej.images.servers.ImageJServerBuilder"
 BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
+
+LIMITS = replace(NOTES, file_bytes=256 << 20)
+"""A project of 100,000 images takes less."""
+_LARGEST_UM = 1e6
+"""A pixel of a meter is none."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -101,13 +108,14 @@ def parse_json(data: bytes, path: Path) -> Any:  # noqa: ANN401 - JSON is any va
     start = len(_BOM) if data.startswith(_BOM) else 0
     try:
         text = data[start:].decode()
+        check_depth(data, LIMITS)
         return json.loads(text, parse_float=_Number, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise ProjectFormatError("this is not UTF-8 text", path=path, offset=start + error.start) from None
     except json.JSONDecodeError as error:
         offset = start + len(text[: error.pos].encode())
         raise ProjectFormatError(f"this is not JSON: {error.msg}", path=path, offset=offset) from None
-    except RecursionError:
+    except (RecursionError, LimitError):
         raise ProjectFormatError("this JSON is nested too deeply", path=path, offset=start) from None
 
 
@@ -351,17 +359,25 @@ def _entry_record(entry: Mapping[str, Any], index: int) -> EntryRecord:
     name, description = entry.get("imageName"), entry.get("description")
     return EntryRecord(
         id=number,
-        name=name if isinstance(name, str) else str(builder.get("uri") or number).rsplit("/", 1)[-1],
-        description=description if isinstance(description, str) else None,
-        metadata={key: value if isinstance(value, str) else _scalar(value) for key, value in (metadata or {}).items()},
+        name=whole_text(name if isinstance(name, str) else str(builder.get("uri") or number).rsplit("/", 1)[-1]),
+        description=whole_text(description) if isinstance(description, str) else None,
+        metadata={
+            whole_text(key): whole_text(value) if isinstance(value, str) else _brief(value)
+            for key, value in (metadata or {}).items()
+        },
         builder=builder,
     )
+
+
+def _brief(value: object) -> str:
+    # QuPath keeps texts here and nothing else; what else stands there is shown.
+    return _scalar(value) if not isinstance(value, (dict, list)) else json_bytes(value, pretty=False).decode()[:200]
 
 
 def version_of(document: Mapping[str, Any]) -> str:
     """QuPath version that wrote the project, ``"unknown"`` where it does not say."""
     version = document.get("version")
-    return version if isinstance(version, str) else "unknown"
+    return whole_text(version) if isinstance(version, str) else "unknown"
 
 
 def _release(version: str) -> tuple[int, int]:
@@ -476,15 +492,15 @@ def server_of(builder: Mapping[str, Any]) -> Server:
     if not isinstance(metadata, Mapping) and reason is None:
         metadata = inner.get("metadata")
     uri, args, provider = inner.get("uri"), inner.get("args"), inner.get("providerClassName")
-    arguments = tuple(str(value) for value in args) if isinstance(args, list) else ()
+    arguments = tuple(whole_text(str(value)) for value in args) if isinstance(args, list) else ()
     return Server(
-        uri=uri if isinstance(uri, str) else None,
-        provider=provider if isinstance(provider, str) else None,
+        uri=whole_text(uri) if isinstance(uri, str) else None,
+        provider=whole_text(provider) if isinstance(provider, str) else None,
         args=arguments,
         size=_size(metadata),
         mpp=_mpp(metadata),
         has_metadata=_size(metadata) is not None,
-        unsupported=reason or _series(arguments),
+        unsupported=reason or _series(arguments) or _odd_size(metadata),
     )
 
 
@@ -535,9 +551,16 @@ def _size(metadata: object) -> Size | None:
     if not isinstance(metadata, Mapping):
         return None
     width, height = metadata.get("width"), metadata.get("height")
-    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+    if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 and max(width, height) < 1 << 31:
         return Size(width, height)
     return None
+
+
+def _odd_size(metadata: object) -> str | None:
+    if not isinstance(metadata, Mapping) or _size(metadata) is not None or not {"width", "height"} & metadata.keys():
+        return None
+    width, height = (_scalar(metadata.get(name))[:20] for name in ("width", "height"))
+    return f"its size is {width} x {height} pixels in the project file, and no image's; remove it and add it again"
 
 
 def _mpp(metadata: object) -> float | None:
@@ -555,7 +578,7 @@ def _micrometres(quantity: object) -> float | None:
     value = quantity.get("value")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if 0 < value < math.inf else None
+    return float(value) if 0 < value <= _LARGEST_UM else None
 
 
 def server_builder(uri: str, *, provider: str, args: Sequence[str] = (), metadata: JsonObject | None) -> JsonObject:
@@ -690,8 +713,9 @@ def parse_classes(data: bytes, path: Path) -> tuple[PathClass, ...]:
     classes: dict[str, PathClass] = {}
     for item in _class_list(data, path)[1]:
         argb = item.get("color")
-        colour = Colour.from_argb(argb) if isinstance(argb, int) else default_colour(item["name"])
-        classes.setdefault(item["name"], PathClass(item["name"], colour))
+        name = whole_text(item["name"])
+        colour = Colour.from_argb(argb) if isinstance(argb, int) else default_colour(name)
+        classes.setdefault(name, PathClass(name, colour))
     return tuple(classes.values())
 
 
@@ -713,7 +737,7 @@ def classes_json(classes: Sequence[PathClass], former: bytes | None, path: Path)
         As QuPath writes it.
     """
     document, stored = ({}, []) if former is None else _class_list(former, path)
-    known = {item["name"]: item for item in stored}
+    known = {whole_text(item["name"]): item for item in stored}
     items = [
         known.get(path_class.name, {}) | {"name": path_class.name, "color": path_class.colour.argb}
         for path_class in classes

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from darefine_qupath.errors import ProjectFormatError
+from darefine_qupath.limits import whole_text
 from darefine_qupath.project.javanodes import ClassDesc, Content, JavaArray, JavaObject, JavaString, ProxyDesc
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "table_size",
     "text",
     "type_name",
+    "whole_number",
 ]
 
 _UNWRAPPED_LISTS = {
@@ -66,7 +68,7 @@ def text(node: Content) -> str | None:
     if not isinstance(node, JavaString):
         raise NodeError(f"{type_name(node)} where a string should be", node)
     try:
-        return node.text
+        return whole_text(node.text)
     except ProjectFormatError as error:
         raise NodeError(error.message, node) from None
 
@@ -92,6 +94,20 @@ def number(node: Content) -> float | int | bool:
         if isinstance(value, (int, float)):
             return value
     raise NodeError(f"{type_name(node)} where a number should be", node)
+
+
+def whole_number(node: Content) -> int:
+    """Value of an Integer.
+
+    Raises
+    ------
+    NodeError
+        If it is none, or one that Java's ``int`` does not hold.
+    """
+    value = number(node)
+    if not -(1 << 31) <= value < 1 << 31 or value != int(value):  # NaN is beyond every bound
+        raise NodeError(f"{value} where a whole number should be", node)
+    return int(value)
 
 
 def _unwrap(node: Content, wrappers: dict[str, str], what: str) -> JavaObject:

@@ -40,7 +40,7 @@ from darefine_qupath.project.qpitems import complete_items, root_of
 from darefine_qupath.project.qpnodes import NodeBuilder, class_name, probability_block
 from darefine_qupath.project.qpobjects import KINDS, PATH_CLASS, Found, ObjectParts, Reader, class_of, walk
 from darefine_qupath.project.qpproperties import beside, set_properties
-from darefine_qupath.project.qpread import ImageData, duplicates_of, open_compact, read, roi_batch
+from darefine_qupath.project.qpread import ImageData, duplicates_of, open_compact, read, reading, roi_batch
 from darefine_qupath.project.qpwrite import (
     KIND_CLASSES,
     needs_wide_list,
@@ -89,7 +89,7 @@ class Document:
         self.data = data
         self.path = path
         try:
-            with no_collection():
+            with reading(path), no_collection():
                 self.stream = open_compact(data, path)
                 self._items = complete_items(self.stream, data, path)
                 self.found: list[Found] = list(walk(root_of(self._items), self._items.server_text))
@@ -153,7 +153,11 @@ class Document:
         """Colours of the path classes in the file, by full name."""
         nodes = (node for _, node in distinct_nodes(self.stream))
         classes = [node for node in nodes if isinstance(node, JavaObject) and node.desc.name == PATH_CLASS]
-        found = dict(reversed([class_of(node) for node in classes]))
+        try:
+            with reading(self.path):
+                found = dict(reversed([class_of(node) for node in classes]))
+        except NodeError as error:
+            raise self._named(error) from None
         return {name: colour for name, colour in found.items() if colour is not None}
 
     @property
@@ -203,8 +207,9 @@ class Document:
         rois = roi_batch(self._items, self.data)
         reader = Reader(len(self.data), rois)
         try:
-            rows = [reader.row(self.found[number], self.parent(number)) for number in numbers]
-            shapes = rois.build()
+            with reading(self.path):
+                rows = [reader.row(self.found[number], self.parent(number)) for number in numbers]
+                shapes = rois.build()
         except NodeError as error:
             raise self._named(error) from None
         except RoiError as error:
@@ -225,10 +230,11 @@ class Document:
         with no_collection():
             former = self.records([self.index[record.id] for record in changes.replace])
             try:
-                editor = _Editor(self, colours)
-                editor.apply(changes, former)
-                if changes.properties:
-                    set_properties(self.stream, changes.properties, editor.builder)
+                with reading(self.path):
+                    editor = _Editor(self, colours)
+                    editor.apply(changes, former)
+                    if changes.properties:
+                        set_properties(self.stream, changes.properties, editor.builder)
             except NodeError as error:
                 raise self._named(error) from None
             replaced = [replace(record, parent=old.parent) for record, old in zip(changes.replace, former, strict=True)]
@@ -408,9 +414,16 @@ def _check_changes(document: Document, changes: Changes) -> None:
             f"{where}: {len(shared)} of the objects to change share their identity with another one ({min(shared)} for "
             f"one); duplicate them in QuPath and delete the former ones"
         )
+    _check_numbers((*changes.add, *changes.replace))
     _check_known(document, changes, where)
     _check_added(document, changes, where)
     _check_removed(document, changes, where)
+
+
+def _check_numbers(records: Iterable[Annotation]) -> None:
+    for record in records:
+        if not all(-(1 << 31) <= number < 1 << 31 for number in record.plane):
+            raise AnnotationError(f"Object {record.id} is on plane {tuple(record.plane)}, which QuPath cannot hold")
 
 
 def _twice(ids: Iterable[UUID]) -> list[UUID]:

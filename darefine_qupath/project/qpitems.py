@@ -252,7 +252,7 @@ _STEPS: dict[str, Callable[[JavaObject], _Step]] = {
 
 def _properties(node: JavaObject) -> dict[str, Any]:
     known: dict[int, Any] = {}
-    return {str(_plain_value(key, 0, known)): _plain_value(value, 0, known) for key, value in map_items(node)}
+    return {str(_key(key)): _plain_value(value, 0, known) for key, value in map_items(node)}
 
 
 _NUMBERS = {f"java.lang.{name}" for name in ("Integer", "Double", "Boolean", "Long", "Float", "Short", "Byte")}
@@ -276,9 +276,7 @@ def _plain_object(node: JavaObject, depth: int, known: dict[int, Any]) -> Any:  
     try:
         if name.endswith("Map"):
             pairs = map_items(node)
-            return {
-                _key(_plain_value(key, depth + 1, known)): _plain_value(value, depth + 1, known) for key, value in pairs
-            }
+            return {_key(key): _plain_value(value, depth + 1, known) for key, value in pairs}
         if name.endswith("List") or name == "java.util.CollSer":
             return [_plain_value(item, depth + 1, known) for item in list_items(node)]
     except NodeError:
@@ -286,8 +284,11 @@ def _plain_object(node: JavaObject, depth: int, known: dict[int, Any]) -> Any:  
     return Opaque(name)
 
 
-def _key(value: object) -> object:
-    return value if isinstance(value, (str, int, float)) else str(value)
+def _key(node: Content) -> str | float | int | bool | None:
+    """Text or number of a key; of any other its class, since lists that share lists have no end as text."""
+    if node is None or isinstance(node, JavaString):
+        return text(node)
+    return javautil.number(node) if type_name(node) in _NUMBERS else type_name(node)
 
 
 def tma_grid(hierarchy: JavaObject, ids: Mapping[int, UUID]) -> TmaGrid | None:

@@ -32,7 +32,7 @@ from darefine_qupath.project.javanodes import (
 )
 from darefine_qupath.project.javapacked import distinct_nodes
 from darefine_qupath.project.javautil import hash_order, table_size
-from darefine_qupath.project.qpobjects import OBJECT_ID, class_of
+from darefine_qupath.project.qpobjects import MAX_CLASS_DEPTH, OBJECT_ID, class_of
 from darefine_qupath.project.rois import RoiSpec
 
 __all__ = ["NodeBuilder", "class_name", "is_detection", "probability_block", "signed", "uses_wide_list"]
@@ -175,11 +175,16 @@ def class_name(name: str | None) -> str | None:
     Raises
     ------
     AnnotationError
-        If a part of it is empty.
+        If a part of it is empty, or it has too many.
     """
     if not name:
         return None
     parts = [part.strip() for part in name.split(":")]
+    if len(parts) > MAX_CLASS_DEPTH:
+        raise AnnotationError(
+            f"The class name {name[:40]!r}... has {len(parts)} parts; QuPath derives a class at most "
+            f"{MAX_CLASS_DEPTH - 1} times"
+        )
     if not all(parts) or "\n" in name:
         raise AnnotationError(f"{name!r} is not a class name; QuPath joins the parts of a derived class with ': '")
     return ": ".join(parts)
@@ -227,7 +232,7 @@ class NodeBuilder:
                 self._classes.setdefault(class_of(found)[0], found)
             elif found.desc is boolean:
                 self._booleans.setdefault(bool(javautil.number(found)), found)
-            elif (value := int(javautil.number(found))) in _SHARED_INTEGERS:
+            elif (value := javautil.whole_number(found)) in _SHARED_INTEGERS:
                 self._integers.setdefault(value, found)
 
     def _note_desc(self, desc: ClassDesc) -> None:

@@ -19,6 +19,7 @@ from darefine_qupath.project.rois import RoiBatch, RoiRecord
 
 __all__ = [
     "KINDS",
+    "MAX_CLASS_DEPTH",
     "OBJECT_ID",
     "PATH_CLASS",
     "Found",
@@ -47,7 +48,7 @@ KINDS: dict[str, Kind] = {
     f"{_OBJECTS}TMACoreObject": "tma core",
 }
 _BOOLEAN = "java.lang.Boolean"
-_MAX_CLASS_DEPTH = 64
+MAX_CLASS_DEPTH = 64
 _ID_NAMESPACE = uuid5(NAMESPACE_URL, "darefine_qupath/objects-without-id")
 
 
@@ -375,7 +376,7 @@ class Reader:
             identity,
             kind,
             self._text(content[0]),
-            None if content[1] is None else int(javautil.number(content[1])),
+            None if content[1] is None else javautil.whole_number(content[1]),
             parent,
             locked,
             self._path_class(tail[0]),
@@ -488,9 +489,9 @@ def class_of(node: Content) -> tuple[str, Colour | None]:
             raise NodeError(f"{type_name(current)} where a class should be", node)
         if current is node:
             packed = javautil.field(current, "colorRGB")
-            colour = None if packed is None else Colour.from_argb(int(javautil.number(packed)))
+            colour = None if packed is None else Colour.from_argb(javautil.whole_number(packed))
         parts.append(text(javautil.field(current, "name")) or "")
         current = javautil.field(current, "parentClass")
-        if len(parts) > _MAX_CLASS_DEPTH:
-            raise NodeError(f"A class is derived more than {_MAX_CLASS_DEPTH} times", node)
+        if len(parts) > MAX_CLASS_DEPTH:
+            raise NodeError(f"A class is derived more than {MAX_CLASS_DEPTH} times", node)
     return ": ".join(reversed(parts)), colour

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ from uuid import UUID
 
 from darefine_qupath.annotations import Annotation, Kind
 from darefine_qupath.classes import Colour
-from darefine_qupath.errors import ProjectFormatError
+from darefine_qupath.errors import DarefineError, ProjectFormatError
+from darefine_qupath.limits import spoken
 from darefine_qupath.project.files import is_since
 from darefine_qupath.project.javanodes import JavaObject, Stream, no_collection
 from darefine_qupath.project.javapacked import unpack
@@ -21,7 +22,7 @@ from darefine_qupath.project.qpitems import Items, Stains, TmaGrid, WorkflowStep
 from darefine_qupath.project.qpobjects import PATH_CLASS, Reader, Row, walk
 from darefine_qupath.project.rois import RoiBatch, RoiError
 
-__all__ = ["ImageData", "duplicates_of", "open_compact", "read", "roi_batch"]
+__all__ = ["ImageData", "duplicates_of", "open_compact", "read", "reading", "roi_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +166,17 @@ def duplicates_of(ids: Sequence[UUID]) -> frozenset[UUID]:
     return frozenset(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]
 
 
+@contextlib.contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Name the file, whatever goes wrong in it that nobody has thought of."""
+    try:
+        yield
+    except (DarefineError, NodeError, RoiError, Warning):
+        raise
+    except Exception as error:
+        raise ProjectFormatError(f"The image data cannot be read: {spoken(error)}", path=path) from error
+
+
 def read(data: bytes, *, path: Path | None = None) -> ImageData:
     """Read a ``data.qpdata`` file.
 
@@ -185,7 +197,7 @@ def read(data: bytes, *, path: Path | None = None) -> ImageData:
     ProjectFormatError
         If the file is damaged or holds something that cannot be read; names file, offset and class.
     """
-    with no_collection():
+    with reading(path), no_collection():
         items, reader, rows, grid = _decode_and_collect(data, path)
         try:
             rois = reader.rois.build()
