@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from darefine_qupath.cli import main
-from darefine_qupath.errors import TrainingError, TrainingStoppedError
+from darefine_qupath.errors import TileError, TrainingError, TrainingStoppedError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.training import RunFolder
 from darefine_qupath.training import distributed as distributed_module
@@ -29,7 +30,9 @@ WORKER = """
 import os, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from darefine_qupath.errors import TrainingStoppedError
+from torch.nn.parallel import DistributedDataParallel
+from darefine_qupath.errors import TileError, TrainingStoppedError
+from darefine_qupath.training.distributed import join_world
 from tests.test_training_distributed import run
 out = Path(sys.argv[1])
 run(out / "two")
@@ -38,6 +41,49 @@ try:
 except TrainingStoppedError as error:
     print("STOPPED", error)
 run(out / "stopped", resume=True)
+unsynchronised, no_sync = [], DistributedDataParallel.no_sync
+DistributedDataParallel.no_sync = lambda self: unsynchronised.append(1) or no_sync(self)
+run(out / "parts", accumulate=2)
+print("PARTS", len(unsynchronised))
+world = join_world("cpu")
+try:
+    with world.together():
+        if world.rank == 1:
+            raise TileError("tile 3 is damaged")
+except Exception as error:
+    print(type(error).__name__, error)
+print("MAIN", world.of_main(7.5 + world.rank))
+"""
+
+# Clocks that stand still (a state is never due) and that leap (always due), on one process or the other.
+CLOCKS = """
+import faulthandler, itertools, os, sys, torch
+faulthandler.dump_traceback_later(100, exit=True)
+torch.set_num_threads(1)
+from pathlib import Path
+from types import SimpleNamespace
+from darefine_qupath.errors import TrainingStoppedError
+from darefine_qupath.training import loop
+from tests.training_toy import toy_config, toy_train
+rank, taken_step, ended = int(os.environ["RANK"]), loop.Stepper.train_on, {}
+stopped, leaping = {"rank": None, "step": None}, {"rank": None}
+ticks = itertools.count()
+loop.time = SimpleNamespace(monotonic=lambda: 3600.0 * next(ticks) if rank == leaping["rank"] else 0.0)
+def train_on(self, *given, **named):
+    if (rank, self.step) == (stopped["rank"], stopped["step"]):
+        os.kill(os.getpid(), 15)
+    outcome = taken_step(self, *given, **named)
+    ended["step"] = self.step
+    return outcome
+loop.Stepper.train_on = train_on
+for leaping["rank"] in (0, 1):
+    for stopped["rank"], stopped["step"] in itertools.product((0, 1), range(6)):
+        out = Path(sys.argv[1]) / "{}-{}-{}".format(leaping["rank"], stopped["rank"], stopped["step"])
+        try:
+            toy_train(out, toy_config(), val_data=None)
+        except TrainingStoppedError:
+            pass
+        print(stopped["step"], ended["step"], sep="-")
 """
 
 
@@ -66,8 +112,8 @@ workers = 0
 """
 
 
-def run(out: Path, **changes: object) -> None:
-    toy_train(out, CONFIG, model=MODEL, train_data=toy_data(17), **changes)
+def run(out: Path, *, accumulate: int = 1, **changes: object) -> None:
+    toy_train(out, replace(CONFIG, accumulate=accumulate), model=MODEL, train_data=toy_data(17), **changes)
 
 
 def free_port() -> int:
@@ -98,7 +144,7 @@ def start_two(*command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Folder with the runs ``one``, ``two`` and ``stopped``, and what the two processes printed."""
+    """Folder with the runs ``one``, ``two``, ``stopped`` and ``parts``, and what the two processes printed."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "one")
     return folder, start_two("-c", WORKER, str(folder))
@@ -123,6 +169,33 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(runs: Runs) -> N
     assert all(text.startswith("STOPPED") for text in runs[1])
     whole, parts = (load_file(runs[0] / name / "last.safetensors") for name in ("two", "stopped"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_that_accumulate_have_the_weights_of_one_and_exchange_gradients_once(runs: Runs) -> None:
+    one, parts = (load_file(runs[0] / name / "last.safetensors") for name in ("one", "parts"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-5)
+    # Five steps of two parts; the gradients of the first part stay where they are.
+    assert all("PARTS 5\n" in text for text in runs[1])
+
+
+def test_what_fails_in_one_process_ends_all(runs: Runs) -> None:
+    assert "TrainingError Another process could not go on; its own message says why\n" in runs[1][0]
+    assert "TileError tile 3 is damaged\n" in runs[1][1]
+
+
+def test_the_first_process_decides(runs: Runs) -> None:
+    assert all(text.endswith("MAIN 7.5\n") for text in runs[1])
+
+
+def test_processes_whose_clocks_disagree_stop_at_the_same_step(tmp_path: Path) -> None:
+    first, second = (text.split() for text in start_two("-c", CLOCKS, str(tmp_path)))
+    assert first == second
+    for word in first:
+        asked, ended = map(int, word.split("-"))
+        # Asked for while a step is under way: the next one tells the others, and one more may be under way by then.
+        assert min(asked + 1, 6) <= ended <= min(asked + 3, 6)
+    assert len(first) == 24
 
 
 def test_two_processes_of_the_command_line_have_the_loss_of_one(tmp_path: Path) -> None:
@@ -172,9 +245,17 @@ def test_a_lost_process_is_told_in_one_line(tmp_path: Path) -> None:
         raise PEER
 
 
-@pytest.mark.parametrize(("error", "parts"), [(TrainingError("no memory"), []), (TrainingStoppedError("stop"), [1])])
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (TrainingError("no memory"), []),
+        (TileError("damaged"), []),
+        (KeyboardInterrupt(), []),
+        (TrainingStoppedError("stop"), [1]),
+    ],
+)
 def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: TrainingError, parts: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, parts: list[int]
 ) -> None:
     farewells = [1]
     monkeypatch.setattr(distributed_module.atexit, "unregister", lambda _: farewells.clear())

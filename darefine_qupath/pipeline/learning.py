@@ -467,45 +467,56 @@ def _train(
     begun = read_run(request.out) if resume else None
     model_wanted, config, spec = _wanted(settings, request) if begun is None else _as_begun(begun, request)
     world = join_world(config.device)
-    if begun is None:
-        check_start(model_wanted, config, request.init_from)
-    if world.is_main:
-        if begun is None:
-            _note_request(request, settings)
-        tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, progress=tile_progress)
-        if is_fold:
-            tiles = _noted_for_folds(request.out.parent / _LABELS, tiles, begun)
-    world.wait()
-    if not world.is_main:
-        # What the first process has cut is there by now.
-        tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, progress=None)
-    classes = tiles.index.classes
-    model = ModelConfig.from_json({**model_wanted.to_json(), "num_classes": classes.num_classes})
-    split = divide(tiles.index, split_spec, seed=config.seed)
-    training, validation = split.part(tiles.index, "train"), split.part(tiles.index, "validation")
-    training = replace(training, tiles=sampling.cap(training.tiles, seed=config.seed))
-    if world.is_main:
-        if begun is None:
-            _note_origin(request, tiles, split, training)
-        _note_hard_tiles(request, sampling, TileDataset(training.tiles, tiles.reader), world)
-        for sentence in _announcement(settings, request, model, config, world, (training, validation)):
-            (announce or _log.info)(sentence)
-    world.wait()
-    result = train(
-        TileDataset(training.tiles, tiles.reader),
-        TileDataset(validation.tiles, tiles.reader) if len(validation) else None,
-        model=model,
-        config=config,
-        out=request.out,
-        class_map=classes,
-        tile_spec=tiles.index.spec,
-        provenance=_provenance(request, tiles, split, training) if begun is None else begun.provenance,
-        progress=progress,
-        resume=resume,
-        init_from=request.init_from,
-        hard=_read_json(request.out / _HARD) if sampling.hard_model is not None else None,
-    )
+    with world.talking(request.out):
+        with world.together():
+            if begun is None:
+                check_start(model_wanted, config, request.init_from)
+            if world.is_main:
+                if begun is None:
+                    _note_request(request, settings)
+                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, progress=tile_progress)
+                if is_fold:
+                    tiles = _noted_for_folds(request.out.parent / _LABELS, tiles, begun)
+        with world.together():
+            if not world.is_main:
+                # What the first process has cut is there by now.
+                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, progress=None)
+            model, split, parts = _divided(tiles, model_wanted, split_spec, sampling, seed=config.seed)
+            if world.is_main:
+                if begun is None:
+                    _note_origin(request, tiles, split, parts[0])
+                _note_hard_tiles(request, sampling, TileDataset(parts[0].tiles, tiles.reader), world)
+                for sentence in _announcement(settings, request, model, config, world, parts):
+                    (announce or _log.info)(sentence)
+        with world.together():
+            provenance = _provenance(request, tiles, split, parts[0]) if begun is None else begun.provenance
+            hard = _read_json(request.out / _HARD) if sampling.hard_model is not None else None
+        training, validation = (TileDataset(part.tiles, tiles.reader) for part in parts)
+        result = train(
+            training,
+            validation if len(validation) else None,
+            model=model,
+            config=config,
+            out=request.out,
+            class_map=tiles.index.classes,
+            tile_spec=tiles.index.spec,
+            provenance=provenance,
+            progress=progress,
+            resume=resume,
+            init_from=request.init_from,
+            hard=hard,
+        )
     return result, tiles
+
+
+def _divided(
+    tiles: Tiles, wanted: ModelConfig, split_spec: SplitSpec, sampling: SamplingSpec, *, seed: int
+) -> tuple[ModelConfig, Split, tuple[TilePart, TilePart]]:
+    """Network for the classes of the tiles, their split, and the tiles to learn from and to validate by."""
+    model = ModelConfig.from_json({**wanted.to_json(), "num_classes": tiles.index.classes.num_classes})
+    split = divide(tiles.index, split_spec, seed=seed)
+    training, validation = split.part(tiles.index, "train"), split.part(tiles.index, "validation")
+    return model, split, (replace(training, tiles=sampling.cap(training.tiles, seed=seed)), validation)
 
 
 def _wanted(settings: Settings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:

@@ -64,6 +64,35 @@ class World:
             # NCCL would guess the device, and warn.
             distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def of_main(self, value: float) -> float:
+        """Return what the first process has, whatever this one has; a collective call.
+
+        What decides which collective call comes next must be the same in all processes. Clocks, signals and files on
+        several machines are not: the first process decides.
+        """
+        tensor = torch.tensor(float(value) if self.is_main else 0.0, device=self.device)
+        return float(self.sum(tensor))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what may fail in one process alone; at the end, all go on or none; a collective call.
+
+        Raises
+        ------
+        TrainingError
+            If it was another process that failed. One that fails raises its own error.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised below, when the others know
+            failure = error
+        num_failed = float(self.sum(torch.tensor(float(failure is not None), device=self.device)))
+        if failure is not None:
+            raise failure
+        if num_failed:
+            raise TrainingError("Another process could not go on; its own message says why")
+
     @contextmanager
     def talking(self, folder: Path) -> Iterator[None]:
         """Say in one line when the others are gone, instead of what the network between them says.
@@ -82,9 +111,10 @@ class World:
             yield
         except TrainingStoppedError:
             raise  # all processes stop together, and part as they should
-        except RuntimeError as error:
+        except BaseException as error:
             self._forsake()
-            if isinstance(error, DarefineError) or not (self.size > 1 and _is_lost(error)):
+            is_ours = isinstance(error, DarefineError) or not isinstance(error, RuntimeError)
+            if is_ours or not (self.size > 1 and _is_lost(error)):
                 raise
             raise TrainingError(
                 f"Process {self.rank} of {self.size} has lost another one, whose own message says why; if there is "

@@ -85,14 +85,15 @@ def evaluate(
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
     planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
-    for loaded in load_batches(data, planned, workers=workers, pin=pin):
-        if before_batch is not None:
-            before_batch()
-        batch = loaded.batch.to(device)
-        context_B3HW = _contexts(batch.contexts, context)
-        with autocast(device, dtype):
-            logits_BKHW = model(normalisation.apply(batch.slices), normalisation.apply(context_B3HW), batch.boxes)
-        counts += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
+    with world.together():
+        for loaded in load_batches(data, planned, workers=workers, pin=pin):
+            if before_batch is not None:
+                before_batch()
+            batch = loaded.batch.to(device)
+            context_B3HW = _contexts(batch.contexts, context)
+            with autocast(device, dtype):
+                logits_BKHW = model(normalisation.apply(batch.slices), normalisation.apply(context_B3HW), batch.boxes)
+            counts += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
     model.train(was_training)
     return ConfusionMatrix(world.sum(counts).reshape(num_classes, num_classes).cpu().numpy())
 

@@ -159,12 +159,12 @@ def train(
     echo_s = 0.0 if world.size == 1 else _ECHO_S
     with stop_on_signals(echo_s=echo_s, is_silent=not world.is_main) as stop, _own_randomness(world):
         _check_batch(config, world)
-        if resume:
-            folder.check(settings)
-        elif world.is_main:
-            folder.begin(settings)
-        world.wait()
         with world.talking(folder.path):
+            with world.together():
+                if resume:
+                    folder.check(settings)
+                elif world.is_main:
+                    folder.begin(settings)
             run = _Run(
                 settings,
                 train_data,
@@ -203,7 +203,9 @@ class _Run:
         self.stop = StopRequest()
         self.weights = _weights(train_data.tiles, self.config, hard)
         self.steps = steps_per_epoch(len(train_data), self.config)
-        self.stepper = self._stepper(*self._network(init_from, resume=resume))
+        with world.together():
+            network, trained = self._network(init_from, resume=resume)
+        self.stepper = self._stepper(network, trained)
         self.counters = Counters()
         self.watch = Stopwatch()
         self.saved_at = time.monotonic()
@@ -211,7 +213,7 @@ class _Run:
         self.environment = environment()
         self.validated: Mapping[str, Any] = {}
         self.learning_rate = 0.0
-        self.must_stop = False
+        self.must_stop = self.must_save = False
 
     def _network(self, init_from: Path | None, *, resume: bool) -> tuple[SegmentationNetwork, tuple[str, ...]]:
         """Network and the roles of its encoders that came trained; what they came from counts at the start alone."""
@@ -238,11 +240,18 @@ class _Run:
 
     def restore(self) -> None:
         """Go back to the state that was saved last."""
-        if self.folder.state.exists():
-            self.counters = load_state(self.folder.state, self.stepper)
-        if self.world.is_main:
-            self.folder.forget_after(self.stepper.step)
-        self.world.wait()
+        with self.world.together():
+            if self.folder.state.exists():
+                self.counters = load_state(self.folder.state, self.stepper)
+        step = int(self.world.of_main(self.stepper.step))
+        with self.world.together():
+            if step != self.stepper.step:
+                raise TrainingError(
+                    f"Process {self.world.rank} of {self.world.size} finds step {self.stepper.step} in "
+                    f"{self.folder.state}, the first one step {step}: all processes need one and the same folder"
+                )
+            if self.world.is_main:
+                self.folder.forget_after(step)
 
     def fit(self) -> TrainResult:
         """Train until the last epoch, or until mIoU stands still."""
@@ -262,6 +271,11 @@ class _Run:
                     break
         return self._result()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to agree with, so that a stop or a save need not wait for the next step."""
+        return self.world.size == 1
+
     def _is_done(self) -> bool:
         return self.counters.is_finished
 
@@ -273,7 +287,9 @@ class _Run:
         ]
         factor = learning_rate_factor(self.config, self.stepper.step, self.stepper.num_steps)
         with self._memory_advice():
-            outcome = self.stepper.train_on(loaded.batch, draws, factor, stop=bool(self.stop))
+            outcome = self.stepper.train_on(
+                loaded.batch, draws, factor, stop=bool(self.stop), save=self.world.is_main and self._is_clock_due()
+            )
             # Looking at the step before this one lets the device work while the next batch is prepared.
             self._look_back()
             self.pending = (outcome, loaded.ids)
@@ -281,7 +297,7 @@ class _Run:
             is_save_due = not is_last and self._is_save_due()
             if is_last or is_save_due:
                 self._look_back()
-        if self.must_stop or (self.stop and self.world.size == 1):
+        if self.must_stop or (self.is_alone and self.stop):
             self._stop_now()
         if is_last:
             self._end_epoch()
@@ -306,7 +322,9 @@ class _Run:
         done = self.counters.step + 1
         self.counters = replace(self.counters, step=done, loss_sum=self.counters.loss_sum + loss)
         self.watch.step()
-        self.must_stop = bool(outcome.num_stops > 0)
+        # What every process knows of a step at the same step, and nothing else, decides what all of them do next.
+        self.must_stop = self.must_stop or bool(outcome.num_stops > 0)
+        self.must_save = self.must_save or bool(outcome.num_saves > 0)
         self._tell()
 
     def _not_a_number(self, loss: float, own_loss: float, ids: tuple[str, ...]) -> str:
@@ -337,13 +355,15 @@ class _Run:
         if is_last and matrix is not None and self.val_data is not None and self.settings.model.uses_context:
             record["miou_with_blank_contexts"] = self._validate(self.val_data, context="blank").to_json()["miou"]
         self.counters = replace(self.counters, epoch=epoch, step=0, loss_sum=0.0, is_finished=is_last)
-        if self.world.is_main:
-            self._write(record, matrix, is_best=is_best)
-        if is_last or self.config.checkpoint_minutes == 0 or self._is_save_due():
+        with self.world.together():
+            if self.world.is_main:
+                self._write(record, matrix, is_best=is_best)
+        # A validation takes its time: the first process looks at its clock again.
+        is_clock_due = bool(self.world.of_main(self._is_clock_due()))
+        if is_last or self.config.checkpoint_minutes == 0 or is_clock_due or self._is_save_due():
             self._save_state()
         self.watch.skip()
         self._tell(record)
-        self.world.wait()
 
     def _validate(self, data: TileData, context: ContextMode = "normal") -> ConfusionMatrix:
         self.world.share_buffers(self.stepper.best_network)
@@ -364,7 +384,7 @@ class _Run:
 
     def _heed_stop(self) -> None:
         """Break a validation off; several processes would have to agree on it, and finish it instead."""
-        if self.stop and self.world.size == 1:
+        if self.is_alone and self.stop:
             self._stop_now()
 
     def _judge(self, epoch: int, matrix: ConfusionMatrix | None) -> bool:
@@ -428,19 +448,25 @@ class _Run:
         )
 
     def _is_save_due(self) -> bool:
-        minutes, steps = self.config.checkpoint_minutes, self.config.checkpoint_steps
-        by_clock = minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+        """Whether all processes save now; the clock of one of several says nothing before the others know of it."""
+        steps = self.config.checkpoint_steps
+        by_clock = self._is_clock_due() if self.is_alone else self.must_save
         return by_clock or (steps > 0 and self.stepper.step % steps == 0)
 
+    def _is_clock_due(self) -> bool:
+        """Whether the clock of this process asks for a save."""
+        minutes = self.config.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
     def _save_state(self) -> None:
-        if self.world.is_main:
-            save_state(self.folder.state, self.stepper, self.counters)
-        self.saved_at = time.monotonic()
+        with self.world.together():
+            if self.world.is_main:
+                save_state(self.folder.state, self.stepper, self.counters)
+        self.saved_at, self.must_save = time.monotonic(), False
 
     def _stop_now(self) -> None:
         self._look_back()
         self._save_state()
-        self.world.wait()
         signal = self.stop.signal_name or "A stop of another process"
         raise TrainingStoppedError(
             f"{signal} ended training at epoch {self.counters.epoch + 1}, step {self.counters.step} of {self.steps}; "

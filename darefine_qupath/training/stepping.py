@@ -39,6 +39,8 @@ class StepOutcome(NamedTuple):
         What this process's part adds to it.
     num_stops : Tensor
         Processes that were asked to stop.
+    num_saves : Tensor
+        Processes that ask for the state to be saved.
     learning_rate : float
         Of the decoder, at this step.
     """
@@ -46,6 +48,7 @@ class StepOutcome(NamedTuple):
     loss: Tensor
     own_loss: Tensor
     num_stops: Tensor
+    num_saves: Tensor
     learning_rate: float
 
 
@@ -166,7 +169,9 @@ class Stepper:
         """The weights that count: their average where there is one."""
         return self.network if self.average is None else self.average
 
-    def train_on(self, batch: Batch, draws: Sequence[Draw], factor: float, *, stop: bool = False) -> StepOutcome:
+    def train_on(
+        self, batch: Batch, draws: Sequence[Draw], factor: float, *, stop: bool = False, save: bool = False
+    ) -> StepOutcome:
         """Take one step.
 
         Parameters
@@ -179,6 +184,8 @@ class Stepper:
             On the learning rates.
         stop : bool
             Tell the other processes that this one was asked to stop.
+        save : bool
+            Ask them to save the state with this one.
 
         Returns
         -------
@@ -192,12 +199,12 @@ class Stepper:
         learning_rate = self.config.decoder_lr * factor
         batch = apply_augmentation(batch.to(self.world.device), draws)
         own = self.loss.normalisers(batch.masks)
-        shared = self.world.sum(torch.cat([own, own.new_full((1,), float(stop))]))
+        shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop), float(save)])]))
         with compile_advice():
             own_loss = self._backward(batch, shared[:2])
         self._update()
         self.step += 1
-        return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], learning_rate)
+        return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], shared[3], learning_rate)
 
     def _seed_dropout(self) -> None:
         """Dropout follows from seed, step and process, so that a resumed run draws what an unbroken one does."""
