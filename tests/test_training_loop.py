@@ -14,8 +14,11 @@ from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
@@ -27,6 +30,7 @@ from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.tiles.index import TileRecord
 from darefine_qupath.tiles.loading import TileDataset
+from darefine_qupath.tiles.sampling import expected_shares
 from darefine_qupath.tiles.sources import TilePixels
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
 from darefine_qupath.training import loop as loop_module
@@ -34,6 +38,7 @@ from darefine_qupath.training import state as state_module
 from darefine_qupath.training.batches import load_batches, num_workers, plan_epoch, plan_run
 from darefine_qupath.training.interrupt import stop_on_signals
 from darefine_qupath.training.stepping import compile_advice, memory_advice
+from tests.test_tiles_sampling import COUNTS, TILES, index_of
 from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train
 
 
@@ -700,6 +705,42 @@ def test_workers_are_what_was_asked_for() -> None:
     assert num_workers(TrainConfig(workers=3)) == 3
     assert 1 <= num_workers(TrainConfig()) <= 16
     assert num_workers(replace(TrainConfig(), workers=0)) == 0
+
+
+# Class weights
+
+
+@given(COUNTS, st.floats(0, 1))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_class_weights_undo_what_the_drawn_tiles_show(counts: np.ndarray, balance: float) -> None:
+    tiles, config = index_of(counts), TrainConfig(balance=balance, class_weights="inverse")
+    drawn = loop_module._weights(tiles, config, None)
+    shares = expected_shares(tiles, np.ones(len(tiles)) if drawn is None else drawn)
+    weights = loop_module._class_weights(tiles, config, drawn).numpy()
+    there, capped = shares > 0, weights >= 10
+    assert (weights[there & ~capped] * shares[there & ~capped]) == pytest.approx(
+        (weights[there & ~capped] * shares[there & ~capped]).mean(), rel=1e-4
+    )
+    assert (weights[~there] == 1).all()
+
+
+def test_class_weights_of_a_run_are_one_where_the_sampler_has_balanced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenError(Exception):
+        pass
+
+    def seen(*_: object, class_weights: torch.Tensor, **__: object) -> None:
+        raise SeenError(class_weights.tolist())
+
+    monkeypatch.setattr(loop_module, "Stepper", seen)
+    data = toy_data(0)
+    data.tiles = TILES
+    for balance, expected in ((1, [1, 1, 1]), (0, [0.071, 0.732, 2.197])):
+        config = toy_config(class_weights="inverse", balance=balance)
+        with pytest.raises(SeenError) as found:
+            toy_train(tmp_path / str(balance), config, train_data=data, val_data=None)
+        assert found.value.args[0] == pytest.approx(expected, abs=0.02)
 
 
 # Precision and extras

@@ -140,14 +140,14 @@ def _rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
 
 
 class FrozenNorms:
-    """Batch norm layers of encoders that keep their statistics and weights.
+    """What does not learn: whole encoders at a learning rate of 0, else batch norm layers of encoders.
 
     Parameters
     ----------
     network : SegmentationNetwork
-        Its layers' weights need no gradient from here on.
+        What is frozen in it needs no gradient from here on.
     config : TrainConfig
-        `freeze_batch_norm` counts.
+        `encoder_lr` and `freeze_batch_norm` count.
     trained : tuple of str
         Roles of the encoders that come trained.
 
@@ -155,21 +155,40 @@ class FrozenNorms:
     ----------
     trained : tuple of str
         The same.
+    frozen : list of nn.Module
+        Encoders, or batch norm layers, that keep their weights and statistics.
+    live : list of nn.Module
+        The other batch norm layers: what they see at once changes what is learnt.
     """
 
     def __init__(self, network: SegmentationNetwork, config: TrainConfig, trained: tuple[str, ...]) -> None:
         self.trained = trained
         roles = {"yes": tuple(network.encoders), "no": (), "auto": trained}[config.freeze_batch_norm]
-        self.layers = [
-            layer
-            for role in roles
-            for layer in network.encoders[role].modules()
-            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        ]
-        for layer in self.layers:
-            layer.requires_grad_(requires_grad=False)
+        self.frozen: list[nn.Module] = [norm for role in roles for norm in _norms(network.encoders[role])]
+        if config.encoder_lr == 0:
+            self.frozen = list(network.encoders.values())
+            _warn_of_frozen(network, trained)
+        for module in self.frozen:
+            module.requires_grad_(requires_grad=False)
+        held = {id(norm) for module in self.frozen for norm in _norms(module)}
+        self.live = [norm for norm in _norms(network) if id(norm) not in held]
 
     def hold(self) -> None:
-        """Put the layers back into evaluation mode; to be called after the network's ``train()``."""
-        for layer in self.layers:
-            layer.eval()
+        """Put what is frozen back into evaluation mode; to be called after the network's ``train()``."""
+        for module in self.frozen:
+            module.eval()
+
+
+def _warn_of_frozen(network: SegmentationNetwork, trained: tuple[str, ...]) -> None:
+    random = sorted(set(network.encoders) - set(trained))
+    if not network.encoders:
+        _log.warning("encoder_lr = 0 freezes nothing: %s has no encoder that stands alone", network.config.title)
+    elif random:
+        _log.warning(
+            "encoder_lr = 0 keeps %s at random weights; give --encoder-weights or --from",
+            " and ".join(f"the {role} encoder" for role in random),
+        )
+
+
+def _norms(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm))]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from darefine_qupath.checkpoint import Checkpoint, environment, save_checkpoint
 from darefine_qupath.classes import ClassMap
@@ -25,7 +26,7 @@ from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
 from darefine_qupath.tiles.index import TileIndex
-from darefine_qupath.tiles.sampling import tile_weights
+from darefine_qupath.tiles.sampling import expected_shares, tile_weights
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.augment import draw_augmentation
 from darefine_qupath.training.batches import Loaded, TileData, load_batches, num_workers, plan_run, steps_per_epoch
@@ -227,16 +228,32 @@ class _Run:
     def _stepper(self, network: SegmentationNetwork, trained: tuple[str, ...]) -> Stepper:
         config, settings = self.config, self.settings
         self.world.share_norms(network)
-        weighted = config.class_weights == "inverse"
+        norms = FrozenNorms(network, config, trained)
+        if norms.live and self.world.is_main:
+            self._warn_of_parts(network)
         return Stepper(
             network,
             config,
             world=self.world,
             normalisation=settings.normalisation,
-            norms=FrozenNorms(network, config, trained),
-            class_weights=inverse_frequency(self.train_data.tiles.class_pixels.tolist()) if weighted else None,
+            norms=norms,
+            class_weights=_class_weights(self.train_data.tiles, config, self.weights),
             num_steps=config.epochs * self.steps,
         )
+
+    def _warn_of_parts(self, network: SegmentationNetwork) -> None:
+        """Say once that batch norm sees less than a batch, which changes what is learnt."""
+        shares = 1 if self.world.device.type == "cuda" else self.world.size
+        if shares * self.config.accumulate == 1:
+            return
+        by = [f"accumulate = {self.config.accumulate}"] * (self.config.accumulate > 1)
+        by += [f"{shares} processes without a GPU"] * (shares > 1)
+        mend = 'freeze_batch_norm = "yes"' if network.encoders else "a network without batch norm of its own"
+        _log.warning(
+            "Batch norm learns from %s of the batch at a time (%s), so that the result is not that of the whole batch; "
+            "it is with %s",
+            f"1/{shares * self.config.accumulate}", " and ".join(by), mend,
+        )  # fmt: skip
 
     def restore(self) -> None:
         """Go back to the state that was saved last."""
@@ -566,6 +583,13 @@ def _weights(tiles: TileIndex, config: TrainConfig, hard: Mapping[str, float] | 
     weights = np.zeros(len(tiles))
     weights[labelled] = tile_weights(tiles.subset(labelled), balance=config.balance, hard=hard)
     return weights
+
+
+def _class_weights(tiles: TileIndex, config: TrainConfig, weights: NDArray[np.float64] | None) -> Tensor | None:
+    """Weights of the classes in the loss, by the pixels that tiles drawn by `weights` show."""
+    if config.class_weights == "none":
+        return None
+    return inverse_frequency(expected_shares(tiles, np.ones(len(tiles)) if weights is None else weights).tolist())
 
 
 def _digest(data: TileData | None) -> str:

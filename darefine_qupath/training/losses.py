@@ -107,13 +107,14 @@ def _dice_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
     return loss_B.sum()
 
 
-def inverse_frequency(pixels: Sequence[int]) -> Tensor:
+def inverse_frequency(pixels: Sequence[float]) -> Tensor:
     """Class weights of one over the share of labelled pixels.
 
     Parameters
     ----------
-    pixels : sequence of int
-        Labelled pixels per class in the training set.
+    pixels : sequence of float
+        Labelled pixels per class, or their shares, among those that training shows: what `balance` makes common already
+        must not weigh once more.
 
     Returns
     -------
@@ -122,7 +123,7 @@ def inverse_frequency(pixels: Sequence[int]) -> Tensor:
     """
     counts_K = torch.tensor(list(pixels), dtype=torch.float64)
     occurs_K = counts_K > 0
-    inverse_K = torch.where(occurs_K, counts_K.sum() / counts_K.clamp(min=1), torch.zeros_like(counts_K))
+    inverse_K = torch.where(occurs_K, counts_K.sum() / counts_K, torch.zeros_like(counts_K))
     mean = inverse_K.sum() / occurs_K.sum().clamp(min=1)
     weights_K = torch.where(occurs_K, inverse_K / mean.clamp(min=1e-12), torch.ones_like(counts_K))
     return weights_K.clamp(max=_HEAVIEST).float()

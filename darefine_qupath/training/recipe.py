@@ -32,7 +32,8 @@ class TrainConfig:
     batch_size: int = 12
     """Tiles per optimiser step, over all processes and all accumulated parts together."""
     accumulate: int = 1
-    """Parts a batch is cut into to save memory. The loss is that of the whole batch, however many parts there are."""
+    """Parts a batch is cut into to save memory. Loss and gradients are those of the whole batch, however many parts
+    there are, where batch norm is frozen; where it learns, it sees one part at a time, and the run says so."""
     samples_per_epoch: int = 0
     """Tiles drawn per epoch; 0: as many as the training set holds."""
     balance: float = 0.5
@@ -43,7 +44,7 @@ class TrainConfig:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     encoder_lr: float = 5e-4
-    """Highest learning rate of the encoders; 0 freezes them."""
+    """Highest learning rate of the encoders; 0 freezes them, batch norm included, whatever `freeze_batch_norm` says."""
     decoder_lr: float = 5e-3
     """Highest learning rate of everything else."""
     momentum: float = 0.9
@@ -72,7 +73,8 @@ class TrainConfig:
     dice_weight: float = 1.0
     """Weight of the Dice term in ``ce-dice``."""
     class_weights: Literal["none", "inverse"] = "none"
-    """``inverse``: a class weighs with one over its share of the labelled training pixels, mean 1, at most 10."""
+    """``inverse``: a class weighs with one over its share of the labelled pixels that the drawn tiles show, mean 1, at
+    most 10. With `balance` = 1 the shares are alike already, and so are the weights."""
     allow_missing_classes: bool = False
     """Train although a class has no pixel in the training set."""
 

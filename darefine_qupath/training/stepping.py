@@ -89,7 +89,7 @@ def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
             raise
         raise TrainingError(
             f"Out of memory with {batch_size} tiles of {size_px} px at once: lower --batch-size (or raise accumulate, "
-            f"which cuts a batch into parts and leaves the result as it is), or lower the tile size, size_px"
+            f"which cuts a batch into parts), or lower the tile size, size_px"
         ) from error
 
 

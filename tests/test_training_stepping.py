@@ -1,0 +1,139 @@
+"""One optimiser step: what learns, in how many parts, and how its gradients are clipped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model, encoder_parameters
+from darefine_qupath.training import TrainConfig
+from darefine_qupath.training.augment import Batch, Draw
+from darefine_qupath.training.distributed import World
+from darefine_qupath.training.initial import FrozenNorms
+from darefine_qupath.training.stepping import Stepper
+from tests.training_toy import toy_config, toy_model, toy_train
+
+LIGHT = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
+DUAL = ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
+properties = settings(deadline=None, derandomize=True, max_examples=6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def batch_of(num_tiles: int, seed: int, size: int = 32) -> Batch:
+    """Noise with labels, of which a different share is ignored in every tile."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, num_tiles, 3, size, size), generator=generator, dtype=torch.uint8)
+    masks = torch.randint(0, 3, (num_tiles, size, size), generator=generator, dtype=torch.uint8)
+    shares = torch.rand(num_tiles, 1, 1, generator=generator)
+    masks[torch.rand(masks.shape, generator=generator) < shares] = IGNORE
+    return Batch(slices=images[0], contexts=images[1], masks=masks, boxes=torch.tensor([[0, 0, 1, 1]] * num_tiles))
+
+
+def stepper_of(config: TrainConfig, model: ModelConfig = LIGHT, trained: tuple[str, ...] | None = None) -> Stepper:
+    """Stepper of a network whose encoders count as trained elsewhere unless said otherwise."""
+    network = build_model(model, seed=0)
+    norms = FrozenNorms(network, config, tuple(network.encoders) if trained is None else trained)
+    return Stepper(network, config, world=World(), normalisation=Normalisation(), norms=norms)
+
+
+def change(config: TrainConfig, batch: Batch, model: ModelConfig = LIGHT) -> torch.Tensor:
+    """What a step adds to the weights."""
+    stepper = stepper_of(config, model)
+    before = flat(stepper.network)
+    stepper.train_on(batch, [Draw()] * len(batch.masks), 1.0)
+    return flat(stepper.network) - before
+
+
+def flat(network: SegmentationNetwork) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+@given(st.integers(3, 6), st.integers(2, 6), st.integers(0, 99), st.sampled_from(["nll", "ce-dice"]))
+@properties
+def test_parts_of_a_batch_change_weights_as_the_batch_does(num_tiles: int, parts: int, seed: int, loss: str) -> None:
+    batch, config = batch_of(num_tiles, seed), toy_config(batch_size=6, loss=loss, weight_decay=0, clip_norm=0)
+    whole = change(config, batch)
+    cut = change(replace(config, accumulate=min(parts, num_tiles)), batch)
+    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "warned"),
+    [
+        ({"accumulate": 2}, LIGHT, "1/2 of the batch at a time (accumulate = 2)"),
+        ({"accumulate": 2}, toy_model(), "with a network without batch norm of its own"),
+        ({"accumulate": 2, "freeze_batch_norm": "yes"}, LIGHT, None),
+        ({}, LIGHT, None),
+    ],
+)
+def test_parts_are_told_where_batch_norm_sees_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], model: ModelConfig, warned: str | None
+) -> None:
+    toy_train(tmp_path, toy_config(epochs=1, samples_per_epoch=8, **changes), model=model, val_data=None)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [text for text in said if "Batch norm learns from" in text] == said
+    assert len(said) == (warned is not None)
+    assert warned is None or warned in said[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimiser": "adamw", "ema_decay": 0.9}, {"freeze_batch_norm": "no"}])
+@pytest.mark.parametrize("encoder", ["resnet18", "efficientnet-lite0"])
+def test_encoders_without_a_learning_rate_stay_to_the_bit(encoder: str, changes: dict[str, object]) -> None:
+    config = toy_config(encoder_lr=0, weight_decay=0.1, **changes)
+    stepper = stepper_of(config, replace(DUAL, slice_encoder=encoder, context_encoder=encoder))
+    before = {role: dict(copied(module)) for role, module in stepper.network.encoders.items()}
+    decoder = flat(stepper.network)
+    for seed in range(3):
+        stepper.train_on(batch_of(4, seed), [Draw()] * 4, 1.0)
+    for role, module in stepper.network.encoders.items():
+        assert all(torch.equal(before[role][name], value) for name, value in module.state_dict().items())
+        assert not any(layer.training for layer in module.modules())
+    for network in filter(None, (stepper.average,)):
+        assert torch.equal(
+            *(torch.cat([p.flatten() for p in encoder_parameters(n)]) for n in (network, stepper.network))
+        )
+    assert not torch.equal(decoder, flat(stepper.network))
+    assert not {id(p) for p in encoder_parameters(stepper.network)} & {
+        id(parameter) for group in stepper.optimiser.param_groups for parameter in group["params"]
+    }
+
+
+def copied(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value.clone()) for name, value in module.state_dict().items()]
+
+
+def test_frozen_encoders_take_nothing_of_the_clipped_norm() -> None:
+    """The decoder moves by the whole clip norm: the encoders' gradients are not in it."""
+    config = toy_config(encoder_lr=0, decoder_lr=1, momentum=0, weight_decay=0, clip_norm=1e-3)
+    assert float(change(config, batch_of(4, 0), DUAL).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_freezing_what_is_random_or_not_there_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    stepper_of(toy_config(encoder_lr=0), DUAL, trained=("context",))
+    stepper_of(toy_config(encoder_lr=0), toy_model())
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "encoder_lr = 0 keeps the slice encoder at random weights",
+        "encoder_lr = 0 freezes nothing: U-Net, width 16 has no encoder that stands alone",
+    ]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_gradients_are_clipped_without_the_loss_scale(scale: float) -> None:
+    """In half precision the loss is scaled up; what is clipped are the gradients of the loss itself."""
+    config = toy_config(precision="fp16", encoder_lr=1, decoder_lr=1, momentum=0, weight_decay=0, clip_norm=1e-2)
+    stepper = stepper_of(config)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before = flat(stepper.network)
+    stepper.train_on(batch_of(4, 0), [Draw()] * 4, 1.0)
+    assert float((flat(stepper.network) - before).norm()) == pytest.approx(1e-2, rel=1e-2)
