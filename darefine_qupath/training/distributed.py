@@ -113,8 +113,7 @@ class World:
             raise  # all processes stop together, and part as they should
         except BaseException as error:
             self._forsake()
-            is_ours = isinstance(error, DarefineError) or not isinstance(error, RuntimeError)
-            if is_ours or not (self.size > 1 and _is_lost(error)):
+            if isinstance(error, DarefineError) or not (self.size > 1 and _is_lost(error)):
                 raise
             raise TrainingError(
                 f"Process {self.rank} of {self.size} has lost another one, whose own message says why; if there is "
@@ -212,9 +211,11 @@ def join_world(device: str) -> World:
     return world
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def _is_lost(error: BaseException) -> bool:
     """Whether an error is about another process that is gone."""
-    return isinstance(error, distributed.DistError) or any(sign in str(error).lower() for sign in ("gloo", "nccl"))
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, distributed.DistError) or any(sign in str(error).lower() for sign in ("gloo", "nccl"))
+    )
 
 
 def _join(world: World) -> None:
