@@ -20,6 +20,7 @@ __all__ = [
     "Box",
     "FloatBox",
     "LevelWindow",
+    "PixelSize",
     "Size",
     "best_level",
     "fit_within",
@@ -33,11 +34,40 @@ MPP_LIMITS = (0.001, 1000.0)
 """Micrometres per level-0 pixel that a slide may have: from electron micrographs to photographs of the glass."""
 
 
+_SQUARE = 0.01
+"""Relative difference of width and height up to which a pixel is square: scanners calibrate each axis by itself."""
+
+
 class Size(NamedTuple):
     """Width and height in pixels."""
 
     width: int
     height: int
+
+
+class PixelSize(NamedTuple):
+    """Width and height of a level-0 pixel in micrometres, as an image file or a project states them."""
+
+    x: float
+    y: float
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether both are within `MPP_LIMITS`."""
+        return all(MPP_LIMITS[0] <= value <= MPP_LIMITS[1] for value in self)
+
+    @property
+    def is_square(self) -> bool:
+        """Whether one number can stand for both."""
+        return self.is_possible and abs(self.x - self.y) <= _SQUARE * min(self)
+
+    @property
+    def side(self) -> float | None:
+        """Micrometres per pixel along either axis; None for a size that is not possible or not square."""
+        return (self.x + self.y) / 2 if self.is_square else None
+
+    def __str__(self) -> str:
+        return f"{self.x:g} x {self.y:g} um"
 
 
 class FloatBox(NamedTuple):

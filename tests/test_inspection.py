@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.geometry import PixelSize
 from darefine_qupath.pipeline.inspection import Finding, check_project
 from darefine_qupath.pipeline.placing import look_below
 from darefine_qupath.pipeline.settings import Settings
@@ -73,7 +76,7 @@ def check(tmp_path: Path) -> Check:
 
     def call(path: Path, *shapes: BaseGeometry, path_class: str | None = "Tumor") -> tuple[Finding, ...]:
         project = ProjectOfFiles(tmp_path, [entry(path)])
-        project.state["1"] = tuple(Annotation(geometry=shape, path_class=path_class) for shape in shapes)
+        project.stored["1"] = tuple(Annotation(geometry=shape, path_class=path_class) for shape in shapes)
         return check_project(project, Settings())
 
     return call
@@ -150,7 +153,7 @@ def test_files_of_the_same_bytes_are_an_error(tmp_path: Path) -> None:
     copy = Path(shutil.copy(first, tmp_path / "b.tif"))
     other = write(tmp_path / "c.tif", tissue(1))
     project = ProjectOfFiles(tmp_path, [entry(first), entry(copy, 2), entry(other, 3), entry(first, 4, name="a again")])
-    project.state["1"] = (Annotation(geometry=LARGE, path_class="Tumor"),)
+    project.stored["1"] = (Annotation(geometry=LARGE, path_class="Tumor"),)
     found = check_project(project, Settings())
     assert [item.level for item in found] == ["warning", "error"]
     assert "2 entries show the same file" in found[0].message
@@ -165,6 +168,40 @@ def test_a_slide_without_pixel_size_and_one_of_another_size(tmp_path: Path) -> N
     assert "neither the project nor the file knows the pixel size" in found[0].message
     assert "QuPath has it as 99 x 1200 px" in found[1].message
     assert not [item for item in check_project(project, Settings(), mpp=0.5) if "pixel size" in item.message]
+
+
+def stated(path: Path, resolution: tuple[float, float]) -> Path:
+    tifffile.imwrite(path, tissue(), tile=(256, 256), photometric="rgb", resolution=resolution, resolutionunit=3)
+    return path
+
+
+def findings(image: ImageEntry, tmp_path: Path, **options: float) -> list[str]:
+    project = ProjectOfFiles(tmp_path, [image])
+    project.stored["1"] = (Annotation(geometry=shapely.box(0, 0, 500, 500), path_class="Tumor"),)
+    found = [f"{finding.level} {finding.message}" for finding in check_project(project, Settings(), **options)]
+    return [line for line in found if "little to learn from" not in line]
+
+
+def test_pixels_that_are_not_square_are_refused_and_not_averaged(tmp_path: Path) -> None:
+    image = entry(stated(tmp_path / "a.tif", (40_000, 20_000)))
+    (found,) = [line for line in findings(image, tmp_path) if line.startswith("error")]
+    assert "its pixels are 0.25 x 0.5 um by its file, not square" in found
+    assert findings(image, tmp_path, mpp=0.25) == []
+    assert findings(replace(image, pixel_size=PixelSize(0.25, 0.25), mpp=0.25), tmp_path) == []
+
+
+def test_pixels_that_qupath_has_as_not_square_are_refused(tmp_path: Path) -> None:
+    image = entry(stated(tmp_path / "a.tif", (40_000, 40_000)), pixel_size=PixelSize(0.25, 0.5))
+    (found,) = [line for line in findings(image, tmp_path) if line.startswith("error")]
+    assert "its pixels are 0.25 x 0.5 um by QuPath's calibration, not square" in found
+
+
+@pytest.mark.parametrize("size", [(0, 0.25), (-1, -1), (math.nan, 0.25), (1e300, 1e300)])
+def test_a_pixel_size_that_is_not_possible_is_named_and_not_used(tmp_path: Path, size: tuple[float, float]) -> None:
+    image = entry(stated(tmp_path / "a.tif", (40_000, 40_000)), pixel_size=PixelSize(*size))
+    (found,) = findings(image, tmp_path)
+    assert found.startswith("warning QuPath's calibration says pixels of")
+    assert found.endswith("which is not possible; it is not used")
 
 
 def test_blocks_are_read_once_for_all_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

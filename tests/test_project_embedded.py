@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -716,7 +716,7 @@ def test_an_image_that_makes_no_sense_is_not_added(
 
 def test_a_file_that_is_no_image_is_not_added(project: EmbeddedProject, tmp_path: Path) -> None:
     (tmp_path / "a.svs").write_text("no image")
-    with pytest.raises(SlideFormatError, match="cannot be opened by OpenSlide or Pillow"):
+    with pytest.raises(SlideFormatError, match=r"no reader opens this file.*convert it to a pyramidal TIFF"):
         project.add_image(tmp_path / "a.svs")
 
 
@@ -733,38 +733,46 @@ def test_classes_that_changed_meanwhile_are_not_overwritten(project: EmbeddedPro
 # -- image files
 
 
-def slide(**properties: str) -> SimpleNamespace:
-    return SimpleNamespace(
-        properties={name.replace("_", "-"): value for name, value in properties.items()},
-        dimensions=(1000, 2000),
-        level_dimensions=((1000, 2000), (250, 500)),
-    )
+BOUNDS = {f"openslide.bounds-{name}": value for name, value in zip(("x", "y", "width", "height"), "1248", strict=True)}
 
 
-BOUNDS = {
-    f"openslide.bounds_{name}": value
-    for name, value in zip(("x", "y", "width", "height"), ["100", "200", "401", "801"], strict=True)
-}
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., imagefile.ImageFile]:
+    """Describes a slide of 10 x 20 pixels in two levels of which OpenSlide tells some properties."""
+    (tmp_path / "a.mrxs").touch()
+
+    def described(properties: Mapping[str, str], *args: str) -> imagefile.ImageFile:
+        slide = SimpleNamespace(
+            properties=properties,
+            level_dimensions=((10, 20), (5, 10)),
+            level_downsamples=(1.0, 2.0),
+            close=lambda: None,
+        )
+        monkeypatch.setattr("openslide.OpenSlide", lambda _: slide)
+        return imagefile.probe(tmp_path / "a.mrxs", args)
+
+    return described
 
 
-def test_a_slide_is_cropped_to_its_bounds_as_qupath_crops_it() -> None:
-    found = imagefile._probe_slide(slide(**BOUNDS), ())  # type: ignore[arg-type]
-    assert found.levels == (Size(401, 801), Size(100, 200))
-    whole = imagefile._probe_slide(slide(**BOUNDS), ("--no-crop",))  # type: ignore[arg-type]
-    assert whole.levels == (Size(1000, 2000), Size(250, 500))
-    assert whole.args == ("--no-crop",)
+Probe = Callable[..., imagefile.ImageFile]
 
 
-@pytest.mark.parametrize("value", ["", "nan", "0", "-1", "inf"])
-def test_a_slide_without_a_pixel_size(value: str) -> None:
-    properties = {"openslide.mpp_x": value, "openslide.mpp_y": "0.5"}
-    assert imagefile._probe_slide(slide(**properties), ()).mpp is None  # type: ignore[arg-type]
+def test_a_slide_is_cropped_to_its_bounds_as_qupath_crops_it(probe: Probe) -> None:
+    assert probe(BOUNDS).levels == (Size(4, 8), Size(2, 4))
+    assert probe(BOUNDS | {"openslide.bounds-width": "5"}).levels == (Size(5, 8), Size(2, 4))
+    whole = probe(BOUNDS, "--no-crop")
+    assert (whole.levels, whole.args) == ((Size(10, 20), Size(5, 10)), ("--no-crop",))
 
 
-def test_noise_in_a_pixel_size_is_rounded_away() -> None:
-    properties = {"openslide.mpp_x": "0.46700000000000003", "openslide.mpp_y": "0.5", "openslide.objective_power": "20"}
-    found = imagefile._probe_slide(slide(**properties), ())  # type: ignore[arg-type]
-    assert (found.mpp, found.magnification) == ((0.467, 0.5), 20.0)
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "1e300"])
+def test_a_slide_without_a_possible_pixel_size(probe: Probe, value: str) -> None:
+    assert probe({"openslide.mpp-x": value, "openslide.mpp-y": "0.5"}).pixel_size is None
+
+
+def test_noise_in_a_pixel_size_is_rounded_away(probe: Probe) -> None:
+    properties = {"openslide.mpp-x": "0.46700000000000003", "openslide.mpp-y": "0.5", "openslide.objective-power": "20"}
+    found = probe(properties)
+    assert (found.pixel_size, found.magnification) == ((0.467, 0.5), 20.0)
 
 
 # -- engines

@@ -308,14 +308,15 @@ def calibrated(value: object, unit: str = "µm") -> dict[str, Any]:
 
 @pytest.mark.parametrize("unit", ["µm", "μm", "um"])
 def test_mpp_is_read_in_micrometres(unit: str) -> None:
-    assert files.server_of(calibrated(0.25, unit)).mpp == 0.25
+    assert files.server_of(calibrated(0.25, unit)).pixel_size == (0.25, 0.25)
 
 
 @pytest.mark.parametrize(
     ("value", "unit"), [(1.0, "px"), (0.25, "mm"), (float("nan"), "µm"), (0, "µm"), (-1.0, "µm"), ("1", "µm")]
 )
 def test_what_is_not_a_pixel_size_is_none(value: object, unit: str) -> None:
-    assert files.server_of(calibrated(value, unit)).mpp is None
+    stored = files.server_of(calibrated(value, unit)).pixel_size
+    assert stored is None or stored.side is None
 
 
 @pytest.mark.parametrize("version", ["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
@@ -328,7 +329,7 @@ def test_our_metadata_of_a_file_are_qupaths_own(version: str, name: str, index: 
         name=stored["metadata"]["name"],
         levels=found.levels,
         tile=found.tile,
-        mpp=found.mpp,
+        mpp=found.pixel_size,
         magnification=found.magnification,
         has_timepoints=found.provider == files.IMAGEJ and files.is_since(version, 0, 6),
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 import tifffile
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,9 +29,9 @@ from darefine_qupath.errors import (
     SlideFormatError,
     SlideNotFoundError,
 )
-from darefine_qupath.geometry import Box, FloatBox, Size, level_box, level_scale, level_window
+from darefine_qupath.geometry import Box, FloatBox, PixelSize, Size, level_box, level_scale, level_window
 from darefine_qupath.slides import PyramidSlide, TissueMask, open_slide, resolve_mpp, sources, tissue_mask
-from darefine_qupath.slides.sources import fastslide_works_here, plausible_mpp
+from darefine_qupath.slides.sources import fastslide_works_here, is_microscopes
 
 needs_fastslide = pytest.mark.skipif(not fastslide_works_here(), reason="fastslide is not installed")
 FAST = pytest.param("auto", marks=needs_fastslide)
@@ -544,13 +544,25 @@ def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str, monkeyp
         assert slide.read(Box(0, 0, 1500, 1200), (375, 300)).mean() < 200
 
 
+@pytest.mark.parametrize("is_big", [False, True])
+@given(share=st.floats(0.001, 0.999))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_ome_tiff_cut_short_anywhere_is_refused(tmp_path: Path, is_big: bool, share: float) -> None:
+    """Its description and its pyramid stand at its end: without them it would be a slide of one level, unscaled."""
+    whole = ome_tiff(tmp_path / f"{is_big}.ome.tif", [ramp(256, 192), ramp(128, 96)], physical(0.25, 0.25), big=is_big)
+    cut = tmp_path / "cut.ome.tif"
+    cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+    with pytest.raises(SlideError, match=r"cut\.ome\.tif: .*(again|no reader opens this file)"):
+        open_slide(cut)
+
+
 # Pixel size
 
 
 @pytest.mark.parametrize(
     ("options", "mpp"),
     [
-        ({"resolution": (20000, 25000), "resolutionunit": "CENTIMETER"}, 0.45),
+        ({"resolution": (20000, 20100), "resolutionunit": "CENTIMETER"}, 0.498756),
         ({"resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5),
         ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
         ({"resolution": (96, 96), "resolutionunit": "INCH"}, None),
@@ -559,6 +571,7 @@ def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str, monkeyp
         ({"imagej": True, "resolution": (4, 4), "metadata": {"unit": "um"}}, 0.25),
         ({"ome": True, "metadata": {"PhysicalSizeX": 0.3, "PhysicalSizeY": 0.3}}, 0.3),
         ({"ome": True, "metadata": {"PhysicalSizeX": 300, "PhysicalSizeXUnit": "nm"}}, 0.3),
+        ({"resolution": (20000, 25000), "resolutionunit": "CENTIMETER"}, None),
     ],
 )
 def test_pixel_size_of_a_tiff(tmp_path: Path, options: dict[str, object], mpp: float | None) -> None:
@@ -574,18 +587,63 @@ def test_pixel_size_through_openslide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "mpp"),
+    ("size", "is_plausible"),
+    [((0.5, 0.25), True), ((352.8, 352.8), False), ((0.5, 0.0), False), ((math.nan, 0.5), False), ((1e300, 1), False)],
+)
+def test_pixels_of_a_microscope(size: tuple[float, float], is_plausible: bool) -> None:
+    assert is_microscopes(PixelSize(*size)) == is_plausible
+
+
+# Micrometres per pixel of 0.25 um, whatever the unit.
+UNITS = {
+    None: 0.25, "\u00b5m": 0.25, "\u03bcm": 0.25, "um": 0.25, "nm": 250, "mm": 2.5e-4, "cm": 2.5e-5, "m": 2.5e-7,
+    "\u00c5": 2500, "\u212b": 2500, "in": 0.25 / 25_400,
+}  # fmt: skip
+
+
+def ome_tiff(path: Path, levels: Sequence[NDArray[np.uint8]], pixels: str, *, big: bool = False) -> Path:
+    """OME-TIFF with a pyramid in SubIFDs and `pixels` among the attributes of Pixels."""
+    with tifffile.TiffWriter(path, ome=True, bigtiff=big) as file:
+        kind = {"photometric": "rgb", "tile": (64, 64), "metadata": {"axes": "YXS"}}
+        file.write(levels[0], subifds=len(levels) - 1, **kind)
+        for level in levels[1:]:
+            file.write(level, subfiletype=1, **{**kind, "metadata": None})
+    xml = tifffile.tiffcomment(path).replace("<Pixels ", f"<Pixels {pixels} ")
+    tifffile.tiffcomment(path, xml.encode())
+    return path
+
+
+def physical(x: object, y: object, unit: str | None = None) -> str:
+    units = "" if unit is None else f' PhysicalSizeXUnit="{unit}" PhysicalSizeYUnit="{unit}"'
+    return f'PhysicalSizeX="{x}" PhysicalSizeY="{y}"{units}'
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_ome_tiff_has_its_unit_and_its_pyramid(tmp_path: Path, unit: str | None) -> None:
+    levels = [ramp(256, 192), ramp(256, 192)[::2, ::2], ramp(256, 192)[::4, ::4]]
+    path = ome_tiff(tmp_path / "a.ome.tif", levels, physical(UNITS[unit], UNITS[unit], unit))
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.levels) == (0.25, ((256, 192), (128, 96), (64, 48)))
+        assert (slide.read(Box(0, 0, 256, 192), (256, 192)) == levels[0]).all()
+        assert (slide.read(Box(0, 0, 256, 192), (128, 96)) == levels[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "stated", "mpp"),
     [
-        (0.5, 0.5, 0.5),
-        (0.4, 0.6, 0.5),
-        (0.5, None, 0.5),
-        (352.8, 352.8, None),
-        (0.0, -1.0, None),
-        (math.nan, math.inf, None),
+        (physical(0.25, 0.5), PixelSize(0.25, 0.5), None),
+        (physical(0.25, 0.2512), PixelSize(0.25, 0.2512), 0.2506),
+        (physical(0, -1), PixelSize(0, -1), None),
+        (physical(1e300, 1e300), PixelSize(1e300, 1e300), None),
+        (physical(0.25, 0.25, "pixel"), None, None),
+        (physical("x", "y"), None, None),
     ],
 )
-def test_plausible_mpp(x: float | None, y: float | None, mpp: float | None) -> None:
-    assert plausible_mpp(x, y) == mpp
+def test_pixels_that_are_not_square_or_not_possible(
+    tmp_path: Path, pixels: str, stated: PixelSize | None, mpp: float | None
+) -> None:
+    with open_slide(ome_tiff(tmp_path / "a.ome.tif", [ramp(64, 48)], pixels)) as slide:
+        assert (slide.stated_pixel_size, slide.mpp) == (stated, mpp and pytest.approx(mpp))
 
 
 def test_resolve_mpp(pyramid: Path) -> None:

@@ -19,7 +19,7 @@ from darefine_qupath.pipeline.placing import look_below
 from darefine_qupath.pipeline.selection import choose_images, misfit
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.slides import Slide, open_slide, resolve_mpp
+from darefine_qupath.slides import PyramidSlide, Slide, open_slide, resolve_mpp
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -271,20 +271,22 @@ def _check_image(
         area = sum(record.area for record in annotations if record.path_class == name)
         areas[name] = areas.get(name, 0.0) + area
     _, skipped = choose_images(project, [entry.id])
-    why = skipped[0].why if skipped else misfit(entry)
+    given = settings.mpp if mpp is None else mpp
+    why = skipped[0].why if skipped else misfit(entry, given)
     if why is not None:
         yield error(why)
         return
     assert entry.path is not None
     try:
         with open_slide(entry.path, crop_bounds="--no-crop" not in entry.server_args) as slide:
-            yield from _check_slide(entry, slide, settings.mpp if mpp is None else mpp)
+            yield from _check_slide(entry, slide, given)
             yield from _check_annotations(entry, annotations, slide)
     except SlideError as damage:
         yield error(str(damage))
 
 
-def _check_slide(entry: ImageEntry, slide: Slide, mpp: float | None) -> Iterator[Finding]:
+def _check_slide(entry: ImageEntry, slide: PyramidSlide, mpp: float | None) -> Iterator[Finding]:
+    yield from _check_pixel_sizes(entry, slide)
     try:
         known = resolve_mpp(mpp, entry.mpp, slide)
     except MissingMppError as missing:
@@ -296,6 +298,17 @@ def _check_slide(entry: ImageEntry, slide: Slide, mpp: float | None) -> Iterator
             image=entry.name,
             message=f"{known:.4f} um per pixel by the project or --mpp, {slide.mpp:.4f} by the file",
         )
+
+
+def _check_pixel_sizes(entry: ImageEntry, slide: PyramidSlide) -> Iterator[Finding]:
+    """Pixel sizes that are stated and not used."""
+    by_project, by_file = entry.pixel_size, slide.stated_pixel_size
+    if by_project is not None and not by_project.is_possible:
+        message = f"QuPath's calibration says pixels of {by_project}, which is not possible; it is not used"
+        yield Finding(level="warning", image=entry.name, message=message)
+    if by_file is not None and slide.pixel_size is None:
+        message = f"the file says pixels of {by_file}, which no microscope has; it is not used"
+        yield Finding(level="warning", image=entry.name, message=message)
 
 
 def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:

@@ -341,7 +341,7 @@ def _tasks(
     given = _given_mpp(project, request)
     tasks, skipped, failed = [], [], []
     for image in images:
-        why = misfit(image)
+        why = misfit(image, given)
         if why is not None:
             failed.append(ImageOutcome(image=image, error=why))
             continue

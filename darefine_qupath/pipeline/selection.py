@@ -10,6 +10,7 @@ from pathlib import Path
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import ProjectError, SlideError, TileError
+from darefine_qupath.geometry import PixelSize
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import open_slide
@@ -100,23 +101,36 @@ def _unreadable(image: ImageEntry) -> str | None:
     return None
 
 
-def misfit(image: ImageEntry) -> str | None:
-    """Say why an image's file is not what QuPath annotated; None where it is.
+def misfit(image: ImageEntry, mpp: float | None = None) -> str | None:
+    """Say why an image's file is not what QuPath annotated, or not what can be read; None where it is.
 
     Coordinates are level-0 pixels of the image as QuPath sees it: where the file opens with another size, they would
-    lie elsewhere.
+    lie elsewhere. Pixels that are not square are not resampled, and are not taken for square ones unless the user says
+    so by an `mpp`.
     """
     assert image.path is not None
     try:
         with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
-            size = slide.size
+            size, by_file = slide.size, slide.pixel_size
     except SlideError as error:
         return str(error)
     if image.width is None or image.height is None or (image.width, image.height) == tuple(size):
-        return None
+        return _not_square(image, by_file) if mpp is None else None
     return (
         f"QuPath has it as {image.width} x {image.height} px, its file opens as {size.width} x {size.height}; "
         f"coordinates would be misplaced"
+    )
+
+
+def _not_square(image: ImageEntry, by_file: PixelSize | None) -> str | None:
+    by_project = image.pixel_size if image.pixel_size is not None and image.pixel_size.is_possible else None
+    pixel = by_project or by_file
+    if pixel is None or pixel.is_square:
+        return None
+    who = "QuPath's calibration" if by_project else "its file"
+    return (
+        f"its pixels are {pixel} by {who}, not square; resample the image to square pixels, correct the pixel size in "
+        f"QuPath (Image tab), or give --mpp to take them as square"
     )
 
 
@@ -189,14 +203,14 @@ def gather(
     counts = class_counts(record for record in records if record.kind == "annotation")
     classes = settings.class_map(project.classes, counts)
     classes.check(counts)
-    wrong = {image.id: misfit(image) for image in readable}
+    given = settings.mpp if mpp is None else mpp
+    wrong = {image.id: misfit(image, given) for image in readable}
     skipped += tuple(Skipped(name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
     readable = tuple(image for image in readable if wrong[image.id] is None)
     if not readable:
         raise TileError(_nothing_to_learn(project, skipped))
     for left_out in skipped:
         _log.warning("%s is left out: %s", left_out.name, left_out.why)
-    given = settings.mpp if mpp is None else mpp
     sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
     return Corpus(classes=classes, sources=sources, skipped=skipped)
 

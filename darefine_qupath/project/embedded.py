@@ -166,13 +166,13 @@ class EmbeddedProject(Project):
     def _entry(self, record: files.EntryRecord) -> ImageEntry:
         server = files.server_of(record.builder)
         uri, path, exists = self._resolved(server.uri)
-        size, mpp = server.size, server.mpp
+        size, pixel_size = server.size, server.pixel_size
         if exists and path is not None and not server.has_metadata and server.unsupported is None:
             from darefine_qupath.project import imagefile  # noqa: PLC0415 - few projects need it, see its load time
 
             with contextlib.suppress(SlideError):
                 found = imagefile.probe(path, server.args)
-                size, mpp = found.size, sum(found.mpp) / 2 if found.mpp else None
+                size, pixel_size = found.size, found.pixel_size
         return ImageEntry(
             id=str(record.id),
             name=record.name,
@@ -181,7 +181,8 @@ class EmbeddedProject(Project):
             exists=exists,
             width=size.width if size else None,
             height=size.height if size else None,
-            mpp=mpp,
+            mpp=None if pixel_size is None else pixel_size.side,
+            pixel_size=pixel_size,
             image_type=self._image_type(str(record.id)),
             metadata=record.metadata,
             description=record.description,
@@ -716,7 +717,7 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
             name=name,
             levels=found.levels,
             tile=found.tile,
-            mpp=found.mpp if mpp is None else (mpp, mpp),
+            mpp=found.pixel_size if mpp is None else (mpp, mpp),
             magnification=found.magnification,
             has_timepoints=found.provider == files.IMAGEJ and files.is_since(version, 0, 6),
         )

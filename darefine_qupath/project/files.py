@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from darefine_qupath.classes import Colour, PathClass, default_colour
 from darefine_qupath.errors import LimitError, ProjectFormatError, ProjectUnsupportedError
-from darefine_qupath.geometry import Size
+from darefine_qupath.geometry import PixelSize, Size
 from darefine_qupath.limits import NOTES, check_depth, whole_text
 from darefine_qupath.project.uris import file_uri
 
@@ -60,9 +60,6 @@ BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 
 LIMITS = replace(NOTES, file_bytes=256 << 20)
 """A project of 100,000 images takes less."""
-_LARGEST_UM = 1e6
-"""A pixel of a meter is none."""
-
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -468,8 +465,8 @@ class Server:
         Its arguments.
     size : Size or None
         Level-0 pixels, where the builder holds metadata.
-    mpp : float or None
-        Micrometres per pixel, mean of both axes; None when not calibrated.
+    pixel_size : PixelSize or None
+        As stored, possible or not; None when not calibrated in micrometres.
     has_metadata : bool
         Whether the builder holds metadata: it is then what QuPath goes by, whatever the file says.
     unsupported : str or None
@@ -480,7 +477,7 @@ class Server:
     provider: str | None = None
     args: tuple[str, ...] = ()
     size: Size | None = None
-    mpp: float | None = None
+    pixel_size: PixelSize | None = None
     has_metadata: bool = False
     unsupported: str | None = None
 
@@ -498,7 +495,7 @@ def server_of(builder: Mapping[str, Any]) -> Server:
         provider=whole_text(provider) if isinstance(provider, str) else None,
         args=arguments,
         size=_size(metadata),
-        mpp=_mpp(metadata),
+        pixel_size=_pixel_size(metadata),
         has_metadata=_size(metadata) is not None,
         unsupported=reason or _series(arguments) or _odd_size(metadata),
     )
@@ -563,13 +560,13 @@ def _odd_size(metadata: object) -> str | None:
     return f"its size is {width} x {height} pixels in the project file, and no image's; remove it and add it again"
 
 
-def _mpp(metadata: object) -> float | None:
+def _pixel_size(metadata: object) -> PixelSize | None:
     calibration = metadata.get("pixelCalibration") if isinstance(metadata, Mapping) else None
     if not isinstance(calibration, Mapping):
         return None
     values = [_micrometres(calibration.get(axis)) for axis in ("pixelWidth", "pixelHeight")]
     known = [value for value in values if value is not None]
-    return sum(known) / 2 if len(known) == 2 else None
+    return PixelSize(*known) if len(known) == 2 else None
 
 
 def _micrometres(quantity: object) -> float | None:
@@ -578,7 +575,10 @@ def _micrometres(quantity: object) -> float | None:
     value = quantity.get("value")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if 0 < value <= _LARGEST_UM else None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of some hundred digits
+        return math.inf
 
 
 def server_builder(uri: str, *, provider: str, args: Sequence[str] = (), metadata: JsonObject | None) -> JsonObject:

@@ -1,31 +1,31 @@
 """What QuPath would say of an image file: size, pixel size, levels, thumbnail.
 
-OpenSlide comes first, as in QuPath; what it does not open is asked of Pillow. Sizes are those QuPath sees: cropped to
-OpenSlide's bounds where the file has them, unless the server is told ``--no-crop``.
+`slides` answers, so that what it opens can be added to a project, and is there what darefine reads. Sizes are those
+QuPath sees: cropped to OpenSlide's bounds where the file has them, unless the server is told ``--no-crop``. What
+`slides` refuses because it is not 8-bit RGB is described by its header: QuPath shows it, darefine passes over it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import openslide
 from PIL import Image
 
-from darefine_qupath.errors import SlideFormatError, SlideNotFoundError
-from darefine_qupath.geometry import Box, Size, fit_within
+from darefine_qupath.errors import SlideError, SlideFormatError, SlideNotFoundError
+from darefine_qupath.geometry import Box, PixelSize, Size, fit_within
 from darefine_qupath.project.files import BIO_FORMATS, IMAGEJ, OPENSLIDE
+from darefine_qupath.slides import PyramidSlide, open_slide
 
 __all__ = ["ImageFile", "probe", "thumbnail"]
 
 _THUMBNAIL_LIMIT = (1000, 600)
-_LARGEST_MPP = 100.0
-"""A TIFF of "72 dots per inch" has 353 micrometres per pixel: a default, not a measurement."""
+_DEFAULT_TILE = Size(256, 256)
+_NO_CROP = "--no-crop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +42,8 @@ class ImageFile:
         Full resolution first.
     tile : Size
         Preferred tile.
-    mpp : tuple of float or None
-        Micrometres per pixel in x and y.
+    pixel_size : PixelSize or None
+        Of level 0.
     magnification : float or None
         Of the objective.
     is_rgb : bool
@@ -54,7 +54,7 @@ class ImageFile:
     args: tuple[str, ...] = ()
     levels: tuple[Size, ...]
     tile: Size
-    mpp: tuple[float, float] | None = None
+    pixel_size: PixelSize | None = None
     magnification: float | None = None
     is_rgb: bool = True
 
@@ -77,19 +77,27 @@ def probe(path: Path, args: Sequence[str] = ()) -> ImageFile:
     Returns
     -------
     ImageFile
-        Without any pixel read.
 
     Raises
     ------
     SlideNotFoundError
         If the file is not there.
     SlideFormatError
-        If neither reader opens it.
+        If no reader opens it.
+    SlideError
+        If it is damaged.
     """
-    with _opened(path) as image:
-        if isinstance(image, openslide.OpenSlide):
-            return _probe_slide(image, args)
-        return _probe_plain(image)
+    _refuse_missing(path)
+    try:
+        with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:
+            if slide.source().name != "pillow":
+                return _described(slide, args)
+    except SlideFormatError as refusal:
+        with _header(path, refusal) as image:
+            return _by_header(image, is_rgb=False)
+    with _header(path) as image:
+        # QuPath takes the pixels of a palette or a JPEG 2000 for something else than 8-bit colour.
+        return _by_header(image, is_rgb=image.mode in ("RGB", "RGBA") and image.format != "JPEG2000")
 
 
 def thumbnail(path: Path, args: Sequence[str] = ()) -> bytes:
@@ -99,105 +107,60 @@ def thumbnail(path: Path, args: Sequence[str] = ()) -> bytes:
     ------
     SlideNotFoundError
         If the file is not there.
-    SlideFormatError
+    SlideError
         If it cannot be read.
     """
+    _refuse_missing(path)
     try:
-        with _opened(path) as image:
-            small = _slide_thumbnail(image, args) if isinstance(image, openslide.OpenSlide) else _plain_thumbnail(image)
-    except (OSError, openslide.OpenSlideError, Image.DecompressionBombError) as error:
-        if isinstance(error, SlideNotFoundError | SlideFormatError):
-            raise
-        raise SlideFormatError(f"{path} cannot be read: {error}") from error
+        with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:
+            small = Image.fromarray(slide.read(Box.of(slide.size), fit_within(slide.size, _THUMBNAIL_LIMIT)))
+    except SlideFormatError as refusal:
+        with _header(path, refusal) as image:
+            small = _decoded(path, image)
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[openslide.OpenSlide | Image.Image]:
+def _refuse_missing(path: Path) -> None:
     if not path.is_file():
         raise SlideNotFoundError(f"There is no image {path}")
-    with _open(path) as image:
-        yield image
 
 
-def _open(path: Path) -> openslide.OpenSlide | Image.Image:
-    with contextlib.suppress(openslide.OpenSlideError):
-        return openslide.OpenSlide(path)
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SlideFormatError(
-            f"{path} cannot be opened by OpenSlide or Pillow; convert it to a pyramidal TIFF"
-        ) from error
-
-
-# -- OpenSlide
-
-
-def _number(properties: Mapping[str, str], name: str) -> float | None:
-    try:
-        value = float(properties[name])
-    except (KeyError, ValueError):
-        return None
-    # OpenSlide computes 0.46700000000000003 from the file's 0.467.
-    return float(f"{value:.12g}") if 0 < value < math.inf else None
-
-
-def _pair(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-    across, down = (_number(properties, name) for name in names)
-    return None if across is None or down is None else (across, down)
-
-
-def _bounds(slide: openslide.OpenSlide, args: Sequence[str]) -> Box:
-    """Part of the slide that QuPath shows, in level-0 pixels of OpenSlide."""
-    names = ("x", "y", "width", "height")
-    values = [slide.properties.get(f"openslide.bounds-{name}", "") for name in names]
-    if "--no-crop" in args or not all(value.isdigit() for value in values):
-        return Box.of(slide.dimensions)
-    return Box(*map(int, values))
-
-
-def _probe_slide(slide: openslide.OpenSlide, args: Sequence[str]) -> ImageFile:
-    bounds = _bounds(slide, args)
-    base = Size(*slide.dimensions)
-    levels = [Size(*level) for level in slide.level_dimensions]
-    if bounds.size != base:
+def _described(slide: PyramidSlide, args: Sequence[str]) -> ImageFile:
+    source = slide.source()
+    levels = source.levels
+    if slide.size != levels[0]:
         # Rounded down, as QuPath cuts the levels of a cropped slide.
-        levels = [
-            Size(max(1, bounds.width * level.width // base.width), max(1, bounds.height * level.height // base.height))
-            for level in levels
-        ]
-    tile = [_number(slide.properties, f"openslide.level[0].tile-{axis}") or 256 for axis in ("width", "height")]
+        levels = tuple(
+            Size(max(1, slide.size.width * x // levels[0].width), max(1, slide.size.height * y // levels[0].height))
+            for x, y in levels
+        )
+    by_openslide = source.name == "openslide"
     return ImageFile(
-        provider=OPENSLIDE,
-        args=tuple(args),
-        levels=tuple(levels),
-        tile=Size(int(tile[0]), int(tile[1])),
-        mpp=_pair(slide.properties),
-        magnification=_number(slide.properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
+        provider=OPENSLIDE if by_openslide else BIO_FORMATS,
+        args=tuple(args) if by_openslide else ("--series", "0"),
+        # Of a TIFF's pages that are no OME pyramid, Bio-Formats makes images of their own.
+        levels=levels if by_openslide or getattr(source, "is_ome", False) else levels[:1],
+        tile=source.tile or (_DEFAULT_TILE if by_openslide else slide.size),
+        # OpenSlide computes 0.46700000000000003 from the file's 0.467.
+        pixel_size=slide.pixel_size and PixelSize(*(float(f"{side:.12g}") for side in slide.pixel_size)),
+        magnification=source.magnification,
     )
 
 
-def _slide_thumbnail(slide: openslide.OpenSlide, args: Sequence[str]) -> Image.Image:
-    bounds = _bounds(slide, args)
-    size = fit_within(bounds.size, _THUMBNAIL_LIMIT)
-    level = slide.get_best_level_for_downsample(bounds.width / size.width)
-    across, down = (slide.level_dimensions[level][axis] / slide.dimensions[axis] for axis in (0, 1))
-    part = (max(1, round(bounds.width * across)), max(1, round(bounds.height * down)))
-    pixels = slide.read_region((bounds.x, bounds.y), level, part)
-    colour = f"#{slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, 'ffffff').removeprefix('#')}"
-    flat = Image.new("RGB", pixels.size, colour)
-    flat.paste(pixels, mask=pixels.getchannel("A"))
-    return flat.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+@contextlib.contextmanager
+def _header(path: Path, refusal: SlideFormatError | None = None) -> Iterator[Image.Image]:
+    """Open an image that Pillow knows; what it does not know is refused as `slides` refused it."""
+    try:
+        image = Image.open(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise refusal or SlideFormatError(f"{path} cannot be read: {error}") from error
+    with image:
+        yield image
 
 
-# -- Pillow
-
-
-def _probe_plain(image: Image.Image) -> ImageFile:
+def _by_header(image: Image.Image, *, is_rgb: bool) -> ImageFile:
     by_imagej = image.format in ("PNG", "JPEG", "GIF", "BMP")
     size = Size(*image.size)
     return ImageFile(
@@ -205,20 +168,15 @@ def _probe_plain(image: Image.Image) -> ImageFile:
         args=() if by_imagej else ("--series", "0"),
         levels=(size,),
         tile=size,
-        mpp=_resolution(image) if image.format == "TIFF" else None,
-        is_rgb=image.mode in ("RGB", "RGBA") and image.format != "JPEG2000",
+        is_rgb=is_rgb,
     )
 
 
-def _resolution(image: Image.Image) -> tuple[float, float] | None:
-    """Micrometres per pixel of a TIFF's resolution tags; None where they hold a mere default."""
-    tags = getattr(image, "tag_v2", {})
-    unit_um = {2: 25400.0, 3: 10000.0}.get(tags.get(296, 2))
-    across, down = (float(tags.get(number, 0) or 0) for number in (282, 283))
-    if unit_um is None or across <= 0 or down <= 0:
-        return None
-    mpp = (unit_um / across, unit_um / down)
-    return mpp if max(mpp) <= _LARGEST_MPP else None
+def _decoded(path: Path, image: Image.Image) -> Image.Image:
+    try:
+        return _plain_thumbnail(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SlideError(f"{path}: the image is damaged ({error}); copy the file again") from error
 
 
 def _plain_thumbnail(image: Image.Image) -> Image.Image:

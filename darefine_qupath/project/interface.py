@@ -12,6 +12,7 @@ from uuid import UUID
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import ImageNotFoundError
+from darefine_qupath.geometry import PixelSize
 
 __all__ = ["Applied", "Changes", "Engine", "ImageEntry", "ImageState", "Project"]
 
@@ -37,7 +38,10 @@ class ImageEntry:
     width, height : int or None
         Level-0 pixels as QuPath sees them; None while neither project nor file says.
     mpp : float or None
-        Micrometres per pixel by QuPath's pixel calibration (mean of both axes); None when not calibrated.
+        Micrometres per pixel by QuPath's pixel calibration; None when not calibrated, or for pixels that are not
+        square or of an impossible size.
+    pixel_size : PixelSize or None
+        What the calibration says, possible or not; None when not calibrated.
     image_type : str
         QuPath's ImageType, ``"BRIGHTFIELD_H_E"`` ...; ``"UNSET"`` while no image data is saved.
     metadata : mapping of str to str
@@ -58,6 +62,7 @@ class ImageEntry:
     width: int | None = None
     height: int | None = None
     mpp: float | None = None
+    pixel_size: PixelSize | None = None
     image_type: str = "UNSET"
     metadata: Mapping[str, str] = field(default_factory=dict)
     description: str | None = None

@@ -620,7 +620,7 @@ class PaquoProject(EmbeddedProject):
         with _java_errors(f"open {path}"):
             server = _build_server(path)
             try:
-                _set_server_metadata(server, name, mpp or _own_mpp(server, path))
+                _set_server_metadata(server, name, (mpp, mpp) if mpp else _own_pixel_size(server, path))
                 return _builder_json(server), Size(int(server.getWidth()), int(server.getHeight())), _thumbnail(server)
             finally:
                 server.close()
@@ -693,24 +693,22 @@ def _build_server(path: Path) -> Any:  # noqa: ANN401
     return server
 
 
-def _own_mpp(server: Any, path: Path) -> float | None:  # noqa: ANN401
+def _own_pixel_size(server: Any, path: Path) -> tuple[float, float] | None:  # noqa: ANN401
     """Pixel size that the file gives where QuPath finds none: the OpenSlide of QuPath 0.4 passes over TIFF tags."""
     if server.getPixelCalibration().hasPixelSizeMicrons():
         return None
     from darefine_qupath.project import imagefile  # noqa: PLC0415 - few projects need it, see its load time
 
     with contextlib.suppress(SlideError):
-        mpp = imagefile.probe(path).mpp
-        return sum(mpp) / 2 if mpp else None
+        return imagefile.probe(path).pixel_size
     return None
 
 
-def _set_server_metadata(server: Any, name: str, mpp: float | None) -> None:  # noqa: ANN401
+def _set_server_metadata(server: Any, name: str, mpp: tuple[float, float] | None) -> None:  # noqa: ANN401
     metadata = _java("qupath.lib.images.servers.ImageServerMetadata$Builder")(server.getMetadata())
     metadata.name(_java("java.lang.String")(name))
     if mpp is not None:
-        size = _java("java.lang.Double").valueOf(float(mpp))
-        metadata.pixelSizeMicrons(size, size)
+        metadata.pixelSizeMicrons(*(_java("java.lang.Double").valueOf(float(side)) for side in mpp))
     server.setMetadata(metadata.build())
 
 

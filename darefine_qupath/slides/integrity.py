@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,12 +28,19 @@ _UNKNOWN, _WHOLE, _DAMAGED = 0, 1, 2
 _TAIL_BYTES = 4
 """Bytes at the end of a tile in which its end marker must lie: writers pad to even lengths."""
 
+_SUB_IFDS = 330
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_POINTERS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
+_MAX_DIRECTORY = 1 << 16
+"""Bytes of a directory that are looked at: 3,000 entries, where files have 30."""
+_MAX_DIRECTORIES = 4096
+
 _START_MARKERS = (b"\xff\xd8", b"\xff\x4f")
 _END_MARKER = b"\xff\xd9"
 
 
 def refuse_cut_short(path: Path) -> None:
-    """Refuse a TIFF whose chain of directories leads beyond its end.
+    """Refuse a TIFF with a directory, or a value of one (the description, the tiles' places), beyond its end.
 
     Parameters
     ----------
@@ -43,15 +50,15 @@ def refuse_cut_short(path: Path) -> None:
     Raises
     ------
     SlideError
-        If it does.
+        If it has.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        for offset in _directories(file):
-            if offset + 2 > size:
+        for part in _parts(file):
+            if part.stop > size:
                 raise SlideError(
-                    f"{path}: the file ends at byte {size:,}, and a part that it announces begins at {offset:,}; it "
-                    f"was cut short, copy it again"
+                    f"{path}: the file ends at byte {size:,}, and a part that it announces begins at {part.start:,} "
+                    f"and ends at {part.stop:,}; it was cut short, copy it again"
                 )
 
 
@@ -111,27 +118,61 @@ def _pages(path: Path) -> list[tifffile.TiffPage]:
         return []
 
 
-def _directories(file: BinaryIO) -> list[int]:
-    """Offsets of the image file directories, the last one perhaps beyond the end."""
+def _parts(file: BinaryIO) -> Iterator[range]:
+    """Bytes of the image file directories and of their values, as announced: perhaps beyond the end."""
     header = file.read(16)
     order = "<" if header[:2] == b"II" else ">"
     is_big = len(header) == 16 and struct.unpack(order + "H", header[2:4])[0] == 43
-    pointer, count, entry = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+    layout = _Layout(order, "Q", "Q") if is_big else _Layout(order, "H", "I")
     start = 8 if is_big else 4
-    found: list[int] = []
-    raw = header[start : start + struct.calcsize(pointer)]
-    while len(raw) == struct.calcsize(pointer):
-        (offset,) = struct.unpack(order + pointer, raw)
-        if offset == 0 or offset in found:
-            break
-        found.append(offset)
+    waiting, seen = layout.pointers(header[start : start + layout.pointer_size]), {0}
+    while waiting and len(seen) <= _MAX_DIRECTORIES:
+        offset = waiting.pop()
+        if offset in seen:
+            continue
+        seen.add(offset)
         file.seek(offset)
-        raw = file.read(struct.calcsize(count))
-        if len(raw) < struct.calcsize(count):
-            break
-        file.seek(struct.unpack(order + count, raw)[0] * entry, 1)
-        raw = file.read(struct.calcsize(pointer))
-    return found
+        parts, following = layout.directory(file, offset)
+        yield from parts
+        waiting += following
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a TIFF writes numbers: its byte order, the letter of a count of entries and that of a place in the file."""
+
+    order: str
+    count: str
+    pointer: str
+
+    @property
+    def pointer_size(self) -> int:
+        return struct.calcsize(self.pointer)
+
+    def pointers(self, raw: bytes) -> list[int]:
+        number = len(raw) // self.pointer_size
+        return list(struct.unpack_from(f"{self.order}{number}{self.pointer}", raw))
+
+    def directory(self, file: BinaryIO, offset: int) -> tuple[list[range], list[int]]:
+        """Parts that belong to the directory at `offset`, where the file stands, and where the next ones are."""
+        head = file.read(struct.calcsize(self.count))
+        if len(head) < struct.calcsize(self.count):
+            return [range(offset, offset + struct.calcsize(self.count))], []
+        (number,) = struct.unpack(self.order + self.count, head)
+        entry = struct.Struct(f"{self.order}HH{self.pointer}{self.pointer_size}s")
+        end = offset + len(head) + number * entry.size + self.pointer_size
+        raw = file.read(min(number * entry.size, _MAX_DIRECTORY))
+        parts, following = [range(offset, end)], self.pointers(file.read(self.pointer_size))
+        for tag, kind, count, value in entry.iter_unpack(raw[: len(raw) // entry.size * entry.size]):
+            size = count * _TYPE_SIZES.get(kind, 0)
+            if size > self.pointer_size:
+                begin = self.pointers(value)[0]
+                parts.append(range(begin, begin + size))
+                file.seek(begin)
+            if tag == _SUB_IFDS and kind in _POINTERS:
+                places = file.read(min(size, _MAX_DIRECTORY)) if size > self.pointer_size else value[:size]
+                following += _Layout(self.order, self.count, _POINTERS[kind]).pointers(places)
+        return parts, following
 
 
 @dataclass

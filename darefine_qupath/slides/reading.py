@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from darefine_qupath.slides.sources import (
     TiffSource,
     fastslide_works_here,
     first_that_opens,
+    is_microscopes,
     refuse_disguised_tiff,
 )
 
@@ -89,7 +91,7 @@ class Slide(Protocol):
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel by the file, mean of x and y."""
+        """Micrometres per pixel by the file; None where it does not say, or its pixels are not square."""
 
     @property
     def levels(self) -> tuple[Size, ...]:
@@ -109,7 +111,9 @@ class Slide(Protocol):
 class PyramidSlide:
     """A slide over any source of level pixels.
 
-    It pickles by its path, and opens the file again in another process, forked or spawned.
+    It pickles by its path, and opens the file again in another process, forked or spawned. `pixel_size` is what the
+    file says where it can be a microscope's, `stated_pixel_size` whatever it says; `mpp` is None for pixels that are
+    not square, which nothing here resamples.
 
     Parameters
     ----------
@@ -142,7 +146,9 @@ class PyramidSlide:
         whole = Box.of(source.levels[0])
         self.bounds = (source.bounds if crop_bounds else None) or whole
         self.size = self.bounds.size
-        self.mpp = source.mpp
+        self.stated_pixel_size = source.pixel_size
+        self.pixel_size = source.pixel_size if is_microscopes(source.pixel_size) else None
+        self.mpp = None if self.pixel_size is None else self.pixel_size.side
         self.levels = source.levels if self.bounds == whole else _cropped(self.size, source.levels)
 
     @property
@@ -150,6 +156,10 @@ class PyramidSlide:
         """What reads the pixels: ``"openslide"``, ``"fastslide"``, ``"tifffile"`` or ``"pillow"``; probes the file."""
         source, fast = self._opened(), self._fast_path()
         return source.name if fast is None else fast.source.name
+
+    def source(self) -> Source:
+        """Return what knows the file's format, in this process; `reader` may be a faster one that agrees with it."""
+        return self._opened()
 
     def read(self, box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Pixels of a box, resampled.
@@ -458,8 +468,19 @@ def _open_source(path: Path, reader: str) -> Source:
     source = first_that_opens(path, (OpenSlideSource, *_fallbacks(path)))
     if isinstance(source, OpenSlideSource):
         refuse_incomplete(path, source.levels)
-        if source.vendor == "generic-tiff":
-            refuse_disguised_tiff(path)
+        if source.is_generic:
+            return _known_better(path, source)
+    return source
+
+
+def _known_better(path: Path, source: Source) -> Source:
+    """Source of a TIFF that OpenSlide opens as generic: of an OME-TIFF that is tifffile, which knows its pyramid."""
+    if not refuse_disguised_tiff(path):
+        return source
+    with contextlib.suppress(SlideFormatError):
+        better = TiffSource(path)
+        source.close()
+        return better
     return source
 
 
@@ -479,9 +500,9 @@ def open_slide(path: Path | str, *, crop_bounds: bool = True, reader: str = "aut
     crop_bounds : bool, optional
         Whether to crop to OpenSlide's bounds, as QuPath does unless its image server has ``--no-crop``.
     reader : str, optional
-        ``"auto"`` takes OpenSlide, and reads through fastslide or GDAL where one of them agrees with it; what
-        OpenSlide does not open goes to tifffile with GDAL if it is a TIFF, to Pillow if it is any other image, to
-        fastslide if none of them knows it.
+        ``"auto"`` takes OpenSlide, and reads through fastslide or GDAL where one of them agrees with it; an OME-TIFF
+        and what OpenSlide does not open goes to tifffile with GDAL if it is a TIFF, to Pillow if it is any other
+        image, to fastslide if none of them knows it.
         ``"openslide"``, ``"fastslide"``, ``"tifffile"`` and ``"pillow"`` insist on one.
 
     Returns

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
-from xml.etree.ElementTree import ParseError
+from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import openslide
@@ -27,7 +29,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from darefine_qupath.errors import SlideError, SlideFormatError
-from darefine_qupath.geometry import Box, Size
+from darefine_qupath.geometry import Box, PixelSize, Size
 from darefine_qupath.slides.integrity import refuse_beyond_end, refuse_cut_short
 
 try:
@@ -49,15 +51,15 @@ __all__ = [
     "TiffSource",
     "fastslide_works_here",
     "first_that_opens",
-    "plausible_mpp",
+    "is_microscopes",
     "refuse_disguised_tiff",
 ]
 
+_MICROSCOPES = (0.01, 20.0)
+"""Micrometres per pixel of a microscope."""
+
 MAX_PLAIN_PIXELS = 500_000_000
 """Largest image that is decoded as a whole (1.5 GB); larger ones need a tiled file."""
-
-_PLAUSIBLE_MPP = (0.01, 20.0)
-"""Micrometres per pixel of a microscope; 72 and 96 dots per inch would be 353 and 265."""
 
 _CACHE_BYTES = 64 << 20
 """What fastslide and GDAL may keep of decoded tiles; GDAL's own limit is a share of the machine's memory."""
@@ -78,8 +80,16 @@ class Source(Protocol):
         """Width and height of every level as stored, finest first."""
 
     @property
-    def mpp(self) -> float | None:
-        """Micrometres per pixel by the file, mean of x and y."""
+    def pixel_size(self) -> PixelSize | None:
+        """As the file states it, possible or not; None where it states none."""
+
+    @property
+    def tile(self) -> Size | None:
+        """Width and height of the tiles of level 0, where it has some."""
+
+    @property
+    def magnification(self) -> float | None:
+        """Of the objective, where the file says."""
 
     @property
     def bounds(self) -> Box | None:
@@ -96,11 +106,11 @@ class _WrongPixelsError(SlideFormatError):
     """The file is understood and holds something other than one 8-bit RGB image: no other reader is asked."""
 
 
-def plausible_mpp(x: float | None, y: float | None) -> float | None:
-    """Mean of two pixel sizes in micrometres; None where they are missing or no microscope's."""
-    low, high = _PLAUSIBLE_MPP
-    values = [value for value in (x, y) if value is not None and math.isfinite(value) and low <= value <= high]
-    return sum(values) / len(values) if values else None
+def _pixel_size(x: float | None, y: float | None) -> PixelSize | None:
+    """Size of a pixel; the axis that is not stated is as long as the other."""
+    if x is None or y is None:
+        x = y = y if x is None else x
+    return None if x is None or y is None else PixelSize(x, y)
 
 
 def _number(text: object) -> float | None:
@@ -142,11 +152,17 @@ class OpenSlideSource:
         self.levels = tuple(Size(*size) for size in self._slide.level_dimensions)
         self._downsamples = tuple(float(factor) for factor in self._slide.level_downsamples)
         properties: Mapping[str, str] = dict(self._slide.properties)
-        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
-        self.mpp = plausible_mpp(
+        self.pixel_size = _pixel_size(
             _number(properties.get(openslide.PROPERTY_NAME_MPP_X)),
             _number(properties.get(openslide.PROPERTY_NAME_MPP_Y)),
         )
+        self.is_generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
+        if self.is_generic and not is_microscopes(self.pixel_size):
+            # By the resolution tags, which say 72 dots per inch where nobody knew.
+            self.pixel_size = None
+        sides = [_number(properties.get(f"openslide.level[0].tile-{axis}")) for axis in ("width", "height")]
+        self.tile = Size(*(int(side) for side in sides if side)) if all(sides) else None
+        self.magnification = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.bounds = _bounds(properties, self.levels[0])
 
     def _open(self) -> openslide.OpenSlide:
@@ -274,7 +290,9 @@ class FastSlideSource:
             path, slide.dtype, slide.num_channels, {"z-slices": slide.z_count, "time points": slide.t_count}
         )
         self.levels = tuple(Size(*size) for size in slide.level_dimensions)
-        self.mpp = plausible_mpp(*slide.mpp)
+        self.pixel_size = _pixel_size(*(float(value) if value else None for value in slide.mpp))
+        self.tile: Size | None = None
+        self.magnification: float | None = None
         (x, y), (width, height) = slide.bounds
         bounds = Box(x, y, width, height) if width > 0 and height > 0 else None
         self.bounds = None if bounds == Box.of(self.levels[0]) else bounds
@@ -343,7 +361,12 @@ class TiffSource:
             series = tiff.series[0]
             _refuse_tiff(path, series)
             refuse_beyond_end(path, [level.keyframe for level in series.levels])
-            self.mpp = _tiff_mpp(tiff)
+            said = _ome(tiff.ome_metadata) if tiff.is_ome and tiff.ome_metadata else _Ome()
+            self.is_ome = bool(tiff.is_ome)
+            self.pixel_size = said.pixel_size or _by_resolution(tiff)
+            self.magnification = said.magnification
+            page = series.keyframe
+            self.tile = Size(page.tilewidth, page.tilelength) if page.is_tiled else None
             self.bounds: Box | None = None
             offsets = [int(level.keyframe.offset) for level in series.levels]
         self._datasets = [_open_directory(path, offset) for offset in offsets]
@@ -403,22 +426,24 @@ def _open_directory(path: Path, offset: int) -> rasterio.DatasetReader:
         raise SlideFormatError(f"{path}: GDAL does not read this kind of TIFF ({error})") from error
 
 
-def _tiff_mpp(tiff: tifffile.TiffFile) -> float | None:
-    """Pixel size by OME-XML, ImageJ's unit or the resolution tags, in this order."""
-    if tiff.is_ome and tiff.ome_metadata:
-        found = _ome_mpp(tiff.ome_metadata)
-        if found is not None:
-            return found
+def is_microscopes(size: PixelSize | None) -> bool:
+    """Whether pixels may be those of a microscope; 72 and 96 dots per inch would be 353 and 265 micrometres."""
+    return size is not None and all(_MICROSCOPES[0] <= value <= _MICROSCOPES[1] for value in size)
+
+
+def _by_resolution(tiff: tifffile.TiffFile) -> PixelSize | None:
+    """Size of a pixel by ImageJ's unit or the resolution tags, unless they hold a mere default."""
     page = tiff.pages.first
     resolution = [_ratio(page.tags.valueof(name)) for name in ("XResolution", "YResolution")]
     unit = getattr(page.tags.valueof("ResolutionUnit"), "name", "")
     scale = {"CENTIMETER": 10_000.0, "INCH": 25_400.0}.get(unit)
     ij_unit = str((tiff.imagej_metadata or {}).get("unit", ""))
-    if ij_unit in ("micron", "microns", "um", "µm", "μm", "\\u00B5m"):
-        scale = 1.0
+    # ImageJ escapes what is not ASCII.
+    scale = _UNITS_UM.get(unicodedata.normalize("NFKC", ij_unit.replace("\\u00B5", "\u00b5")), scale)
     if scale is None:
         return None
-    return plausible_mpp(*(scale / value if value else None for value in resolution))
+    found = _pixel_size(*(scale / value if value else None for value in resolution))
+    return found if is_microscopes(found) else None
 
 
 def _ratio(value: object) -> float | None:
@@ -427,21 +452,40 @@ def _ratio(value: object) -> float | None:
     return _number(value) if value is not None else None
 
 
-_OME_UNITS = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 0.001, "mm": 1000.0}
+_UNITS_UM = {
+    "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "\u03bcm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0,
+    "nm": 1e-3, "pm": 1e-6, "\u00c5": 1e-4, "in": 25_400.0, "thou": 25.4,
+}  # fmt: skip
+"""Micrometres in the units of length of the OME schema that microscopes use; pixels are no length."""
 
 
-def _ome_mpp(text: str) -> float | None:
+@dataclass(frozen=True)
+class _Ome:
+    """What OME-XML says of the first image of a file."""
+
+    pixel_size: PixelSize | None = None
+    magnification: float | None = None
+
+
+def _ome(text: str) -> _Ome:
     try:
-        pixels = next(element for element in parse_xml(text).iter() if element.tag.rpartition("}")[2] == "Pixels")
-    except (StopIteration, ParseError, DefusedXmlException):
-        return None
+        elements: dict[str, Element] = {}
+        for element in parse_xml(text).iter():
+            elements.setdefault(element.tag.rpartition("}")[2], element)
+    except (ParseError, DefusedXmlException, ValueError):
+        return _Ome()
+    pixels, objective = elements.get("Pixels"), elements.get("Objective")
 
-    def size(axis: str) -> float | None:
-        value = _number(pixels.get(f"PhysicalSize{axis}"))
-        unit = _OME_UNITS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        return value * unit if value is not None and unit is not None else None
+    def side(axis: str) -> float | None:
+        value = _number(None if pixels is None else pixels.get(f"PhysicalSize{axis}"))
+        unit = "" if pixels is None else pixels.get(f"PhysicalSize{axis}Unit", "um")
+        # NFKC makes one of the two code points of the micro sign, and of the angstrom.
+        scale = _UNITS_UM.get(unicodedata.normalize("NFKC", unit).strip())
+        # 250 nm are 0.25 um, not 0.25000000000000006.
+        return None if value is None or scale is None else float(f"{value * scale:.12g}")
 
-    return plausible_mpp(size("X"), size("Y"))
+    power = _number(None if objective is None else objective.get("NominalMagnification"))
+    return _Ome(_pixel_size(side("X"), side("Y")), power if power is not None and 0 < power < math.inf else None)
 
 
 _pillow_limit = threading.Lock()
@@ -502,7 +546,9 @@ class PillowSource:
                 raise
             raise SlideError(f"{path}: the image is damaged ({error}); copy the file again") from error
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
-        self.mpp: float | None = None
+        self.pixel_size: PixelSize | None = None
+        self.tile: Size | None = None
+        self.magnification: float | None = None
         self.bounds: Box | None = None
 
     def read(self, level: int, window: Box) -> NDArray[np.uint8]:  # noqa: ARG002  (there is one level)
@@ -528,7 +574,7 @@ def _refuse_image(path: Path, image: Image.Image) -> None:
         )
 
 
-def refuse_disguised_tiff(path: Path) -> None:
+def refuse_disguised_tiff(path: Path) -> bool:
     """Refuse a TIFF that OpenSlide opens as generic although it is not one 8-bit RGB image.
 
     OpenSlide turns whatever libtiff decodes to RGB into a slide, and shows the first plane of a stack.
@@ -538,6 +584,11 @@ def refuse_disguised_tiff(path: Path) -> None:
     path : Path
         The file.
 
+    Returns
+    -------
+    bool
+        Whether it is an OME-TIFF: OpenSlide knows neither its pixel size nor its pyramid.
+
     Raises
     ------
     SlideFormatError
@@ -545,6 +596,7 @@ def refuse_disguised_tiff(path: Path) -> None:
     """
     with _opened_tiff(path) as tiff:
         _refuse_tiff(path, tiff.series[0])
+        return bool(tiff.is_ome)
 
 
 def first_that_opens(path: Path, readers: Sequence[Callable[[Path], Source]]) -> Source:
@@ -575,7 +627,7 @@ def first_that_opens(path: Path, readers: Sequence[Callable[[Path], Source]]) ->
         if source is not None:
             return source
         refusals.append(refusal.removeprefix(f"{path}: "))
-    raise SlideFormatError(f"{path}: no reader opens this file: {'; '.join(refusals)}")
+    raise SlideFormatError(f"{path}: no reader opens this file: {'; '.join(refusals)}; convert it to a pyramidal TIFF")
 
 
 def _tried(path: Path, reader: Callable[[Path], Source]) -> tuple[Source | None, str]:
