@@ -16,6 +16,7 @@ list nested 900 deep, a pipe where a file should be, a missing key or a geometry
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -52,7 +53,10 @@ __all__ = [
     "read_file",
     "spoken",
     "whole_text",
+    "wording",
 ]
+
+_log = logging.getLogger(__name__)
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_WORDS = 300
@@ -154,6 +158,29 @@ def naming(where: object, error: type[DarefineError]) -> Iterator[None]:
         raise error(f"{where}: {problem}") from problem
     except Exception as problem:
         raise error(f"{where}: {spoken(problem)}") from problem
+
+
+@contextmanager
+def wording(error: type[DarefineError]) -> Iterator[None]:
+    """Turn whatever happens inside into one line, for a caller that says of which image it is.
+
+    Parameters
+    ----------
+    error : type of DarefineError
+        Raised for what has no name yet; errors of this tree pass as they are.
+
+    Raises
+    ------
+    DarefineError
+        Always of this tree. Ctrl-C and warnings pass.
+    """
+    try:
+        yield
+    except (DarefineError, Warning):
+        raise
+    except Exception as problem:
+        _log.debug("What was behind it:", exc_info=True)
+        raise error(spoken(problem)) from problem
 
 
 def spoken(problem: BaseException) -> str:

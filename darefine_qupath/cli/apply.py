@@ -321,6 +321,8 @@ def evaluate(
         echo_json(found.to_json())
     else:
         _show_evaluation(found)
+    if found.failed:
+        raise click.exceptions.Exit(2)
 
 
 def _show_evaluation(found: Evaluation) -> None:
@@ -333,6 +335,8 @@ def _show_evaluation(found: Evaluation) -> None:
     if missing:
         share = missing / (missing + found.total.num_pixels)
         note(f"{percent(share)} of the labelled area was not predicted (glass, or unreadable) and does not count")
+    for image in found.failed:
+        note(f"Error: {image.name}: {image.why}")
     if found.seen:
         note(f"The model was trained on {', '.join(found.seen)}: these scores flatter")
     if found.context:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from darefine_qupath.cli.options import engine_option, image_option, mpp_option, project_argument, settings_option
-from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, table
+from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, table
 from darefine_qupath.pipeline.exchanging import (
     Import,
     create_from_slides,
@@ -241,19 +241,24 @@ def export(
     if geojson is None and labels is None:
         raise click.UsageError("Give --geojson DIR or --labels DIR")
     found: dict[str, Any] = {}
+    failures = Failures()
     with open_project(project, engine=engine) as opened:
         if geojson is not None:
-            found["geojson"] = export_geojson(opened, geojson, images)
+            found["geojson"] = export_geojson(opened, geojson, images, on_error=failures.add)
         if labels is not None:
             table_settings = read_settings(opened.folder, settings)
-            found["labels"] = export_labels(opened, table_settings, labels, downsample=downsample, names=images)
+            found["labels"] = export_labels(
+                opened, table_settings, labels, downsample=downsample, names=images, on_error=failures.add
+            )
     if as_json:
-        echo_json(found)
+        echo_json(found | failures.to_json())
+        failures.end()
         return
     for entry, count in found.get("geojson", {}).items():
         click.echo(f"{geojson}/{entry}.geojson: {count} features")
     for entry, size in found.get("labels", {}).items():
         click.echo(f"{labels}/{entry}.tif: {size[0]} x {size[1]}")
+    failures.end()
 
 
 @click.command(short_help="Bring back an earlier state of an image's annotations.")

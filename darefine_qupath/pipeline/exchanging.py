@@ -16,6 +16,7 @@ from darefine_qupath.exchange import Imported, read_annotations, write_geojson, 
 from darefine_qupath.pipeline.selection import choose_images
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import Changes, ImageEntry, Project, create_project
+from darefine_qupath.review import OnError, for_images
 from darefine_qupath.slides import open_slide
 
 __all__ = ["Import", "create_from_slides", "export_geojson", "export_labels", "import_file", "match_files"]
@@ -260,8 +261,21 @@ def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path,
     return found
 
 
-def export_geojson(project: Project, out: Path, names: Sequence[str] = ()) -> dict[str, int]:
+def export_geojson(
+    project: Project, out: Path, names: Sequence[str] = (), *, on_error: OnError | None = None
+) -> dict[str, int]:
     """Write one FeatureCollection per image, ``<entry id>.geojson``.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    out : Path
+        Folder for the files.
+    names : sequence of str, optional
+        Only these images.
+    on_error : callable, optional
+        Told of an image that cannot be read, which is left out; without it that is an error.
 
     Returns
     -------
@@ -271,16 +285,38 @@ def export_geojson(project: Project, out: Path, names: Sequence[str] = ()) -> di
     out.mkdir(parents=True, exist_ok=True)
     images = [project.image(name) for name in names] if names else project.images
     classes = project.classes
-    return {
-        image.id: write_geojson(project.annotations(image), out / f"{image.id}.geojson", classes=classes)
-        for image in images
-    }
+
+    def write(image: ImageEntry) -> int:
+        return write_geojson(project.annotations(image), out / f"{image.id}.geojson", classes=classes)
+
+    return {image.id: count for image, count in for_images(images, write, on_error)}
 
 
 def export_labels(
-    project: Project, settings: Settings, out: Path, *, downsample: int, names: Sequence[str] = ()
+    project: Project,
+    settings: Settings,
+    out: Path,
+    *,
+    downsample: int,
+    names: Sequence[str] = (),
+    on_error: OnError | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Write one label image per annotated image, ``<entry id>.tif``.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    settings : Settings
+        Its settings.
+    out : Path
+        Folder for the files.
+    downsample : int
+        Of the label images.
+    names : sequence of str, optional
+        Only these images.
+    on_error : callable, optional
+        Told of an image that cannot be read, which is left out; without it that is an error.
 
     Returns
     -------
@@ -291,15 +327,17 @@ def export_labels(
     images, skipped = choose_images(project, names)
     for left_out in skipped:
         _log.warning("%s is left out: %s", left_out.name, left_out.why)
-    drawn = [(image, project.annotations(image)) for image in images]
+    drawn = list(for_images(images, project.annotations, on_error))
     counts = class_counts(record for _, records in drawn for record in records)
     class_map = settings.class_map(project.classes, {k: v for k, v in counts.items() if not is_ignored(k)})
-    sizes = {}
-    for image, records in drawn:
-        if class_counts(records) and image.width is not None and image.height is not None:
-            painter = LabelPainter(records, class_map)
-            size = write_label_tiff(
-                painter, (image.width, image.height), out / f"{image.id}.tif", downsample=downsample
-            )
-            sizes[image.id] = (size.width, size.height)
-    return sizes
+    records_of = {image.id: records for image, records in drawn if class_counts(records)}
+
+    def write(image: ImageEntry) -> tuple[int, int] | None:
+        if image.width is None or image.height is None:
+            return None
+        painter = LabelPainter(records_of[image.id], class_map)
+        size = write_label_tiff(painter, (image.width, image.height), out / f"{image.id}.tif", downsample=downsample)
+        return size.width, size.height
+
+    written = for_images([image for image, _ in drawn if image.id in records_of], write, on_error)
+    return {image.id: size for image, size in written if size is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import shapely
 
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import is_ignored
-from darefine_qupath.errors import DarefineError, MissingMppError, SlideError
+from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
+from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.placing import look_below
 from darefine_qupath.pipeline.selection import choose_images, misfit
 from darefine_qupath.pipeline.settings import Settings
@@ -121,8 +123,11 @@ def summarise(project: Project) -> ProjectSummary:
     ProjectSummary
         An image whose data is damaged is in it, with the reason.
     """
-    problems = {skipped.name: skipped.why for skipped in choose_images(project)[1]}
-    images = tuple(_summarise_image(project, entry, problems.get(entry.name)) for entry in project.images)
+    readable, skipped = choose_images(project)
+    known = {entry.id for entry in readable}
+    others = [entry.id for entry in project.images if entry.id not in known]
+    problems = {entry_id: image.why for entry_id, image in zip(others, skipped, strict=True)}
+    images = tuple(_summarise_image(project, entry, problems.get(entry.id)) for entry in project.images)
     return ProjectSummary(
         path=project.path,
         version=project.version,
@@ -134,9 +139,13 @@ def summarise(project: Project) -> ProjectSummary:
 
 def _summarise_image(project: Project, entry: ImageEntry, problem: str | None) -> ImageSummary:
     try:
-        objects = project.objects(entry)
+        with wording(ProjectError):
+            return _counted(entry, project.objects(entry), problem)
     except DarefineError as error:
         return ImageSummary(entry=entry, num_objects=0, classes=(), problem=str(error))
+
+
+def _counted(entry: ImageEntry, objects: Sequence[Annotation], problem: str | None) -> ImageSummary:
     annotations = [record for record in objects if record.kind == "annotation"]
     names = sorted({record.path_class or "" for record in annotations})
     classes = []
@@ -194,7 +203,12 @@ def check_project(
     findings: list[Finding] = []
     areas: dict[str, float] = {}
     for number, entry in enumerate(project.images):
-        findings += _check_image(project, entry, settings, mpp, areas)
+        try:
+            with wording(ProjectError):
+                for found in _check_image(project, entry, settings, mpp, areas):
+                    findings.append(found)  # noqa: PERF402 - those before an error count
+        except DarefineError as damage:
+            findings.append(Finding(level="error", image=entry.name, message=str(damage)))
         if progress is not None:
             progress(number + 1, len(project.images), entry.name)
     findings += _check_duplicates(project.images)
@@ -238,12 +252,15 @@ def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
     """Images of different files that hold the same, told by their size and three of their megabytes."""
     by_size: dict[int, dict[Path, ImageEntry]] = {}
     for image in images:
-        if image.path is not None and image.path.is_file():
+        with contextlib.suppress(OSError):
+            if image.path is None or not image.path.is_file():
+                continue
             by_size.setdefault(image.path.stat().st_size, {}).setdefault(image.path.resolve(), image)
     found: dict[tuple[int, str], list[ImageEntry]] = {}
     for size, same in by_size.items():
         for path, image in same.items() if len(same) > 1 else ():
-            found.setdefault((size, _fingerprint(path, size)), []).append(image)
+            with contextlib.suppress(OSError):  # said where the image is checked
+                found.setdefault((size, _fingerprint(path, size)), []).append(image)
     return [same for same in found.values() if len(same) > 1]
 
 
@@ -262,11 +279,7 @@ def _check_image(
     def error(message: str) -> Finding:
         return Finding(level="error", image=entry.name, message=message)
 
-    try:
-        annotations = project.annotations(entry)
-    except DarefineError as damage:
-        yield error(str(damage))
-        return
+    annotations = project.annotations(entry)
     for name in class_counts(annotations):
         area = sum(record.area for record in annotations if record.path_class == name)
         areas[name] = areas.get(name, 0.0) + area
@@ -277,12 +290,9 @@ def _check_image(
         yield error(why)
         return
     assert entry.path is not None
-    try:
-        with open_slide(entry.path, crop_bounds="--no-crop" not in entry.server_args) as slide:
-            yield from _check_slide(entry, slide, given)
-            yield from _check_annotations(entry, annotations, slide)
-    except SlideError as damage:
-        yield error(str(damage))
+    with open_slide(entry.path, crop_bounds="--no-crop" not in entry.server_args) as slide:
+        yield from _check_slide(entry, slide, given)
+        yield from _check_annotations(entry, annotations, slide)
 
 
 def _check_slide(entry: ImageEntry, slide: PyramidSlide, mpp: float | None) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from darefine_qupath.checkpoint import CheckpointHeader, load_checkpoint, read_h
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size, fit_within
+from darefine_qupath.limits import wording
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.lineage import MODEL_FILE
 from darefine_qupath.pipeline.scoring import SlideScore, score_context, score_slide, truth_labels, truth_of
@@ -28,7 +29,7 @@ from darefine_qupath.pipeline.selection import Skipped, choose_images, misfit
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
-from darefine_qupath.prediction.cluster import SlideTask, predict_many
+from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
 from darefine_qupath.prediction.forward import choose_device
 from darefine_qupath.project import ImageEntry, Project, open_project
 from darefine_qupath.report import Panel, draw_panels
@@ -327,7 +328,8 @@ def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[
         if known.issuperset(names):
             return
         # An annotation may have a class that is not in the project's list.
-        with contextlib.suppress(ProjectError):  # An image that cannot be read is reported when its turn comes.
+        # An image that cannot be read is reported when its turn comes.
+        with contextlib.suppress(DarefineError), wording(ProjectError):
             known.update(record.path_class for record in project.annotations(image) if record.path_class)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -348,8 +350,9 @@ def _tasks(
         options = replace(request.options, crop_bounds="--no-crop" not in image.server_args)
         if request.within is not None:
             try:
-                area = _area_of(project.annotations(image), request.within)
-            except ProjectError as error:
+                with wording(ProjectError):
+                    area = _area_of(project.annotations(image), request.within)
+            except DarefineError as error:
                 failed.append(ImageOutcome(image=image, error=str(error)))
                 continue
             if area is None:
@@ -392,31 +395,44 @@ def _finish(
     for warning in score_map.warnings:
         _log.warning("%s: %s", image.name, warning.message)
     try:
-        polygons = _polygons(image, score_map, request.polygons, left_out)
-        written = None
-        if request.write is not None:
-            written = write_back(
-                project,
-                image,
-                polygons,
-                model=score_map.model_id,
-                classes=score_map.classes,
-                mpp=score_map.mpp,
-                options=request.write,
-                parameters={
-                    "prediction": dict(score_map.settings),
-                    "fingerprint": score_map.fingerprint,
-                    # Where a training on the reviewed labels finds the model that it goes on from.
-                    MODEL_FILE: str(request.model.resolve()),
-                    # What the model was trained on, so that a review can say what is unlike it.
-                    "stain": read_header(request.model).provenance.get("stain"),
-                },
-                batch=batch,
-                dry_run=request.dry_run,
-            )
+        with wording(PredictionError):
+            polygons, written = _written(project, image, score_map, request, left_out, batch)
     except DarefineError as error:
         return ImageOutcome(image=image, score_map=score_map, error=str(error))
     return ImageOutcome(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
+
+
+def _written(
+    project: Project,
+    image: ImageEntry,
+    score_map: ScoreMap,
+    request: PredictRequest,
+    left_out: frozenset[int],
+    batch: str | None,
+) -> tuple[tuple[ClassPolygon, ...], RunResult | None]:
+    polygons = _polygons(image, score_map, request.polygons, left_out)
+    written = None
+    if request.write is not None:
+        written = write_back(
+            project,
+            image,
+            polygons,
+            model=score_map.model_id,
+            classes=score_map.classes,
+            mpp=score_map.mpp,
+            options=request.write,
+            parameters={
+                "prediction": dict(score_map.settings),
+                "fingerprint": score_map.fingerprint,
+                # Where a training on the reviewed labels finds the model that it goes on from.
+                MODEL_FILE: str(request.model.resolve()),
+                # What the model was trained on, so that a review can say what is unlike it.
+                "stain": read_header(request.model).provenance.get("stain"),
+            },
+            batch=batch,
+            dry_run=request.dry_run,
+        )
+    return polygons, written
 
 
 def _polygons(
@@ -492,6 +508,8 @@ class Evaluation:
         Tile by tile, by context mode; empty unless asked for.
     seen : tuple of str
         Slides among them that the model was trained on: their scores flatter.
+    failed : tuple of Skipped
+        Images that could not be compared; no score counts them.
     """
 
     model: str
@@ -499,6 +517,7 @@ class Evaluation:
     slides: tuple[SlideScore, ...]
     context: Mapping[str, ConfusionMatrix]
     seen: tuple[str, ...]
+    failed: tuple[Skipped, ...] = ()
 
     @property
     def total(self) -> ConfusionMatrix:
@@ -517,6 +536,7 @@ class Evaluation:
             ],
             "context": {mode: matrix.to_json(names) for mode, matrix in self.context.items()},
             "seen": list(self.seen),
+            "failed": [{"name": image.name, "why": image.why} for image in self.failed],
         }
 
 
@@ -550,14 +570,24 @@ def evaluate_project(
     Raises
     ------
     PredictionError
-        If there is nothing to compare with, or a slide cannot be predicted.
+        If there is nothing to compare with, or no slide can be predicted.
     """
     header = read_header(request.model)
     with open_project(request.project, engine="embedded") as project:
-        images, _ = choose_images(project, request.images)
-        truths = [(image, truth_of(project, image, truth)) for image in images]
-        truths = [(image, records) for image, records in truths if any(record.path_class for record in records)]
+        images, missing = choose_images(project, request.images)
+        failed = list(missing if request.images else ())
+
+        def note_failure(name: str, error: DarefineError) -> None:
+            failed.append(Skipped(name=name, why=str(error)))
+
+        truths = [
+            (image, records)
+            for image, records in for_images(images, lambda image: truth_of(project, image, truth), note_failure)
+            if any(record.path_class for record in records)
+        ]
         if not truths:
+            if failed:
+                raise PredictionError("; ".join(f"{image.name}: {image.why}" for image in failed))
             where = project.path if truth is None else truth
             raise PredictionError(
                 f"No image has annotations in {where} to compare with; annotate some, or give --truth"
@@ -565,22 +595,43 @@ def evaluate_project(
         trained = _trained_on(header, project)
         unseen = [item for item in truths if item[0].id not in trained]
         chosen = unseen if unseen and not request.images else truths
-        tasks, _, failed = _tasks(project, [image for image, _ in chosen], request)
-        if failed:
-            raise PredictionError(f"{failed[0].image.name}: {failed[0].error}")
+        tasks, _, unfit = _tasks(project, [image for image, _ in chosen], request)
+        failed += [Skipped(name=outcome.image.name, why=str(outcome.error)) for outcome in unfit]
         records_of = {image.id: (image, records) for image, records in chosen}
-        slides = []
+        slides: list[SlideScore] = []
+        scored: set[str] = set()
         for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
             image, records = records_of[result.task.key]
-            if result.score_map is None:
-                raise PredictionError(f"{image.name}: {result.error}")
-            slides.append(score_slide(image, result.score_map, records, _slide_size(image)))
+            try:
+                with wording(PredictionError):
+                    slides.append(_scored(image, result, records))
+                    scored.add(image.id)
+            except DarefineError as error:
+                note_failure(image.name, error)
+        if not slides:
+            raise PredictionError(
+                "; ".join(f"{image.name}: {image.why}" for image in failed) or "Nothing was predicted"
+            )
         scores = {}
         if context:
             modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
-            scores = score_context(load_checkpoint(request.model), chosen, modes, mpp=_given_mpp(project, request))
+            done = [item for item in chosen if item[0].id in scored]
+            scores = score_context(load_checkpoint(request.model), done, modes, mpp=_given_mpp(project, request))
     seen = tuple(image.name for image, _ in chosen if image.id in trained)
-    return Evaluation(model=header.model_id, classes=header.classes, slides=tuple(slides), context=scores, seen=seen)
+    return Evaluation(
+        model=header.model_id,
+        classes=header.classes,
+        slides=tuple(slides),
+        context=scores,
+        seen=seen,
+        failed=tuple(failed),
+    )
+
+
+def _scored(image: ImageEntry, result: SlideResult, records: Sequence[Annotation]) -> SlideScore:
+    if result.score_map is None:
+        raise PredictionError(str(result.error))
+    return score_slide(image, result.score_map, records, _slide_size(image))
 
 
 def _trained_on(header: CheckpointHeader, project: Project) -> frozenset[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import ProjectError, SlideError, TileError
+from darefine_qupath.errors import DarefineError, ProjectError, SlideError, TileError
 from darefine_qupath.geometry import PixelSize
+from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import open_slide
@@ -110,7 +111,10 @@ def misfit(image: ImageEntry, mpp: float | None = None) -> str | None:
     """
     assert image.path is not None
     try:
-        with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+        with (
+            wording(SlideError),
+            open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide,
+        ):
             size, by_file = slide.size, slide.pixel_size
     except SlideError as error:
         return str(error)
@@ -194,9 +198,10 @@ def gather(
         If an annotation has a class that the settings do not know.
     """
     wanted = tuple(project.image(name) for name in names) if names else project.images
-    drawn = {image.id: tuple(annotations_of(project, image)) for image in wanted}
+    drawn, damaged = _drawn(project, wanted, annotations_of)
     annotated = [image.id for image in wanted if class_counts(drawn[image.id])]
     readable, skipped = choose_images(project, annotated) if annotated else ((), ())
+    skipped = (*damaged, *skipped)
     if not readable:
         raise TileError(_nothing_to_learn(project, skipped))
     records = [record for image in readable for record in drawn[image.id]]
@@ -213,6 +218,23 @@ def gather(
         _log.warning("%s is left out: %s", left_out.name, left_out.why)
     sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
     return Corpus(classes=classes, sources=sources, skipped=skipped)
+
+
+def _drawn(
+    project: Project, images: Sequence[ImageEntry], annotations_of: AnnotationsOf
+) -> tuple[dict[str, tuple[Annotation, ...]], tuple[Skipped, ...]]:
+    """Annotations by entry id, and the images whose data is damaged."""
+    drawn: dict[str, tuple[Annotation, ...]] = {}
+    damaged = []
+    for image in images:
+        drawn[image.id] = ()
+        try:
+            with wording(ProjectError):
+                drawn[image.id] = tuple(annotations_of(project, image))
+                class_counts(drawn[image.id])
+        except DarefineError as error:
+            damaged.append(Skipped(name=image.name, why=str(error)))
+    return drawn, tuple(damaged)
 
 
 def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:

@@ -26,6 +26,7 @@ import torch
 from darefine_qupath import __version__
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.errors import DarefineError, PredictionError
+from darefine_qupath.limits import naming
 from darefine_qupath.prediction.options import PredictOptions, Progress
 from darefine_qupath.prediction.scoremap import ScoreMap
 from darefine_qupath.prediction.slide import predict_slide
@@ -148,7 +149,8 @@ def predict_many(
 
 def _result(task: SlideTask, run: Runner, progress: Report | None) -> SlideResult:
     try:
-        return SlideResult(task=task, score_map=run(task, progress))
+        with naming(task.slide, PredictionError):
+            return SlideResult(task=task, score_map=run(task, progress))
     except DarefineError as error:
         return SlideResult(task=task, error=str(error))
 

@@ -147,6 +147,7 @@ class EmbeddedProject(Project):
     def _load(self) -> None:
         data, self._stamp = safety.read_stamped(self.path, files.LIMITS)
         self._document = files.parse_project(data, self.path)
+        self._records = {str(record.id): record for record in files.entry_records(self._document, self.path)}
         self._images: tuple[ImageEntry, ...] | None = None
 
     # -- reading
@@ -160,7 +161,7 @@ class EmbeddedProject(Project):
     def images(self) -> tuple[ImageEntry, ...]:
         """Every image, in the project's order."""
         if self._images is None:
-            self._images = tuple(self._entry(record) for record in files.entry_records(self._document, self.path))
+            self._images = tuple(self._entry(record) for record in self._records.values())
         return self._images
 
     def _entry(self, record: files.EntryRecord) -> ImageEntry:
@@ -206,11 +207,11 @@ class EmbeddedProject(Project):
 
     def _image_type(self, entry_id: str) -> str:
         path = self._data_file(entry_id)
-        if not path.is_file():
+        if not _is_file(path):
             return _UNSET
         summary = path.with_name("summary.json")
         with contextlib.suppress(ProjectError):
-            if summary.is_file():
+            if _is_file(summary):
                 found = files.parse_json(safety.read_stamped(summary, files.LIMITS)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
@@ -254,7 +255,7 @@ class EmbeddedProject(Project):
         return ImageState(objects=read.data.objects, properties=properties, version=read.stamp.digest)
 
     def _check_known(self, image: ImageEntry) -> None:
-        if all(str(record.id) != image.id for record in files.entry_records(self._document, self.path)):
+        if image.id not in self._records:
             raise ImageNotFoundError(f"No image with entry id {image.id!r} ({image.name!r}) in {self.path}")
 
     def _has_data(self, entry_id: str) -> bool:
@@ -480,8 +481,7 @@ class EmbeddedProject(Project):
         )
 
     def _record(self, image: ImageEntry) -> files.EntryRecord:
-        records = files.entry_records(self._document, self.path)
-        return next(record for record in records if str(record.id) == image.id)
+        return self._records[image.id]
 
     def _project_warnings(self) -> tuple[str, ...]:
         if safety.read_stamped(self.path)[1].digest == self._stamp.digest:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from darefine_qupath.errors import SlideError, SlideFormatError, SlideNotFoundError
 from darefine_qupath.geometry import Box, PixelSize, Size, fit_within
+from darefine_qupath.limits import naming
 from darefine_qupath.project.files import BIO_FORMATS, IMAGEJ, OPENSLIDE
 from darefine_qupath.slides import PyramidSlide, open_slide
 
@@ -87,6 +88,11 @@ def probe(path: Path, args: Sequence[str] = ()) -> ImageFile:
     SlideError
         If it is damaged.
     """
+    with naming(path, SlideFormatError):
+        return _probed(path, args)
+
+
+def _probed(path: Path, args: Sequence[str]) -> ImageFile:
     _refuse_missing(path)
     try:
         with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:
@@ -110,6 +116,11 @@ def thumbnail(path: Path, args: Sequence[str] = ()) -> bytes:
     SlideError
         If it cannot be read.
     """
+    with naming(path, SlideFormatError):
+        return _drawn(path, args)
+
+
+def _drawn(path: Path, args: Sequence[str]) -> bytes:
     _refuse_missing(path)
     try:
         with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:

@@ -161,6 +161,7 @@ class Project(ABC):
 
     path: Path
     engine: Engine
+    _by_key: tuple[tuple[ImageEntry, ...], dict[str, list[ImageEntry]]] | None = None
 
     @property
     def folder(self) -> Path:
@@ -312,7 +313,13 @@ class Project(ABC):
         ImageNotFoundError
             If there is none, or several of that name.
         """
-        found = [entry for entry in self.images if entry.id == key] or [e for e in self.images if e.name == key]
+        images = self.images
+        if self._by_key is None or self._by_key[0] is not images:
+            by_key: dict[str, list[ImageEntry]] = {}
+            for entry in images:
+                by_key.setdefault(entry.name, []).append(entry)
+            self._by_key = (images, by_key | {entry.id: [entry] for entry in images})
+        found = self._by_key[1].get(key, [])
         if len(found) == 1:
             return found[0]
         if found:

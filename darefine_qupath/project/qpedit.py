@@ -521,7 +521,11 @@ def verify(before: Document, changes: Changes, touched: Sequence[Annotation], af
     ProjectWriteError
         If anything differs; says what.
     """
-    difference = _difference(before, changes, after)
+    try:
+        with reading(path):
+            difference = _difference(before, changes, after)
+    except NodeError as error:
+        raise ProjectWriteError(f"{path}: {error.message}; nothing was changed") from None
     if difference is not None:
         raise ProjectWriteError(f"{path}: {difference}; nothing was changed")
     wanted = {record.id for record in touched}

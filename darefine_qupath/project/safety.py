@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,13 +87,20 @@ def is_there(path: Path) -> bool:
     Raises
     ------
     ProjectFormatError
-        If something is there that is no file: a link to what is not there must not pass for an empty image.
+        If something is there that is no file, or nobody may know: neither must pass for an image without objects.
     """
-    if path.is_file():
+    try:
+        mode = path.lstat().st_mode
+        mode = path.stat().st_mode if stat.S_ISLNK(mode) else mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise ProjectFormatError(f"cannot be read: {error.strerror}", path=path) from None
+    if stat.S_ISREG(mode):
         return True
-    if path.is_symlink():
+    if not mode and path.is_symlink():
         raise ProjectFormatError(f"is a link to {os.path.realpath(path)}, which is not there", path=path)
-    if path.exists():
+    if mode:
         raise ProjectFormatError("is not a regular file", path=path)
     return False
 

@@ -15,7 +15,8 @@ from uuid import UUID
 import numpy as np
 import shapely
 
-from darefine_qupath.errors import DarefineError
+from darefine_qupath.errors import DarefineError, ReviewError
+from darefine_qupath.limits import wording
 from darefine_qupath.review.runs import OnError, Run, RunObject, digest_of, latest, recent_runs, save_run
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def for_images(
     """
     for image in images:
         try:
-            found = action(image)
+            with wording(ReviewError):
+                found = action(image)
         except DarefineError as error:
             if on_error is None:
                 raise
