@@ -60,6 +60,7 @@ _log = logging.getLogger(__name__)
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_WORDS = 300
+_MAX_DIGITS = 400
 _BRACKETS = b"[{]}"
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 _MAY_BE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -281,8 +282,8 @@ def parse_json(data: bytes | str, limits: Limits, *, non_finite: bool = False, h
     limits : Limits
         How deeply it may be nested.
     non_finite : bool, optional
-        Take NaN, Infinity and -Infinity, which QuPath writes; else they are refused. A number too large for a float
-        (1e999) is infinite in either case.
+        Take NaN, Infinity and -Infinity, which QuPath writes, and whole numbers of thousands of digits, which become
+        infinite; else they are refused. A number too large for a float (1e999) is infinite in either case.
     half_characters : bool, optional
         Take lone surrogates, for a caller that looks at each text with `proper_text`; else they are refused.
 
@@ -300,11 +301,25 @@ def parse_json(data: bytes | str, limits: Limits, *, non_finite: bool = False, h
     coded = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     text = coded.removeprefix(_BOM).decode("utf-8", "surrogatepass" if isinstance(data, str) else "strict")
     check_depth(coded, limits)
-    value = json.loads(text, parse_constant=None if non_finite else _refuse_constant)
+    value = _loaded(text) if non_finite else json.loads(text, parse_constant=_refuse_constant)
     if not half_characters and (_MAY_BE_HALF.search(coded) or isinstance(data, str)):
         for found in _texts(value):
             proper_text(found)
     return value
+
+
+def _loaded(text: str) -> Any:  # noqa: ANN401 - JSON is any value
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # A call per number costs much, and next to no file needs it.
+        return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(text: str) -> int | float:
+    return int(text) if len(text) <= _MAX_DIGITS else math.copysign(math.inf, -1 if text.startswith("-") else 1)
 
 
 def parse_toml(data: bytes, limits: Limits) -> dict[str, Any]:

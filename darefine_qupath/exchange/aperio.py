@@ -1,14 +1,15 @@
 """Aperio ImageScope XML, BACH's among it.
 
-A layer (``Annotation``) holds regions (``Region``). A region's class is the value of its first attribute, else its
-text, else the name or description of its layer. A negative region cuts a hole into the others of its layer.
+A layer (``Annotation``) holds regions (``Region``). A region's class is the value of its first attribute, else the name
+that somebody gave its layer, else its text (which is as often a remark), else the description of its layer. A negative
+region cuts a hole into the others of its layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,9 @@ import numpy as np
 import shapely
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
-from darefine_qupath.annotations import Annotation, RoiKind
-from darefine_qupath.classes import Colour
-from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.records import Collector, Note, ellipse, number, snapped
+from darefine_qupath.annotations import RoiKind
+from darefine_qupath.exchange.layers import Hole, Region, add_regions, layers, line_colour, vertices
+from darefine_qupath.exchange.records import Collector, Note, ellipse, snapped
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -34,6 +34,11 @@ __all__ = ["read_aperio"]
 # ImageScope's Region@Type. It also calls a freehand shape 1, so that two or four vertices make a rectangle.
 _RECTANGLE, _ELLIPSE, _ARROW, _RULER, _COUNTER = "1", "2", "3", "4", "5"
 
+_FIELDS = ("attribute", "layer", "text", "description")
+
+# What programs call a layer that nobody gave a name.
+_NAMELESS = re.compile(r"(layer|annotation|region)s?[\s_-]*\d*", re.IGNORECASE | re.ASCII)
+
 _MPP_TOLERANCE = 0.01
 _AREA_TOLERANCE = 0.005
 
@@ -43,16 +48,9 @@ _OVERSHOOT = 0.01
 _MAX_LOOPS = 1000
 
 
-@dataclass
-class _Region:
-    item: str
-    geometry: BaseGeometry
-    roi: RoiKind | None
-    path_class: str | None
-    name: str | None
-
-
-def read_aperio(path: Path, root: Element, *, mpp: float | None = None, classes: Sequence[str] = ()) -> Imported:
+def read_aperio(
+    path: Path, root: Element, *, mpp: float | None = None, classes: Sequence[str] = (), class_from: Sequence[str] = ()
+) -> Imported:
     """Read the layers of an ImageScope file.
 
     Parameters
@@ -65,6 +63,8 @@ def read_aperio(path: Path, root: Element, *, mpp: float | None = None, classes:
         Micrometres per pixel of the image.
     classes : sequence of str, optional
         Class names of the project.
+    class_from : sequence of str, optional
+        Where the class stands, of ``attribute``, ``layer``, ``text`` and ``description``.
 
     Returns
     -------
@@ -74,69 +74,56 @@ def read_aperio(path: Path, root: Element, *, mpp: float | None = None, classes:
     Raises
     ------
     ExchangeError
-        If the file is HALO's, which has the same root.
+        If there is no such field, or the file cannot be read.
     """
-    if root.find(".//Vertices/V") is not None:
-        raise ExchangeError(
-            f"{path}: annotations of HALO (corners are <V>, not <Vertex>), whose XML is not read; export them "
-            f"from HALO as GeoJSON"
-        )
-    collector = Collector(path, classes)
+    collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
     stated = _positive(root.get("MicronsPerPixel"))
     if mpp is not None and stated is not None and abs(stated / mpp - 1) > _MPP_TOLERANCE:
         collector.warnings.append(
             f"{path}: drawn at {stated:g} um/px, the image has {mpp:g}; coordinates were taken as they are, check them"
         )
-    for index, layer in enumerate(root.iter("Annotation"), 1):
-        _read_layer(collector, layer, f"layer {layer.get('Id') or index}", stated)
+    for index, (layer, regions) in enumerate(layers(root), 1):
+        _read_layer(collector, layer, regions, f"layer {layer.get('Id') or index}", stated)
     return collector.result("Aperio XML", mpp=stated)
 
 
-def _read_layer(collector: Collector, layer: Element, layer_name: str, mpp: float | None) -> None:
-    fallback = layer.get("Name") or _attribute(layer) or _description(layer)
-    positive: list[_Region] = []
-    negative: list[tuple[str, BaseGeometry]] = []
-    for index, element in enumerate(layer.iter("Region"), 1):
+def _read_layer(
+    collector: Collector, layer: Element, elements: Sequence[Element], layer_name: str, mpp: float | None
+) -> None:
+    regions: list[Region] = []
+    holes: list[Hole] = []
+    for index, element in enumerate(elements, 1):
         item = f"region {element.get('Id') or index} of {layer_name}"
-        try:
-            vertices = _vertices(element, item)
-        except ExchangeError as error:
-            collector.refuse(item, str(error).removeprefix(f"{item} "))
-            continue
-        drawn, roi = _geometry(element, vertices)
-        geometry = collector.shape(item, drawn)
-        if geometry is None:
-            continue
-        if roi is None:
-            geometry = _without_overshoot(collector, item, drawn, geometry)
-        if element.get("NegativeROA", "0").strip() == "1":
-            negative.append((item, geometry))
-            continue
-        _check_area(collector, item, element, drawn, mpp)
-        path_class = collector.class_name(_attribute(element) or element.get("Text") or fallback)
-        collector.colour(path_class, _colour(layer.get("LineColor")))
-        name = (element.get("Text") or "").strip() or None
-        positive.append(_Region(item, geometry, roi, path_class, name))
-    for item, hole in negative:
-        _cut(collector, positive, item, hole)
-    for region in positive:
-        if not region.geometry.is_empty:
-            read = Annotation(geometry=region.geometry, path_class=region.path_class, name=region.name, roi=region.roi)
-            collector.add(region.item, read)
+        with collector.item(item):
+            drawn, roi = _geometry(element, vertices(element, item, "Vertices/Vertex"))
+            geometry = collector.shape(item, drawn)
+            if geometry is None:
+                continue
+            if roi is None:
+                geometry = _without_overshoot(collector, item, drawn, geometry)
+            if element.get("NegativeROA", "0").strip() == "1":
+                holes.append(Hole(item, geometry))
+                continue
+            _check_area(collector, item, element, drawn, mpp)
+            choice = collector.choose(_fields(element, layer))
+            collector.colour(choice.name, line_colour(layer))
+            name = (element.get("Text") or "").strip() or None
+            regions.append(Region(item, geometry, roi, choice, name))
+    add_regions(collector, layer_name, regions, holes)
 
 
-def _cut(collector: Collector, regions: Sequence[_Region], item: str, hole: BaseGeometry) -> None:
-    cut = [region for region in regions if region.geometry.area > 0 and region.geometry.intersects(hole)]
-    if not cut:
-        collector.refuse(item, "is a negative region that cuts no other of its layer")
-        return
-    collector.cut_outs += 1
-    for region in cut:
-        left, _ = snapped(shapely.difference(region.geometry, hole))
-        if left is None:
-            collector.refuse(region.item, f"is wholly inside the negative {item}")
-        region.geometry = left if left is not None else Polygon()
-        region.roi = None
+def _fields(element: Element, layer: Element) -> Mapping[str, str | None]:
+    """Give what may be the class of a region; a layer's name of nobody's giving comes last."""
+    name = layer.get("Name", "").strip()
+    fields = {
+        "attribute": _attribute(element),
+        "layer": name,
+        "text": element.get("Text"),
+        "description": _attribute(layer) or _description(layer),
+    }
+    if _NAMELESS.fullmatch(name):
+        fields["layer"] = fields.pop("layer")
+    return fields
 
 
 def _geometry(element: Element, vertices: NDArray[np.float64]) -> tuple[BaseGeometry, RoiKind | None]:
@@ -184,15 +171,6 @@ def _winding(polygon: BaseGeometry, point: Point) -> int:
     return int(np.sum((y1 <= 0) & (y2 > 0) & (left > 0)) - np.sum((y1 > 0) & (y2 <= 0) & (left < 0)))
 
 
-def _vertices(element: Element, item: str) -> NDArray[np.float64]:
-    points = [
-        (number(vertex.get("X"), item), number(vertex.get("Y"), item)) for vertex in element.iterfind("Vertices/Vertex")
-    ]
-    if not points:
-        raise ExchangeError(f"{item} has no vertices")
-    return np.array(points, np.float64)
-
-
 def _check_area(collector: Collector, item: str, element: Element, drawn: BaseGeometry, mpp: float | None) -> None:
     """Warn where the vertices do not enclose the area that the file states."""
     stated = _positive(element.get("AreaMicrons"))
@@ -213,15 +191,6 @@ def _description(layer: Element) -> str | None:
     attribute = layer.find("Attributes/Attribute")
     name = "" if attribute is None else attribute.get("Name", "").strip()
     return name if name and name != "Description" else None
-
-
-def _colour(text: str | None) -> Colour | None:
-    try:
-        packed = int(text or "")
-    except ValueError:
-        return None
-    # Windows' COLORREF: red in the lowest byte.
-    return Colour(packed & 255, (packed >> 8) & 255, (packed >> 16) & 255)
 
 
 def _positive(text: str | None) -> float | None:

@@ -12,6 +12,7 @@ from shapely.geometry import LineString, MultiPoint, Point, Polygon
 from darefine_qupath.annotations import Annotation, RoiKind
 from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.exchange.classfields import ClassChoice
 from darefine_qupath.exchange.records import Collector, number
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["read_asap"]
 
+_FIELDS = ("group", "name")
 _AREAS = ("Polygon", "Spline", "Rectangle")
 
 
-def read_asap(path: Path, root: Element, *, classes: Sequence[str] = ()) -> Imported:
+def read_asap(path: Path, root: Element, *, classes: Sequence[str] = (), class_from: Sequence[str] = ()) -> Imported:
     """Read the annotations of an ASAP file.
 
     Parameters
@@ -38,31 +40,39 @@ def read_asap(path: Path, root: Element, *, classes: Sequence[str] = ()) -> Impo
         ``<ASAP_Annotations>``.
     classes : sequence of str, optional
         Class names of the project.
+    class_from : sequence of str, optional
+        Where the class stands, of ``group`` and ``name``.
 
     Returns
     -------
     Imported
         A spline becomes the polygon of its points.
     """
-    collector = Collector(path, classes)
+    collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
     for group in root.iterfind("AnnotationGroups/Group"):
         collector.colour(collector.class_name(group.get("Name")), _colour(group.get("Color")))
     for index, element in enumerate(root.iterfind("Annotations/Annotation")):
         name = (element.get("Name") or "").strip()
         item = f"annotation {index} ({name})" if name else f"annotation {index}"
-        try:
+        with collector.item(item):
             drawn, roi = _geometry(element, _points(element, item), item)
-        except ExchangeError as error:
-            collector.refuse(item, str(error).removeprefix(f"{item} "))
-            continue
-        geometry = collector.shape(item, drawn)
-        if geometry is None:
-            continue
-        group_name = element.get("PartOfGroup", "None")
-        path_class = collector.class_name(None if group_name == "None" else group_name)
-        collector.colour(path_class, _colour(element.get("Color")))
-        collector.add(item, Annotation(geometry=geometry, path_class=path_class, name=name or None, roi=roi))
+            geometry = collector.shape(item, drawn)
+            if geometry is None:
+                continue
+            choice = _choice(collector, element, name)
+            collector.colour(choice.name, _colour(element.get("Color")))
+            record = Annotation(geometry=geometry, path_class=choice.name, name=name or None, roi=roi)
+            collector.add(item, record, choice)
     return collector.result("ASAP XML")
+
+
+def _choice(collector: Collector, element: Element, name: str) -> ClassChoice:
+    group = element.get("PartOfGroup", "None")
+    fields = {"group": None if group == "None" else group}
+    # Every annotation has a name, which is a class only where the user says so.
+    if "name" in collector.fields.asked:
+        return collector.choose(fields | {"name": name})
+    return collector.choose(fields, {} if fields["group"] or not name else {"name": name})
 
 
 def _points(element: Element, item: str) -> NDArray[np.float64]:

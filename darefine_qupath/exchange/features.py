@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import geojson
+import numpy as np
 import shapely
-from shapely.geometry import shape
+from shapely.geometry import GeometryCollection, LineString, MultiLineString, MultiPoint, MultiPolygon, Point, Polygon
 
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import Colour, PathClass, default_colour
-from darefine_qupath.errors import ExchangeError
+from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.exchange.classfields import ClassChoice, scalars
 from darefine_qupath.exchange.records import Collector, Imported, snapped
+from darefine_qupath.limits import spoken
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["feature", "read_features", "write_geojson"]
+__all__ = ["feature", "holds_features", "read_features", "write_geojson"]
 
 # 0.2 and 0.3 wrote the Java class as the id, 0.3 also ``object_type``, later ones ``objectType``.
 _KINDS: Mapping[str, Kind] = {
@@ -44,15 +51,36 @@ _OBJECT_TYPES: Mapping[str, str] = {"tma core": "tmaCore"}
 _GEOMETRIES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
 
 
-def read_features(path: Path, *, classes: Sequence[str] = ()) -> Imported:
+_MAX_CHILDREN = 100
+"""Levels of objects in objects."""
+
+_MAX_TEXT = 4096
+"""Length of a text that may be JSON or Python for a class or colour."""
+
+_CLASS = "classification"
+_OWN = (
+    "objectType", "object_type", "color", "isLocked", "locked", "isMissing", "measurements", "metadata", "childObjects",
+    "children", "id",
+)  # fmt: skip
+"""Properties that are no class whatever they hold."""
+
+_NO_CLASS = ("null", "none", "nan", "undefined")
+"""What table programs write for a value that is not there."""
+
+
+def read_features(path: Path, data: object, *, classes: Sequence[str] = (), class_from: Sequence[str] = ()) -> Imported:
     """Read a feature collection, a list of features or a single feature.
 
     Parameters
     ----------
     path : Path
-        The file.
+        The file, for messages.
+    data : object
+        Its JSON, of which `holds_features` is true.
     classes : sequence of str, optional
         Class names of the project.
+    class_from : sequence of str, optional
+        Properties that hold the class; default ``classification``.
 
     Returns
     -------
@@ -62,116 +90,236 @@ def read_features(path: Path, *, classes: Sequence[str] = ()) -> Imported:
     Raises
     ------
     ExchangeError
-        If the file is no JSON, or holds no features.
+        If no feature has a property of `class_from`.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ExchangeError(f"{path}: not valid JSON ({error})") from error
-    collector = Collector(path, classes)
-    for index, item in enumerate(_items(path, data)):
-        _read(collector, f"feature {index}", item, None)
+    collector = Collector(path, classes, class_from=class_from)
+    waiting = [(f"feature {index}", item, _Place()) for index, item in enumerate(_items(data))][::-1]
+    while waiting:
+        item, value, place = waiting.pop()
+        with collector.item(item):
+            waiting += reversed(_read(collector, item, value, place))
     return collector.result("GeoJSON")
 
 
-def _items(path: Path, data: object) -> Sequence[object]:
-    if isinstance(data, dict) and isinstance(data.get("features"), list):
-        data = data["features"]
-    elif isinstance(data, dict) and data.get("type") in ("Feature", *_GEOMETRIES):
-        data = [data]
-    if not isinstance(data, list):
-        raise ExchangeError(f"{path}: JSON without features; GeoJSON is a FeatureCollection, a list or a Feature")
-    return data
+class _Place(NamedTuple):
+    """Where an object lies in the hierarchy."""
+
+    parent: UUID | None = None
+    depth: int = 0
 
 
-def _read(collector: Collector, item: str, data: object, parent: UUID | None) -> None:
+def holds_features(data: object) -> bool:
+    """Whether JSON is GeoJSON, or a list that may be one of features."""
+    if isinstance(data, dict):
+        return isinstance(data.get("features"), list) or data.get("type") in ("Feature", *_GEOMETRIES)
+    return isinstance(data, list) and (not data or any(_is_feature(item) for item in data))
+
+
+def _is_feature(item: object) -> bool:
+    return isinstance(item, dict) and item.get("type") in ("Feature", *_GEOMETRIES)
+
+
+def _items(data: object) -> Sequence[object]:
+    if isinstance(data, dict):
+        return data["features"] if isinstance(data.get("features"), list) else [data]
+    return data if isinstance(data, list) else []
+
+
+def _read(collector: Collector, item: str, data: object, place: _Place) -> list[tuple[str, object, _Place]]:
+    """Take one object in; gives those that lie in it."""
     if isinstance(data, dict) and data.get("type") in _GEOMETRIES:
         data = {"type": "Feature", "geometry": data}
     if not isinstance(data, dict) or data.get("type") != "Feature":
-        collector.refuse(item, f"is no Feature but {_short(data)}")
-        return
+        raise ExchangeError(f"is no Feature but {_short(data)}")
     properties = data.get("properties") or {}
     if not isinstance(properties, dict):
-        collector.refuse(item, f"has properties that are {_short(properties)}")
-        return
-    own = parent
-    try:
-        annotation = _annotation(collector, item, data, properties, parent)
-    except ExchangeError as error:
-        collector.refuse(item, str(error))
-        annotation = None
-    if annotation is not None:
-        own = collector.add(item, annotation, own_id=_uuid(data.get("id")) or _uuid(properties.get("id")))
+        raise ExchangeError(f"has properties that are {_short(properties)}")
+    if place.depth >= _MAX_CHILDREN:
+        raise ExchangeError(f"lies in more than {_MAX_CHILDREN} others, one in the other")
+    parent = place.parent
+    with collector.item(item):
+        found = _annotation(collector, item, data, properties, parent)
+        if found is not None:
+            own_id = _uuid(data.get("id")) or _uuid(properties.get("id"))
+            parent = collector.add(item, *found, own_id=own_id) or parent
     children = properties.get("childObjects", properties.get("children", []))
-    for index, child in enumerate(children if isinstance(children, list) else []):
-        _read(collector, f"{item}, child {index}", child, own)
+    below = _Place(parent, place.depth + 1)
+    if not isinstance(children, list):
+        return []
+    return [(f"{item}, child {index}", child, below) for index, child in enumerate(children)]
 
 
 def _annotation(
     collector: Collector, item: str, data: Mapping[str, Any], properties: Mapping[str, Any], parent: UUID | None
-) -> Annotation | None:
+) -> tuple[Annotation, ClassChoice] | None:
     kind_name = str(properties.get("objectType", properties.get("object_type", data.get("id", "annotation"))))
     if kind_name in _ROOTS:
         return None
     geometry = collector.shape(item, _geometry(data.get("geometry")))
     if geometry is None:
         return None
-    path_class = _class(collector, properties.get("classification"))
+    choice = _choice(collector, properties)
     nucleus = data.get("nucleusGeometry")
     member = data["geometry"]
-    return Annotation(
+    annotation = Annotation(
         kind=_KINDS.get(kind_name, "annotation"),
         geometry=geometry,
         roi="Ellipse" if member.get("isEllipse") is True else None,
         plane=_plane(member.get("plane")),
-        path_class=path_class,
+        path_class=choice.name,
         name=None if properties.get("name") is None else str(properties["name"]),
         locked=properties.get("isLocked", properties.get("locked", False)) is True,
         is_missing=properties.get("isMissing") is True,
         parent=parent,
         colour=_object_colour(properties.get("color")),
-        measurements=_measurements(properties.get("measurements")),
-        metadata=_metadata(properties.get("metadata")),
-        nucleus=None if nucleus is None else snapped(_geometry(nucleus))[0],
+        measurements=_measurements(_unwrapped(properties.get("measurements"))),
+        metadata=_metadata(_unwrapped(properties.get("metadata"))),
+        nucleus=None if nucleus is None else collector.shape(f"the nucleus of {item}", _geometry(nucleus)),
     )
+    return annotation, choice
 
 
-def _geometry(member: object) -> BaseGeometry:
+def _geometry(member: object, depth: int = 0) -> BaseGeometry:
     if not isinstance(member, dict) or member.get("type") not in _GEOMETRIES:
         raise ExchangeError(f"has no geometry but {_short(member)}")
+    kind = str(member["type"])
     try:
-        geometry = shape(member)
-    except (shapely.errors.ShapelyError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ExchangeError(f"has a geometry of type {member['type']} that is damaged ({error})") from error
-    return shapely.force_2d(geometry)
+        if kind != "GeometryCollection":
+            return _BUILDERS[kind](member["coordinates"])
+        if depth >= _MAX_COLLECTIONS:
+            raise ValueError("collections in collections")
+        return GeometryCollection([_geometry(part, depth + 1) for part in member["geometries"]])
+    except ExchangeError:
+        raise
+    except KeyError as error:
+        raise ExchangeError(f"has a geometry of type {kind} that is damaged ({error} is missing)") from error
+    except (shapely.errors.ShapelyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ExchangeError(f"has a geometry of type {kind} that is damaged ({spoken(error)})") from error
 
 
-def _class(collector: Collector, value: object) -> str | None:
-    """Full class name of ``classification`` in any of its forms; its colour is noted."""
-    if isinstance(value, str):
-        return collector.class_name(value)
-    if not isinstance(value, dict):
-        return None
-    name = collector.class_name(": ".join(_class_names(value)))
-    colour = value.get("color", value.get("colorRGB"))
-    collector.colour(name, _colour(colour))
-    return name
+_MAX_COLLECTIONS = 5
+
+
+def _positions(value: Any) -> NDArray[np.float64]:  # noqa: ANN401 - JSON is any value
+    """Corners of a list of positions, shape (N, 2); heights are left out."""
+    if not isinstance(value, list):
+        raise TypeError(f"{_short(value)} is no list of positions")
+    try:
+        corners = np.array(value, np.float64)
+    except ValueError:
+        # Some positions have a height, and some none.
+        corners = np.array([position[:2] for position in value], np.float64)
+    if len(value) == 0:
+        return np.empty((0, 2))
+    if corners.ndim != 2 or corners.shape[1] < 2:
+        raise ValueError(f"{_short(value)} is no list of positions")
+    if not np.isfinite(corners).all():
+        raise ExchangeError("has a coordinate that is not a number")
+    return corners[:, :2]
+
+
+def _polygon(rings: Any) -> Polygon:  # noqa: ANN401 - JSON is any value
+    corners = [_positions(ring) for ring in rings]
+    return Polygon(corners[0], corners[1:]) if corners else Polygon()
+
+
+_BUILDERS: Mapping[str, Callable[[Any], BaseGeometry]] = {
+    "Point": lambda value: Point(*_positions([value])) if value else Point(),
+    "MultiPoint": lambda value: MultiPoint(_positions(value)),
+    "LineString": lambda value: LineString(_positions(value)),
+    "MultiLineString": lambda value: MultiLineString([_positions(part) for part in value]),
+    "Polygon": _polygon,
+    "MultiPolygon": lambda value: MultiPolygon([_polygon(part) for part in value]),
+}
+
+
+def _choice(collector: Collector, properties: Mapping[str, Any]) -> ClassChoice:
+    """Class of an object by ``classification``, or by the properties that the user named; its color is noted."""
+    names: dict[str, str | None] = {}
+    for field in collector.fields.asked or (_CLASS,):
+        name, colour = _class(_property(properties, field))
+        names[field] = name
+        known = collector.class_name(name)
+        if known is not None:
+            collector.colour(known, colour)
+            break
+    choice = collector.choose(names)
+    if choice.name is not None:
+        return choice
+    return replace(choice, others=scalars(properties, (*_OWN, *collector.fields.asked)))
+
+
+def _property(properties: Mapping[str, Any], field: str) -> object:
+    if field in properties or field == _CLASS:
+        return properties.get(field)
+    return next((value for name, value in properties.items() if name.casefold() == field.casefold()), None)
+
+
+def _class(value: object) -> tuple[str | None, Colour | None]:
+    """Full class name and color of ``classification`` in any of its forms, JSON or Python as text too."""
+    value = _unwrapped(value)
+    if isinstance(value, list):
+        value = {"names": value}
+    if isinstance(value, dict):
+        return ": ".join(_class_names(value)), _colour(value.get("color", value.get("colorRGB")))
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return None, None
+    text = str(value)
+    return (None if text.strip().casefold() in _NO_CLASS else text), None
+
+
+def _unwrapped(value: object) -> object:
+    """Value that went through a table program as text: JSON, or what Python prints."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[", '"')):
+        return value
+    text = value.strip()
+    if len(text) > _MAX_TEXT:
+        raise ExchangeError(f"has a text of {len(text)} characters where a value should be: {_short(text)}")
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ExchangeError(f"has a text that is damaged JSON where a value should be: {_short(text)}") from None
 
 
 def _class_names(value: Mapping[str, Any]) -> list[str]:
     if isinstance(value.get("names"), list):
         return [str(name) for name in value["names"]]
-    parent = value.get("parentClass", value.get("parentPathClass"))
-    above = _class_names(parent) if isinstance(parent, dict) else []
-    return [*above, str(value["name"])] if value.get("name") else above
+    names: list[str] = []
+    level: object = value
+    while isinstance(level, dict):
+        names += [str(level["name"])] if level.get("name") else []
+        level = level.get("parentClass", level.get("parentPathClass"))
+    return names[::-1]
+
+
+_BANDS = re.compile(r"(?:rgb)?[\[(]\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[\])]", re.ASCII)
 
 
 def _colour(value: object) -> Colour | None:
+    if isinstance(value, str):
+        value = _colour_value(value.strip())
+    if isinstance(value, Colour):
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         return Colour.from_argb(value)
-    if isinstance(value, list) and len(value) >= 3 and all(isinstance(band, int) for band in value):
-        return Colour(*(min(max(band, 0), 255) for band in value[:3]))
+    if isinstance(value, (list, tuple)) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
+        return Colour(*(min(max(int(band), 0), 255) for band in value[:3]))
     return None
+
+
+def _colour_value(text: str) -> object:
+    """Color that is written as text: a list, ``#rrggbb``, or a number."""
+    bands = _BANDS.fullmatch(text)
+    if bands:
+        return [int(band) for band in bands.groups()]
+    try:
+        return Colour.from_hex(text) if text.startswith("#") else int(text)
+    except (ClassMapError, ValueError):
+        return None
 
 
 def _object_colour(value: object) -> int | None:
@@ -199,10 +347,20 @@ def _metadata(value: object) -> dict[str, str]:
 
 
 def _plane(value: object) -> Plane:
-    if not isinstance(value, dict):
+    if value is None:
         return Plane()
-    numbers = [value.get(axis, default) for axis, default in zip("czt", Plane(), strict=True)]
-    return Plane(*numbers) if all(isinstance(number, int) for number in numbers) else Plane()
+    if not isinstance(value, dict):
+        raise ExchangeError(f"has a plane that is {_short(value)}")
+    return Plane(*(_index(value.get(axis, default), axis) for axis, default in zip("czt", Plane(), strict=True)))
+
+
+def _index(value: object, axis: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_INT32 <= value < _INT32:
+        raise ExchangeError(f"lies on a plane whose {axis} is {_short(value)}, which no image has")
+    return int(value)
+
+
+_INT32 = 2**31
 
 
 def _uuid(value: object) -> UUID | None:
@@ -213,7 +371,10 @@ def _uuid(value: object) -> UUID | None:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
+    """Beginning of a value as JSON; not all of it, which may be as large as it likes."""
+    if isinstance(value, (list, dict)) and value:
+        return "a list" if isinstance(value, list) else f"an object of {', '.join(map(_short, list(value)[:3]))}"
+    text = json.dumps(value[:40] if isinstance(value, str) else value, default=str)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import ParseError
 
 from defusedxml.common import DefusedXmlException
-from defusedxml.ElementTree import parse
+from defusedxml.ElementTree import fromstring
 
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.aperio import read_aperio
 from darefine_qupath.exchange.asap import read_asap
-from darefine_qupath.exchange.features import read_features
+from darefine_qupath.exchange.coco import Picture, holds_coco, read_coco
+from darefine_qupath.exchange.documents import Document, documents, first_bytes
+from darefine_qupath.exchange.features import holds_features, read_features
+from darefine_qupath.exchange.halo import is_halo, read_halo
 from darefine_qupath.exchange.labels import read_label_mask
+from darefine_qupath.exchange.ndpa import GlassFrame, is_ndpa, read_ndpa
+from darefine_qupath.exchange.recognition import KNOWN, file_kind, json_kind, text_kind, xml_kind
+from darefine_qupath.exchange.records import Imported, merged
+from darefine_qupath.limits import DATA, naming, parse_json
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-    from darefine_qupath.exchange.records import Imported
-
 __all__ = ["read_annotations"]
 
 _IMAGE_STARTS = (b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_PARSED = replace(DATA, depth=10_000)
+"""A feature that is nested too deeply is refused, and not its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What the caller knows about the image, and wants."""
+
+    path: Path
+    mpp: float | None
+    picture: Picture
+    glass: Callable[[], GlassFrame | None] | None
+    classes: Sequence[str]
+    class_from: Sequence[str]
 
 
 def read_annotations(
@@ -34,13 +54,17 @@ def read_annotations(
     classes: Sequence[str] = (),
     labels: Mapping[int, str] | None = None,
     image_size: tuple[int, int] | None = None,
+    class_from: Sequence[str] = (),
+    image_name: str | None = None,
+    glass: Callable[[], GlassFrame | None] | None = None,
 ) -> Imported:
     """Read an annotation file of any known format, told by its content and not by its name.
 
     Parameters
     ----------
     path : Path or str
-        Aperio ImageScope XML, ASAP XML, QuPath GeoJSON, or a label mask as PNG or TIFF.
+        Aperio ImageScope, HALO or ASAP XML, Hamamatsu NDPA, QuPath GeoJSON or COCO JSON, any of these in gzip or
+        zip, or a label mask as PNG or TIFF.
     mpp : float, optional
         Micrometres per pixel of the image; a file that states another one gives a warning.
     classes : sequence of str, optional
@@ -50,6 +74,12 @@ def read_annotations(
     image_size : tuple of int, optional
         Width and height of the image in level-0 pixels, to which a mask is scaled; default what the mask says about
         itself, else its own size.
+    class_from : sequence of str, optional
+        Fields that hold the class of an object, the first with a value counts; default those of the format.
+    image_name : str, optional
+        File name of the image, by which a file of several images is searched.
+    glass : callable, optional
+        Asked where the image lies on its glass slide, when a file counts from there (NDPA).
 
     Returns
     -------
@@ -59,49 +89,82 @@ def read_annotations(
     Raises
     ------
     ExchangeError
-        If the file is not there, not readable, or of no known format.
+        If the file is not there, not readable, or of no known format; it says of which.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        raise ExchangeError(f"{path}: the annotation file cannot be opened ({error.strerror})") from error
-    text = start.removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if start.startswith(_IMAGE_STARTS):
-        return read_label_mask(path, labels=labels, image_size=image_size)
-    if text.startswith((b"{", b"[")):
-        return read_features(path, classes=classes)
-    # XML in UTF-16 begins with its own mark.
-    if text.startswith(b"<") or start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return _read_xml(path, mpp, classes)
-    raise ExchangeError(
-        f"{path}: neither Aperio or ASAP XML, nor GeoJSON, nor a label mask (PNG, TIFF); it begins with {start[:16]!r}"
-    )
+    with naming(path, ExchangeError):
+        try:
+            start = first_bytes(path)
+        except OSError as error:
+            raise ExchangeError(f"the annotation file cannot be opened ({error.strerror})") from error
+        if start.startswith(_IMAGE_STARTS):
+            if class_from:
+                raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")
+            return read_label_mask(path, labels=labels, image_size=image_size)
+        request = _Request(
+            path=path,
+            mpp=mpp,
+            picture=Picture(name=image_name, size=image_size),
+            glass=glass,
+            classes=classes,
+            class_from=class_from,
+        )
+        return merged([_read(request, document) for document in documents(path)])
 
 
-def _read_xml(path: Path, mpp: float | None, classes: Sequence[str]) -> Imported:
-    root = _parsed(path)
+def _read(request: _Request, document: Document) -> Imported:
+    if document.member is None:
+        return _read_text(request, document)
+    with naming(document.member, ExchangeError):
+        found = _read_text(request, document)
+    return found.in_member(document.member)
+
+
+def _read_text(request: _Request, document: Document) -> Imported:
+    kind = file_kind(document.data)
+    text = "" if kind else document.text
+    start = text[:4096].lstrip()
+    if start.startswith(("{", "[")):
+        return _read_json(request, text)
+    if start.startswith("<"):
+        return _read_xml(request, text)
+    raise ExchangeError(f"it {kind or text_kind(text)}: {KNOWN}")
+
+
+def _read_json(request: _Request, text: str) -> Imported:
+    data = parse_json(text, _PARSED, non_finite=True, half_characters=True)
+    if holds_features(data):
+        return read_features(request.path, data, classes=request.classes, class_from=request.class_from)
+    if holds_coco(data):
+        return read_coco(request.path, data, request.picture, classes=request.classes, class_from=request.class_from)
+    raise ExchangeError(f"it {json_kind(data)}: {KNOWN}")
+
+
+def _read_xml(request: _Request, text: str) -> Imported:
+    root = _parsed(text)
+    path, classes, class_from = request.path, request.classes, request.class_from
+    if root.tag == "Annotations" and is_halo(root):
+        return read_halo(path, root, classes=classes, class_from=class_from)
     if root.tag == "Annotations":
-        return read_aperio(path, root, mpp=mpp, classes=classes)
+        return read_aperio(path, root, mpp=request.mpp, classes=classes, class_from=class_from)
     if root.tag == "ASAP_Annotations":
-        return read_asap(path, root, classes=classes)
-    raise ExchangeError(
-        f"{path}: XML of an unknown kind, its root is <{root.tag}>; known are <Annotations> (Aperio ImageScope) and "
-        f"<ASAP_Annotations>"
-    )
+        return read_asap(path, root, classes=classes, class_from=class_from)
+    if is_ndpa(root):
+        frame = None if request.glass is None else request.glass()
+        return read_ndpa(path, root, frame, classes=classes, class_from=class_from)
+    raise ExchangeError(f"it {xml_kind(root)}: {KNOWN}")
 
 
-def _parsed(path: Path) -> Element:
+def _parsed(text: str) -> Element:
     try:
-        root: Element | None = parse(path).getroot()
+        root: Element | None = fromstring(text)
     except DefusedXmlException as error:
         raise ExchangeError(
-            f"{path}: the XML declares entities ({type(error).__name__}), which annotation files do not need and which "
+            f"the XML declares entities ({type(error).__name__}), which annotation files do not need and which "
             f"can do harm; remove its <!DOCTYPE ...>"
         ) from error
     except (ParseError, ValueError, LookupError) as error:
-        raise ExchangeError(f"{path}: the XML is damaged ({error})") from error
+        raise ExchangeError(f"the XML is damaged ({error})") from error
     if root is None:
-        raise ExchangeError(f"{path}: the XML is empty")
+        raise ExchangeError("the XML is empty")
     return root

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import shapely
@@ -15,19 +16,39 @@ from shapely.geometry import MultiLineString, MultiPolygon, Polygon
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour
-from darefine_qupath.errors import ExchangeError
+from darefine_qupath.errors import DarefineError, ExchangeError
+from darefine_qupath.exchange.classfields import ClassChoice, FieldTally
+from darefine_qupath.limits import DATA, Budget, naming, proper_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Collector", "Imported", "Note", "ellipse", "number", "snapped"]
+__all__ = ["Collector", "Imported", "Note", "ellipse", "merged", "number", "snapped"]
 
 _ELLIPSE_CORNERS = 100
 _PRECISION = 0.01
 
 _MAX_CROSSINGS = 50_000
 """Crossings of a shape with itself up to which it can be repaired in seconds; a scribble has millions."""
+
+_FILE_CROSSINGS = 50_000
+"""The same for all shapes of a file, on top of one for each of its corners."""
+
+_PAIRS = 8_000_000
+"""Pairs of segments that are looked at at a time, at most: all of a shape of 100,000 corners would be 10^10."""
+
+_FREE_PAIRS = 20
+"""Neighbours of a segment that cost nothing: any shape has them."""
+
+_PAIRS_PER_CROSSING = 200
+"""Pairs of segments that take as long to be looked at as a crossing to be repaired."""
+
+_INT32 = 2**31
+"""A coordinate, plane or time point from here on is no place in an image: QuPath counts in 32 bits."""
+
+_MAX_CLASS_DEPTH = 20
+"""Parts of a derived class (``Tumor: Positive``); QuPath nests a class in a class for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +100,8 @@ class Imported:
         Micrometres per pixel by the file.
     warnings : tuple of str
         What the user should know about the file as a whole.
+    class_notes : tuple of str
+        Which field gave the classes, what other fields hold, and how many objects have none.
     """
 
     path: Path
@@ -92,6 +115,7 @@ class Imported:
     colours: Mapping[str, Colour] = field(default_factory=dict)
     mpp: float | None = None
     warnings: tuple[str, ...] = ()
+    class_notes: tuple[str, ...] = ()
 
     @property
     def num_items(self) -> int:
@@ -104,6 +128,51 @@ class Imported:
         parts += [f"{self.cut_outs} cut-outs"] if self.cut_outs else []
         parts += [f"{len(self.refused)} refused"] if self.refused else []
         return f"{self.path} ({self.format}): {', '.join(parts)}"
+
+    def in_member(self, name: str) -> Imported:
+        """Give the same, with the name of the file in the archive before each item."""
+        return replace(
+            self,
+            items=tuple(f"{name}, {item}" for item in self.items),
+            repaired=tuple(Note(item=f"{name}, {note.item}", reason=note.reason) for note in self.repaired),
+            refused=tuple(Note(item=f"{name}, {note.item}", reason=note.reason) for note in self.refused),
+            warnings=tuple(f"{name}: {warning}" for warning in self.warnings),
+            class_notes=tuple(f"{name}: {note}" for note in self.class_notes),
+        )
+
+
+def _renamed(identity: UUID | None, new: Mapping[UUID, UUID]) -> UUID | None:
+    return None if identity is None else new.get(identity, identity)
+
+
+def merged(parts: Sequence[Imported]) -> Imported:
+    """All that the files of an archive hold, as if it were one."""
+    if len(parts) == 1:
+        return parts[0]
+    taken: set[UUID] = set()
+    annotations = []
+    for part in parts:
+        # The same id in another file is another object: QuPath exports one image per file.
+        new = {record.id: uuid4() for record in part.annotations if record.id in taken}
+        annotations += [
+            replace(record, id=new.get(record.id, record.id), parent=_renamed(record.parent, new))
+            for record in part.annotations
+        ]
+        taken |= {record.id for record in part.annotations}
+    return Imported(
+        path=parts[0].path,
+        format=" and ".join(sorted({part.format for part in parts})),
+        annotations=tuple(annotations),
+        items=tuple(item for part in parts for item in part.items),
+        own_ids=frozenset().union(*(part.own_ids for part in parts)),
+        repaired=tuple(note for part in parts for note in part.repaired),
+        refused=tuple(note for part in parts for note in part.refused),
+        cut_outs=sum(part.cut_outs for part in parts),
+        colours={name: colour for part in reversed(parts) for name, colour in part.colours.items()},
+        mpp=next((part.mpp for part in parts if part.mpp is not None), None),
+        warnings=tuple(warning for part in parts for warning in part.warnings),
+        class_notes=tuple(note for part in parts for note in part.class_notes),
+    )
 
 
 def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
@@ -147,21 +216,51 @@ def _with_length(lines: BaseGeometry) -> BaseGeometry | None:
     return parts[0] if len(parts) == 1 else MultiLineString(parts)
 
 
-def _is_tangled(geometry: BaseGeometry) -> bool:
-    """Whether a shape crosses itself so often that a repair would not end; stops counting there."""
-    if geometry.geom_type not in ("Polygon", "MultiPolygon") or geometry.is_valid:
-        return False
-    corners, ring = shapely.get_coordinates(shapely.get_rings(geometry), return_index=True)
-    inside = ring[:-1] == ring[1:]
-    segments = shapely.linestrings(np.stack([corners[:-1][inside], corners[1:][inside]], axis=1))
-    tree = shapely.STRtree(segments)
-    crossings = 0
-    for start in range(0, len(segments), 1000):
-        crossings += tree.query(segments[start : start + 1000], predicate="crosses").shape[1]
-        # Each crossing is found from both its segments.
-        if crossings > 2 * _MAX_CROSSINGS:
-            return True
-    return False
+def _crossings(geometry: BaseGeometry, most: int) -> float:
+    """How often the rings of a shape meet, other than from corner to corner; stops counting beyond `most`.
+
+    Pairs of segments that only lie near each other count for the time that it takes to look at them.
+    """
+    starts, ends = _segments(geometry)
+    tree = shapely.STRtree(shapely.linestrings(np.stack([starts, ends], axis=1)))
+    count, step = 0.0, max(_PAIRS // len(starts), 8)
+    for first in range(0, len(starts), step):
+        # Their boxes meet; each pair is found from both sides, and once is enough.
+        one, other = tree.query(tree.geometries[first : first + step])
+        one, other = one[other > one + first] + first, other[other > one + first]
+        met = _meet(starts[one], ends[one], starts[other], ends[other])
+        looked_at = min(step, len(starts) - first)
+        # Each meets the next one.
+        count += max(int(met.sum()) - looked_at, 0)
+        count += max(len(one) - _FREE_PAIRS * looked_at, 0) / _PAIRS_PER_CROSSING
+        if count > most:
+            break
+    return count
+
+
+def _segments(geometry: BaseGeometry) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both ends of each segment of the rings of a shape, shape (N, 2); where the pen stood still is none."""
+    corners, ring = shapely.get_coordinates(shapely.get_rings(_polygons(geometry)), return_index=True)
+    is_segment = (ring[:-1] == ring[1:]) & (corners[:-1] != corners[1:]).any(axis=1)
+    return corners[:-1][is_segment], corners[1:][is_segment]
+
+
+def _meet(
+    a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64], d: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether the segments a-b and c-d, whose boxes meet, do so too."""
+    across = _side(a, b, c) * _side(a, b, d) <= 0
+    return np.asarray(across & (_side(c, d, a) * _side(c, d, b) <= 0))
+
+
+def _side(a: NDArray[np.float64], b: NDArray[np.float64], point: NDArray[np.float64]) -> NDArray[np.float64]:
+    along, to = b - a, point - a
+    return np.sign(along[:, 0] * to[:, 1] - along[:, 1] * to[:, 0])
+
+
+def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    return [part for part in parts if part.geom_type == "Polygon"]
 
 
 def _on_grid(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -186,16 +285,38 @@ class Collector:
         The file.
     classes : sequence of str, optional
         Class names of the project: a name of the file that differs only in case becomes the project's.
+    class_from : sequence of str, optional
+        Fields that hold the class, the first that has a value counts; default those of the format.
+    fields : sequence of str, optional
+        Fields that the format has; empty = any.
+
+    Raises
+    ------
+    ExchangeError
+        If the format does not have a field of `class_from`.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str] = (),
+        *,
+        class_from: Sequence[str] = (),
+        fields: Sequence[str] = (),
+    ) -> None:
+        for name in class_from if fields else ():
+            if name not in fields:
+                raise ExchangeError(f"{path}: {name!r} is no field for a class here; there are {', '.join(fields)}")
         self.path = path
+        self.fields = FieldTally(class_from)
+        self.budget = Budget(DATA)
         self.annotations: list[Annotation] = []
         self.repaired: list[Note] = []
         self.refused: list[Note] = []
         self.warnings: list[str] = []
         self.colours: dict[str, Colour] = {}
         self.cut_outs = 0
+        self._crossings = float(_FILE_CROSSINGS)
         self._items: list[str] = []
         self._first: dict[UUID, Annotation] = {}
         self._spelling = {name.casefold(): name for name in reversed(classes)}
@@ -205,16 +326,50 @@ class Collector:
         name = " ".join((text or "").split())
         return self._spelling.setdefault(name.casefold(), name) if name else None
 
+    @contextmanager
+    def item(self, item: str) -> Iterator[None]:
+        """Refuse an item by name, whatever goes wrong inside; the others of the file are read."""
+        self.budget.spend()
+        try:
+            with naming(item, ExchangeError):
+                yield
+        except DarefineError as error:
+            self.refuse(item, str(error).removeprefix(item).removeprefix(":").strip())
+
+    def choose(self, fields: Mapping[str, str | None], others: Mapping[str, str] | None = None) -> ClassChoice:
+        """Class of an object by its fields: the first that has a value, of those the user named or of all.
+
+        Parameters
+        ----------
+        fields : mapping of str to str
+            What the format has for a class, in its order.
+        others : mapping of str to str, optional
+            Whatever else may hold it.
+        """
+        words = {name: self.class_name(text) for name, text in fields.items()}
+        order = self.fields.asked or tuple(fields)
+        source = next((name for name in order if words.get(name)), None)
+        found = None if source is None else words[source]
+        left = {name: word for name, word in words.items() if word and name != source and word != found}
+        return ClassChoice(name=found, source=source, others={**left, **(others or {})})
+
     def shape(self, item: str, geometry: BaseGeometry) -> BaseGeometry | None:
         """Bring a geometry to QuPath's precision; notes a repair, and refuses what is empty."""
-        if not np.isfinite(shapely.get_coordinates(geometry)).all():
+        corners = shapely.get_coordinates(geometry)
+        if not np.isfinite(corners).all():
             self.refuse(item, "has a coordinate that is not a number")
             return None
         if geometry.is_empty:
             self.refuse(item, "has no coordinates")
             return None
-        if _is_tangled(geometry):
-            self.refuse(item, f"crosses itself more than {_MAX_CROSSINGS:,} times; draw it again")
+        largest = float(np.abs(corners).max())
+        if largest >= _INT32:
+            self.refuse(item, f"has a coordinate of {largest:g}, where no image reaches")
+            return None
+        self.budget.spend(len(corners))
+        # As many more crossings as corners: what it may take grows with the file, and no faster.
+        self._crossings += len(corners)
+        if self._is_tangled(item, geometry):
             return None
         usable, repaired = snapped(geometry)
         if usable is None:
@@ -225,8 +380,28 @@ class Collector:
             self.repaired.append(Note(item=item, reason=f"crossed itself; {before:.0f} px^2 drawn, {after:.0f} kept"))
         return usable
 
-    def add(self, item: str, annotation: Annotation, *, own_id: UUID | None = None) -> UUID:
-        """Take an annotation in.
+    def _is_tangled(self, item: str, geometry: BaseGeometry) -> bool:
+        """Whether a shape, or all of the file, crosses itself so often that a repair would not end; refuses it."""
+        if not _polygons(geometry) or geometry.is_valid:
+            return False
+        if self._crossings > 0:
+            count = _crossings(geometry, _MAX_CROSSINGS)
+            self._crossings -= count
+            if count > _MAX_CROSSINGS:
+                self.refuse(item, f"crosses itself more than {_MAX_CROSSINGS:,} times; draw it again")
+                return True
+        if self._crossings <= 0:
+            self.refuse(
+                item,
+                f"crosses itself, and the shapes of the file before it did so more than {_FILE_CROSSINGS:,} times; "
+                f"repair or divide the file",
+            )
+        return self._crossings <= 0
+
+    def add(
+        self, item: str, annotation: Annotation, choice: ClassChoice | None = None, *, own_id: UUID | None = None
+    ) -> UUID | None:
+        """Take an annotation in, if a project can hold it.
 
         Parameters
         ----------
@@ -234,14 +409,20 @@ class Collector:
             What the file counts or names it as.
         annotation : Annotation
             What was read.
+        choice : ClassChoice, optional
+            What its class was taken from.
         own_id : UUID, optional
             Id that the file gives; a second shape of one id gets a new one.
 
         Returns
         -------
-        UUID
-            Of the annotation, for what stands below it.
+        UUID or None
+            Of the annotation, for what stands below it; None where it is refused.
         """
+        reason = _unusable(annotation)
+        if reason is not None:
+            self.refuse(item, reason)
+            return None
         first = self._first.get(own_id) if own_id is not None else None
         if own_id is not None and first is None:
             annotation = replace(annotation, id=own_id)
@@ -253,6 +434,8 @@ class Collector:
             self.repaired.append(Note(item=item, reason=f"has the id {own_id} of another one and gets a new one"))
         self.annotations.append(annotation)
         self._items.append(item)
+        if choice is not None:
+            self.fields.add(choice)
         return annotation.id
 
     def refuse(self, item: str, reason: str) -> None:
@@ -265,7 +448,18 @@ class Collector:
             self.colours.setdefault(name, colour)
 
     def result(self, format_name: str, *, mpp: float | None = None) -> Imported:
-        """Everything gathered."""
+        """Everything gathered.
+
+        Raises
+        ------
+        ExchangeError
+            If no object has a field that the user named.
+        """
+        if self.fields.is_fruitless:
+            raise ExchangeError(
+                f"{self.path}: no object has a class in {' or '.join(self.fields.asked)}; fields with values are "
+                f"{self.fields.known()}"
+            )
         return Imported(
             path=self.path,
             format=format_name,
@@ -278,7 +472,24 @@ class Collector:
             colours=self.colours,
             mpp=mpp,
             warnings=tuple(self.warnings),
+            class_notes=self.fields.notes(),
         )
+
+
+def _unusable(annotation: Annotation) -> str | None:
+    """Why a project cannot hold an object, whatever its geometry; None where it can."""
+    texts = [annotation.path_class or "", annotation.name or "", *annotation.measurements]
+    for text in (*texts, *annotation.metadata, *annotation.metadata.values()):
+        try:
+            proper_text(text)
+        except UnicodeEncodeError:
+            return f"holds half a character (a lone surrogate) in the text {text[:30]!a}"
+    if any(not -_INT32 <= number < _INT32 for number in annotation.plane):
+        return f"lies on a plane (c, z, t) of {', '.join(map('{:g}'.format, annotation.plane))}, which no image has"
+    parts = (annotation.path_class or "").count(": ") + 1
+    if parts > _MAX_CLASS_DEPTH:
+        return f"has a class of {parts} parts; QuPath's are one or two, at most {_MAX_CLASS_DEPTH} are read"
+    return None
 
 
 def _signed_area(geometry: BaseGeometry) -> float:

@@ -1,0 +1,309 @@
+"""COCO JSON: polygons, run lengths and boxes by image and category."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.features import shapes
+from shapely.geometry import MultiPolygon, Polygon, box
+from shapely.geometry import shape as shapely_shape
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import Colour
+from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.exchange.classfields import scalars
+from darefine_qupath.exchange.records import Collector
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.exchange.classfields import ClassChoice
+    from darefine_qupath.exchange.records import Imported
+
+__all__ = ["Picture", "holds_coco", "read_coco"]
+
+_CATEGORY, _SUPER = "category", "supercategory"
+_OWN = ("id", "image_id", "category_id", "area", "iscrowd", "score", "segmentation", "bbox")
+
+_MAX_MASK_PX = 200_000_000
+"""Pixels inside the boxes of all run lengths of a file together."""
+
+_ASPECT_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """The image of a project that a file is read for.
+
+    Attributes
+    ----------
+    name : str or None
+        Its file name.
+    size : tuple of int or None
+        Width and height in level-0 pixels.
+    """
+
+    name: str | None = None
+    size: tuple[int, int] | None = None
+
+
+def holds_coco(data: object) -> bool:
+    """Whether JSON is a COCO data set, or the list of results that detectors write."""
+    if isinstance(data, dict):
+        return isinstance(data.get("annotations"), list) and bool({"images", "categories"} & data.keys())
+    first = data[0] if isinstance(data, list) and data else None
+    return isinstance(first, dict) and "category_id" in first and bool({"segmentation", "bbox"} & first.keys())
+
+
+def read_coco(
+    path: Path,
+    data: object,
+    picture: Picture,
+    *,
+    classes: Sequence[str] = (),
+    class_from: Sequence[str] = (),
+) -> Imported:
+    """Read the annotations of one image.
+
+    Parameters
+    ----------
+    path : Path
+        The file, for messages.
+    data : object
+        Its JSON, of which `holds_coco` is true.
+    picture : Picture
+        Whose annotations; a file of a single image is taken as being of it.
+    classes : sequence of str, optional
+        Class names of the project.
+    class_from : sequence of str, optional
+        Where the class stands: ``category`` (the default), ``supercategory``, or an attribute.
+
+    Returns
+    -------
+    Imported
+        One annotation per annotation of the image.
+
+    Raises
+    ------
+    ExchangeError
+        If the image is not in the file, or has another shape.
+    """
+    collector = Collector(path, classes, class_from=class_from)
+    table: dict[str, Any] = data if isinstance(data, dict) else {"annotations": data}
+    image = _image(path, _dicts(table.get("images")), picture)
+    categories = {_key(entry.get("id")): entry for entry in _dicts(table.get("categories"))}
+    reader = _Reader(collector, categories, _scale(collector, image, picture))
+    others = 0
+    for index, entry in enumerate(table["annotations"]):
+        if image is not None and isinstance(entry, dict) and _key(entry.get("image_id")) != _key(image.get("id")):
+            others += 1
+            continue
+        item = f"annotation {index}"
+        with collector.item(item):
+            reader.read(item, entry)
+    if others:
+        collector.warnings.append(f"{path}: {others} annotations of other images are left out")
+    return collector.result("COCO JSON")
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _key(value: object) -> str:
+    return repr(value) if isinstance(value, (str, int)) else ""
+
+
+def _image(path: Path, images: Sequence[Mapping[str, Any]], picture: Picture) -> Mapping[str, Any] | None:
+    """Entry of the image that is asked for; None where the file lists none."""
+    if len(images) <= 1:
+        return images[0] if images else None
+    found = [entry for entry in images if picture.name and _stem(entry.get("file_name")) == _stem(picture.name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(repr(str(entry.get("file_name"))[:60]) for entry in images[:5])
+    raise ExchangeError(
+        f"{path}: COCO of {len(images)} images ({names}{', ...' if len(images) > 5 else ''}), of which {len(found)} "
+        f"have the name of {picture.name!r}; keep the entry of this image"
+    )
+
+
+def _stem(name: object) -> str:
+    return PurePosixPath(str(name).replace("\\", "/")).name.rsplit(".", 1)[0].casefold()
+
+
+def _scale(collector: Collector, image: Mapping[str, Any] | None, picture: Picture) -> tuple[float, float]:
+    """Level-0 pixels per pixel of the image that was annotated."""
+    sides = () if image is None else (image.get("width"), image.get("height"))
+    size = tuple(side for side in sides if isinstance(side, int) and not isinstance(side, bool) and side > 0)
+    if picture.size is None or len(size) != 2 or size == picture.size:
+        return 1.0, 1.0
+    x, y = (whole / part for whole, part in zip(picture.size, size, strict=True))
+    one_pixel = max(1 / side for side in size)
+    if abs(x / y - 1) > max(_ASPECT_TOLERANCE, one_pixel):
+        raise ExchangeError(
+            f"{collector.path}: annotations of an image of {size[0]} x {size[1]} pixels, this one has "
+            f"{picture.size[0]} x {picture.size[1]}; they belong to another image, or to a part of it"
+        )
+    collector.warnings.append(
+        f"{collector.path}: drawn on a picture of {size[0]} x {size[1]} pixels; enlarged {x:.4g} times to the "
+        f"image's {picture.size[0]} x {picture.size[1]}"
+    )
+    return x, y
+
+
+class _Reader:
+    """Reads the annotations of an image."""
+
+    def __init__(
+        self, collector: Collector, categories: Mapping[str, Mapping[str, Any]], scale: tuple[float, float]
+    ) -> None:
+        self._collector = collector
+        self._categories = categories
+        self._scale = scale
+        self._left_px = _MAX_MASK_PX
+
+    def read(self, item: str, entry: object) -> None:
+        """Take one annotation in."""
+        if not isinstance(entry, dict):
+            raise ExchangeError(f"{item} is no object but a {type(entry).__name__}")
+        drawn = self._geometry(entry, item)
+        geometry = self._collector.shape(item, shapely.transform(drawn, lambda points: points * self._scale))
+        if geometry is None:
+            return
+        category = self._categories.get(_key(entry.get("category_id")), {})
+        choice = self._choice(entry, category)
+        self._collector.colour(choice.name, _colour(category.get("color")))
+        self._collector.add(item, Annotation(geometry=geometry, path_class=choice.name), choice)
+
+    def _choice(self, entry: Mapping[str, Any], category: Mapping[str, Any]) -> ClassChoice:
+        attributes = entry.get("attributes")
+        others = scalars({**(attributes if isinstance(attributes, dict) else {}), **entry}, _OWN)
+        if category.get("supercategory"):
+            others[_SUPER] = str(category["supercategory"])
+        identity = entry.get("category_id")
+        name = category.get("name")
+        fields: dict[str, str | None] = {_CATEGORY: str(name) if name else None}
+        if name is None and identity is not None:
+            others["category_id"] = str(identity)
+        for field in self._collector.fields.asked:
+            fields.setdefault(field, others.get(field))
+        return self._collector.choose(fields, {} if name else others)
+
+    def _geometry(self, entry: Mapping[str, Any], item: str) -> BaseGeometry:
+        drawn = entry.get("segmentation")
+        if isinstance(drawn, dict):
+            return self._mask(drawn, item)
+        if isinstance(drawn, list) and drawn:
+            polygons = [_polygon(part, item) for part in (drawn if isinstance(drawn[0], list) else [drawn])]
+            # Parts of an object that a coarser one hides; where they overlap they are one.
+            return polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)
+        corners = entry.get("bbox")
+        if not isinstance(corners, list) or len(corners) != 4:
+            raise ExchangeError(f"{item} has neither a segmentation nor a box")
+        x, y, width, height = np.array(corners, np.float64).tolist()
+        if not math.isfinite(x + y + width + height):
+            raise ExchangeError(f"{item} has a box whose corner is not a number")
+        return box(x, y, x + width, y + height)
+
+    def _mask(self, drawn: Mapping[str, Any], item: str) -> BaseGeometry:
+        height, width = (_side(side, item) for side in _pair(drawn.get("size"), item))
+        counts = drawn.get("counts")
+        runs = _uncompressed(counts) if isinstance(counts, str) else np.array(counts, np.int64)
+        if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+            raise ExchangeError(f"{item} has run lengths that do not cover its {width} x {height} pixels")
+        ends = np.cumsum(runs)
+        starts, ends = (ends - runs)[1::2], ends[1::2]
+        starts, ends = starts[ends > starts], ends[ends > starts]
+        if len(starts) == 0:
+            raise ExchangeError(f"{item} has run lengths that mark no pixel")
+        mask, left, top = self._window(starts, ends, height, item)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            parts = [shapely_shape(found) for found, _ in shapes(mask, mask=mask > 0, connectivity=4)]
+        moved = [shapely.transform(part, lambda points: np.add(points, (left, top))) for part in parts]
+        return moved[0] if len(moved) == 1 else MultiPolygon(moved)
+
+    def _window(
+        self, starts: NDArray[np.int64], ends: NDArray[np.int64], height: int, item: str
+    ) -> tuple[NDArray[np.uint8], int, int]:
+        """Draw runs, which go down the columns, into the smallest box that holds them."""
+        left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
+        is_within = starts // height == (ends - 1) // height
+        rows = (int((starts % height).min()), int(((ends - 1) % height).max()) + 1)
+        top, bottom = rows if is_within.all() else (0, height)
+        self._left_px -= (right - left) * (bottom - top)
+        if self._left_px < 0:
+            raise ExchangeError(f"{item} asks for more than the {_MAX_MASK_PX:,} pixels of masks that a file may hold")
+        mask = np.zeros((right - left, bottom - top), np.uint8)
+        flat, tall = mask.reshape(-1), bottom - top
+        begins = (starts // height - left) * tall + starts % height - top
+        for begin, length in zip(begins.tolist(), (ends - starts).tolist(), strict=True):
+            flat[begin : begin + length] = 1
+        return np.ascontiguousarray(mask.T), left, top
+
+
+def _polygon(values: object, item: str) -> Polygon:
+    corners = np.array(values, np.float64)
+    if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6:
+        raise ExchangeError(f"{item} has a polygon of {corners.size} numbers; it takes 3 corners or more")
+    if not np.isfinite(corners).all():
+        raise ExchangeError(f"{item} has a coordinate that is not a number")
+    return Polygon(corners.reshape(-1, 2))
+
+
+def _pair(value: object, item: str) -> Sequence[object]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ExchangeError(f"{item} has run lengths without the size of their mask")
+    return value
+
+
+def _side(value: object, item: str) -> int:
+    if not isinstance(value, int) or not 0 < value < 2**31:
+        raise ExchangeError(f"{item} has a mask of the size {str(value)[:20]}")
+    return int(value)
+
+
+def _uncompressed(text: str) -> NDArray[np.int64]:
+    """Run lengths of their text: groups of five bits, the lowest first; differences from the last but one."""
+    return np.array(list(_differences(text)), np.int64)
+
+
+def _differences(text: str) -> Iterator[int]:
+    before = [0, 0]
+    value = shift = place = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 35:
+            raise ValueError("run lengths whose text is damaged")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        # The first three stand for themselves.
+        length = value + (before[0] if place > 2 else 0)
+        yield length
+        before = [before[1], length]
+        value, shift, place = 0, 0, place + 1
+    if shift:
+        raise ValueError("run lengths whose text is cut short")
+
+
+def _colour(value: object) -> Colour | None:
+    if isinstance(value, list) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
+        return Colour(*(min(max(int(band), 0), 255) for band in value[:3]))
+    try:
+        return Colour.from_hex(value) if isinstance(value, str) else None
+    except ClassMapError:
+        return None
