@@ -339,9 +339,9 @@ def test_a_damaged_run_is_named(project: FakeProject) -> None:
     cases = [
         (good[:-40], "is damaged"),
         (json.dumps(data), "is damaged .*does not have the digest"),
-        (json.dumps({**data, "format": "darefine-run/9"}), "format 'darefine-run/9', expected 'darefine-run/1'"),
+        (json.dumps({**data, "format": "darefine-run/9"}), "format 'darefine-run/9', expected 'darefine-run/2'"),
         ("[]", "format None"),
-        (json.dumps({**json.loads(good), "id": 3}), "not all texts"),
+        (json.dumps({**json.loads(good), "id": 3}), "is damaged .*id is 3"),
     ]
     for text, message in cases:
         path.write_text(text)

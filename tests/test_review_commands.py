@@ -116,23 +116,32 @@ def test_a_damaged_run_is_left_out_of_the_list(run: Run, folder: Path) -> None:
     assert list(json.loads(out)["errors"]) == [path.name]
 
 
-def test_undo_passes_a_damaged_run_of_its_batch_and_stops_at_a_later_one(run: Run, folder: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_undo_passes_a_damaged_run_of_its_call(run: Run, folder: Path, number: int) -> None:
     with open_project(folder, engine="embedded") as project:
         predict(project, "m2", 10)
-    paths = sorted((folder / "darefine" / "runs").iterdir())
-    former = [path.read_bytes() for path in paths]
-    damage(paths[5])
-    code, _, err = run("undo", folder)
-    assert code == 2
-    assert "The last run cannot be undone" in err
-    paths[5].write_bytes(former[5])
-    damage(paths[4])
+    path = sorted((folder / "darefine" / "runs").iterdir())[3 + number]
+    damage(path)
     code, out, _ = run("undo", folder, "--json")
     assert code == 2
     assert [(item["image"], item["removed"], item["added"]) for item in json.loads(out)["undone"]] == [
-        ("1", 1, 1), ("3", 1, 1),
-    ]  # fmt: skip
-    assert list(json.loads(out)["errors"]) == [paths[4].name]
+        (image, 1, 1) for image in "123" if image != "123"[number]
+    ]
+    assert list(json.loads(out)["errors"]) == [path.name]
+
+
+def test_undo_does_not_take_back_another_call_than_the_last(run: Run, folder: Path) -> None:
+    with open_project(folder, engine="embedded") as project:
+        write_back(project, project.image("3"), [], model="m2", classes=CLASSES)
+    path = sorted((folder / "darefine" / "runs").iterdir())[3]
+    path.write_text("{}")
+    code, _, err = run("undo", folder)
+    assert code == 2
+    assert f"The last run cannot be undone: {path} has the format None" in err
+    code, out, err = run("undo", folder, "000001-1", "--json")
+    assert [item["image"] for item in json.loads(out)["undone"]] == ["1", "2"]
+    assert code == 2
+    assert f"Error: {path.name}: " in err
 
 
 def test_overlay_passes_a_damaged_map(run: Run, folder: Path) -> None:

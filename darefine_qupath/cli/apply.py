@@ -49,8 +49,8 @@ from darefine_qupath.review import (
     WriteOptions,
     clear_places,
     compare,
-    list_runs,
     mark_places,
+    run_states,
     write_page,
 )
 from darefine_qupath.review import (
@@ -367,17 +367,26 @@ def _score_table(what: str, matrices: Sequence[tuple[str, ConfusionMatrix]], nam
 @image_option
 @json_option
 def runs(project: Path, images: tuple[str, ...], as_json: bool) -> None:
-    """List the runs of PROJECT: what was predicted when, by which model, and whether it stands."""
+    """List the runs of PROJECT: what was predicted when, by which model, and whether it stands.
+
+    A run is done, undone, or overwritten: gone with data that was restored, or saved in QuPath, from a state before it.
+    """
     failures = Failures()
     with open_project(project, engine="embedded") as opened:
         wanted = {opened.image(name).id for name in images}
-        found = [run for run in list_runs(opened, on_error=failures.add) if not wanted or run.image in wanted]
+        found = [
+            (run, state)
+            for run, state in run_states(opened, on_error=failures.add)
+            if not wanted or run.image in wanted
+        ]
     if as_json:
-        keys = ("id", "batch", "image", "image_name", "model", "date", "state")
-        listed = [{**{k: getattr(run, k) for k in keys}, "objects": len(run.objects)} for run in found]
+        keys = ("id", "batch", "image", "image_name", "model", "date")
+        listed = [
+            {**{k: getattr(run, k) for k in keys}, "state": state, "objects": len(run.objects)} for run, state in found
+        ]
         echo_json({"runs": listed, **failures.to_json()})
     else:
-        rows = [(run.id, run.image_name, run.date, run.model, str(len(run.objects)), run.state) for run in found]
+        rows = [(run.id, run.image_name, run.date, run.model, str(len(run.objects)), state) for run, state in found]
         table(["run", "image", "date", "model", "objects", "state"], rows)
     failures.end()
 
@@ -494,6 +503,8 @@ def _show_review(report: ReviewReport, failures: Failures, *, as_json: bool) -> 
     table(["class", *outcomes], [*by_class, ("all", *(str(report.counts[o]) for o in outcomes))])
     by_image = [(image.image_name, *(str(image.counts[o]) for o in outcomes)) for image in report.images]
     table(["image", *outcomes], by_image)
+    for line in report.notes():
+        note(f"Warning: {line}")
     agreement = {name: value for name, value in report.iou.items() if value is not None}
     if agreement:
         table(["class", "IoU of what was reviewed"], [(name, number(value)) for name, value in agreement.items()])

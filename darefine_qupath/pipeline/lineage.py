@@ -13,7 +13,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import read_header
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.review import list_runs, manual_annotations, reviewed_annotations
+from darefine_qupath.review import manual_annotations, reviewed_annotations, run_states
 
 __all__ = ["MODEL_FILE", "Labels", "Learnt", "former_model", "summary"]
 
@@ -77,7 +77,7 @@ def summary(objects: Mapping[str, Objects]) -> dict[str, Any]:
 
 
 def former_model(project: Project) -> Path | None:
-    """Model file of the newest prediction in a project.
+    """Model file of the newest prediction that stands in a project.
 
     Parameters
     ----------
@@ -89,10 +89,10 @@ def former_model(project: Project) -> Path | None:
     Path or None
         None where nothing has been predicted, or the file is gone or has become another model; that is logged.
     """
-    done = [run for run in list_runs(project) if run.state == "done"]
+    done = [run for run, state in run_states(project, on_error=_pass_over) if state == "done"]
     if not done:
         return None
-    newest = max(done, key=lambda run: run.id)
+    newest = max(done, key=lambda run: run.order)
     path = Path(str(newest.parameters.get(MODEL_FILE, "")))
     try:
         found = read_header(path).model_id if path.name else None
@@ -107,3 +107,7 @@ def former_model(project: Project) -> Path | None:
         )
         return None
     return path
+
+
+def _pass_over(_: str, error: DarefineError) -> None:
+    _log.warning("%s", error)

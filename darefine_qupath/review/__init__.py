@@ -7,7 +7,7 @@ from darefine_qupath.review.page import write_page
 from darefine_qupath.review.places import MapLayers, Place, clear_places, mark_places, next_places
 from darefine_qupath.review.runs import OnError, Run, RunObject, list_runs
 from darefine_qupath.review.scripts import install_scripts, script_names
-from darefine_qupath.review.takeback import undo
+from darefine_qupath.review.takeback import run_states, undo
 from darefine_qupath.review.writeback import (
     RunResult,
     WriteOptions,
@@ -43,6 +43,7 @@ __all__ = [
     "next_places",
     "plan_write",
     "reviewed_annotations",
+    "run_states",
     "script_names",
     "survey",
     "undo",

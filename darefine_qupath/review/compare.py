@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 import numpy as np
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from darefine_qupath.project import ImageEntry, Project
 
-__all__ = ["NOTHING", "OUTCOMES", "ImageReview", "ObjectReview", "Outcome", "ReviewReport", "compare"]
+__all__ = ["NOTHING", "OUTCOMES", "ImageReview", "Lost", "ObjectReview", "Outcome", "ReviewReport", "compare"]
 
 Outcome: TypeAlias = Status | Literal["drawn"]
 
@@ -71,6 +71,13 @@ class ObjectReview:
     confidence: float | None
 
 
+class Lost(NamedTuple):
+    """A run that was overwritten, and how many objects it had written."""
+
+    run: str
+    num_objects: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageReview:
     """The review of one image.
@@ -80,7 +87,7 @@ class ImageReview:
     image, image_name : str
         Entry id and name.
     run : str
-        The last run.
+        The run that the image's data was saved from; empty where there is none.
     mpp : float or None
         Micrometres per level-0 pixel.
     objects : tuple of ObjectReview
@@ -89,6 +96,8 @@ class ImageReview:
         Rows and columns of `confusion`; the last is `NOTHING`.
     confusion : ConfusionMatrix
         Square level-0 pixels by final and predicted class, of what was reviewed; nobody vouches for the rest.
+    overwritten : tuple of Lost
+        Later runs that vanished with the data they stood in; nothing of them counts as rejected.
     """
 
     image: str
@@ -98,6 +107,7 @@ class ImageReview:
     objects: tuple[ObjectReview, ...]
     classes: tuple[str, ...]
     confusion: ConfusionMatrix
+    overwritten: tuple[Lost, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,7 +124,7 @@ class ReviewReport:
     project : str
         Its name.
     images : tuple of ImageReview
-        Every image that has a run.
+        Every image that has a run or objects of one, or that had one until its data was overwritten.
     classes : tuple of str
         Rows and columns of `confusion`; the last is `NOTHING`.
     confusion : ConfusionMatrix
@@ -147,6 +157,16 @@ class ReviewReport:
         pairs = zip(self.classes[:-1], values, strict=False)
         return {name: None if math.isnan(value) else float(value) for name, value in pairs}
 
+    def notes(self) -> Iterator[str]:
+        """Say of every image whose data was overwritten what that means; one line each."""
+        for image in self.images:
+            if image.overwritten:
+                runs = ", ".join(f"{lost.run} ({lost.num_objects} objects)" for lost in image.overwritten)
+                yield (
+                    f"{image.image_name}: overwritten, not rejected: run {runs}. The image was restored, or saved in "
+                    f"QuPath, from a state before it; predict again writes it"
+                )
+
     def areas_mm2(self) -> dict[str, dict[str, float]]:
         """Square millimetres per class, predicted and final; images of unknown pixel size are left out."""
         found: dict[str, dict[str, float]] = {}
@@ -175,7 +195,13 @@ class ReviewReport:
                 "confusion_px2": self.confusion.counts.tolist(),
             },
             "images": [
-                {"image": image.image, "name": image.image_name, "run": image.run, "counts": image.counts}
+                {
+                    "image": image.image,
+                    "name": image.image_name,
+                    "run": image.run,
+                    "counts": image.counts,
+                    "overwritten": [lost._asdict() for lost in image.overwritten],
+                }
                 for image in self.images
             ],
         }
@@ -237,7 +263,9 @@ def compare(
         If an image's data are.
     """
     found = for_images(project.images if images is None else images, lambda image: survey(project, image), on_error)
-    reviews = tuple(_image_review(image, state) for image, state in found if state.run is not None)
+    reviews = tuple(
+        _image_review(image, state) for image, state in found if state.run or state.ours or state.past.overwritten
+    )
     names = dict.fromkeys(name for review in reviews for name in review.classes[:-1])
     classes = (*sorted(names), NOTHING)
     total = ConfusionMatrix.merged([ConfusionMatrix.empty(len(classes)), *(_spread(item, classes) for item in reviews)])
@@ -245,18 +273,19 @@ def compare(
 
 
 def _image_review(image: ImageEntry, state: Survey) -> ImageReview:
-    assert state.run is not None
-    known = set(state.run.known)
-    drawn = [record for record in state.theirs if record.id not in known and _is_drawn(record)]
+    last = state.run or next(iter(state.past.overwritten), None)
+    known = set() if last is None else set(last.known)
+    drawn = [record for record in state.theirs if last and record.id not in known and _is_drawn(record)]
     classes, confusion = _agreement(state.ours, drawn)
     return ImageReview(
         image=image.id,
         image_name=image.name,
-        run=state.run.id,
-        mpp=image.mpp if state.run.mpp is None else state.run.mpp,
+        run="" if state.run is None else state.run.id,
+        mpp=image.mpp if last is None or last.mpp is None else last.mpp,
         objects=(*(_object_review(item) for item in state.ours), *(_drawn_review(record) for record in drawn)),
         classes=classes,
         confusion=confusion,
+        overwritten=tuple(Lost(run.id, len(run.added)) for run in state.past.overwritten),
     )
 
 

@@ -7,6 +7,8 @@ commands add them to every object.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -17,17 +19,17 @@ import shapely
 
 from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.limits import wording
-from darefine_qupath.review.runs import OnError, Run, RunObject, digest_of, latest, recent_runs, save_run
+from darefine_qupath.review.history import WITNESS, History, history_of
+from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digest_of, read_run, run_files
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.annotations import Annotation
-    from darefine_qupath.project import ImageEntry, Project
+    from darefine_qupath.project import ImageEntry, ImageState, Project
 
 __all__ = [
     "CLASS",
-    "DIGEST",
     "MARK",
     "MODEL",
     "PLACE",
@@ -39,10 +41,15 @@ __all__ = [
     "survey",
 ]
 
+_log = logging.getLogger(__name__)
+
 _Found = TypeVar("_Found")
 
-RUN, MODEL, CLASS, DIGEST = "darefine.run", "darefine.model", "darefine.class", "darefine.digest"
-"""Metadata that every object of ours carries."""
+TOLERANCE = 0.006
+"""Level-0 pixels by which a vertex may differ in an outline that nobody changed: QuPath keeps 0.01 px."""
+
+RUN, MODEL, CLASS = WITNESS, "darefine.model", "darefine.class"
+"""Metadata that every object of ours carries, beside its digest."""
 
 MARK = "darefine.review"
 """Metadata (or measurement, 1 or -1) by which a script accepts or rejects an object."""
@@ -82,7 +89,11 @@ class Survey:
     Attributes
     ----------
     run : Run or None
-        The last run that stands; None where nothing was predicted.
+        The run that the image's data was written by, or saved from; None where there is none.
+    past : History
+        That run, and those after it which do not stand.
+    state : ImageState
+        What is stored for the image.
     ours : tuple of Reviewed
         Everything we ever wrote that we did not take back, containers left out.
     containers : tuple of Reviewed
@@ -94,6 +105,8 @@ class Survey:
     """
 
     run: Run | None
+    past: History
+    state: ImageState
     ours: tuple[Reviewed, ...]
     containers: tuple[Reviewed, ...]
     theirs: tuple[Annotation, ...]
@@ -146,7 +159,7 @@ def for_images(
             yield image, found
 
 
-def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation] | None = None) -> Survey:
+def survey(project: Project, image: ImageEntry, *, state: ImageState | None = None) -> Survey:
     """Sort the objects of an image by whom they belong to.
 
     Parameters
@@ -155,8 +168,8 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
         Open project.
     image : ImageEntry
         One of its images.
-    objects : sequence of Annotation, optional
-        Its objects, where they have been read already.
+    state : ImageState, optional
+        What is stored for it, where that has been read already.
 
     Returns
     -------
@@ -168,17 +181,20 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
     ReviewError
         If a run's file is damaged.
     """
-    objects = project.objects(image) if objects is None else objects
-    runs = tuple(settled(run, objects) for run in recent_runs(project, image))
-    run = latest(runs)
+    state = project.state(image) if state is None else state
+    past, run = _without_false_rejections(project, image, history_of(project, image, state))
+    objects = state.objects
     now = {record.id: record for record in objects}
     used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
-    written = [] if run is None else [*run.objects, *run.adopted]
-    known = {item.id for item in written}
-    written += [_unrecorded(record) for record in objects if _is_ours(record) and record.id not in known]
-    found = [Reviewed(item, now.get(item.id), _status(item, now.get(item.id), used)) for item in written]
+    written = {} if run is None else {item.id: item for item in (*run.objects, *run.adopted)}
+    strangers = [record for record in objects if _is_ours(record) and record.id not in written]
+    written |= _Origins(project, image, past, now).of(strangers)
+    pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or past.is_seen]
+    found = [
+        Reviewed(item, current, status) for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
+    ]
     known = {item.written.id for item in found}
-    found += [Reviewed(item, None, "rejected") for item in _rejections(runs) if item.id not in known]
+    found += [Reviewed(item, None, "rejected") for item in _rejections(run, past) if item.id not in known]
     # A container that was given a class is an annotation like any other.
     found = [item for item in found if item.written.role == "region" or not _is_classified(item.current)]
     ids = {item.written.id for item in found}
@@ -187,36 +203,13 @@ def survey(project: Project, image: ImageEntry, *, objects: Sequence[Annotation]
     ids.update(record.id for record in places)
     return Survey(
         run=run,
+        past=past,
+        state=state,
         ours=tuple(item for item in found if item.written.role == "region"),
         containers=tuple(item for item in found if item.written.role == "container"),
         theirs=tuple(record for record in objects if record.id not in ids),
         places=places,
     )
-
-
-def settle(project: Project, image: ImageEntry, objects: Sequence[Annotation]) -> None:
-    """Write down how runs ended that were cut off between the project and their file."""
-    for run in recent_runs(project, image):
-        now = settled(run, objects)
-        if now is not run:
-            save_run(project, now)
-
-
-def settled(run: Run, objects: Iterable[Annotation]) -> Run:
-    """Return the run as the project says it ended.
-
-    A run's file is written before the project and again after it; a project is written as a whole or not at all.
-    """
-    if run.state not in ("pending", "undoing"):
-        return run
-    present = {record.id for record in objects}
-    if run.state == "pending":
-        removed = {item.id for item in run.replaced}
-        applied = any(item.id in present for item in run.added) if run.added else not removed & present
-        return replace(run, state="done" if applied else "undone")
-    restored = {item.id for item in run.replaced}
-    undone = not present & set(run.undoing) if run.undoing else restored <= present
-    return replace(run, state="undone" if undone else "done", undoing=())
 
 
 def _is_ours(record: Annotation) -> bool:
@@ -227,42 +220,111 @@ def _is_classified(record: Annotation | None) -> bool:
     return record is not None and record.path_class is not None
 
 
+def _without_false_rejections(project: Project, image: ImageEntry, past: History) -> tuple[History, Run | None]:
+    """Take back what a run of before there were witnesses calls rejected though all of a run was gone at once."""
+    run = past.current
+    if run is None or run.number or not run.rejected:
+        return past, run
+    rejected = {item.id for item in run.rejected}
+    names = {item.record.metadata.get(RUN) for item in run.rejected}
+    files = [file for file in run_files(project, image) if file.id in names]
+    gone = [former for former in _readable(files) if {item.id for item in former.added} <= rejected]
+    lost = {item.id for former in gone for item in former.added}
+    run = replace(run, rejected=tuple(item for item in run.rejected if item.id not in lost))
+    return replace(past, overwritten=(*gone, *past.overwritten)), run
+
+
+def _readable(files: Iterable[RunFile]) -> list[Run]:
+    found = []
+    for file in files:
+        try:
+            found.append(read_run(file.path))
+        except ReviewError as error:
+            _log.warning("%s", error)
+    return found
+
+
+class _Origins:
+    """Finds out what objects were when we wrote them that say they are ours, but that the current run does not list.
+
+    Duplicating an object in QuPath copies its metadata: such a copy is nobody's but the pathologist's.
+    """
+
+    def __init__(self, project: Project, image: ImageEntry, past: History, now: Mapping[UUID, Annotation]) -> None:
+        self._files = {file.id: file for file in run_files(project, image)}
+        self._runs = {run.id: run for run in (*past.undone, *past.overwritten)}
+        if past.current is not None:
+            self._runs[past.current.id] = past.current
+        self._records: dict[str, dict[UUID, RunObject] | None] = {}
+        holders = dict(now)
+        for run in self._runs.values():
+            holders.update({item.id: item.record for item in (*run.objects, *run.rejected, *run.replaced)})
+        self._holders = Counter(record.metadata.get(DIGEST) for record in holders.values())
+
+    def of(self, strangers: Sequence[Annotation]) -> dict[UUID, RunObject]:
+        """Objects as they were written, by identity; copies are not among them."""
+        found = {record.id: self._origin(record) for record in strangers}
+        return {key: item for key, item in found.items() if item is not None}
+
+    def _origin(self, record: Annotation) -> RunObject | None:
+        if digest_of(record) == record.metadata[DIGEST]:
+            return _unrecorded(record)
+        listed = self._listed(record.metadata[RUN])
+        if listed is not None:
+            return listed.get(record.id)
+        # With another digest it was edited, and is taken for the pathologist's as it is.
+        is_copy = self._holders[record.metadata[DIGEST]] > 1
+        return None if is_copy else _unrecorded(replace(record, geometry=None))
+
+    def _listed(self, run_id: str) -> dict[UUID, RunObject] | None:
+        """Objects that a run wrote; None where its file is gone or damaged."""
+        if run_id not in self._records:
+            run = self._runs.get(run_id)
+            if run is None and run_id in self._files:
+                run = next(iter(_readable([self._files[run_id]])), None)
+            self._records[run_id] = None if run is None else {item.id: item for item in run.objects}
+        return self._records[run_id]
+
+
 def _unrecorded(record: Annotation) -> RunObject:
     """Take from its metadata what is known of an object of ours whose run has no file."""
     training_class = record.metadata.get(CLASS, "")
-    same = digest_of(record) == record.metadata[DIGEST]
     return RunObject(
-        # With another digest it was edited, and is taken for the pathologist's as it is.
-        record=replace(record, locked=False) if same else replace(record, geometry=None),
+        record=replace(record, locked=False),
         training_class=training_class,
         role="region" if training_class else "container",
     )
 
 
-def _rejections(runs: Sequence[Run]) -> list[RunObject]:
-    """Rejected objects that the last standing run knows of, and those of runs that were undone since."""
-    run = latest(tuple(runs))
+def _rejections(run: Run | None, past: History) -> list[RunObject]:
+    """Rejected objects that the current run knows of, and those of runs that were undone since."""
     found = {} if run is None else {item.id: item for item in run.rejected}
-    for other in runs:
-        if other.state == "undone":
-            found.update({item.id: item for item in other.rejected})
+    for other in past.undone:
+        found.update({item.id: item for item in other.rejected})
     return list(found.values())
 
 
-def _status(item: RunObject, current: Annotation | None, used: set[UUID | None]) -> Status:
+def _statuses(pairs: Sequence[tuple[RunObject, Annotation | None]], used: set[UUID | None]) -> list[Status]:
+    same = _same_outlines(
+        [item.record.geometry for item, _ in pairs], [current and current.geometry for _, current in pairs]
+    )
+    return [_status(item, current, used, is_same=is_same) for (item, current), is_same in zip(pairs, same, strict=True)]
+
+
+def _status(item: RunObject, current: Annotation | None, used: set[UUID | None], *, is_same: bool) -> Status:
     if current is None:
         return "rejected"
     written = item.record
     if current.path_class != written.path_class:
         return "reclassified"
-    if written.geometry is None or not same_outline(written.geometry, current.geometry):
+    if not is_same:
         return "reshaped"
     if _mark(current) < 0:
         return "rejected"
     if current.locked or _mark(current) > 0:
         return "accepted"
     edited = (
-        digest_of(current) != digest_of(written)
+        (current.kind, current.name or "") != (written.kind, written.name or "")
         or current.colour is not None
         or _other(current.metadata) != _other(written.metadata)
         or (current.id in used and item.role == "region")
@@ -282,8 +344,14 @@ def _other(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in _OWN}
 
 
-def same_outline(first: BaseGeometry, second: BaseGeometry | None) -> bool:
-    """Whether two geometries are the same at QuPath's precision."""
-    if second is None:
-        return False
-    return bool(shapely.equals_exact(first, second, tolerance=0.006, normalize=True))
+def _same_outlines(first: Sequence[BaseGeometry | None], second: Sequence[BaseGeometry | None]) -> list[bool]:
+    """Whether pairs of geometries are the same at QuPath's precision; what has none is never the same."""
+    if not first:
+        return []
+    one, two = np.array(first, np.object_), np.array(second, np.object_)
+    same = shapely.equals_exact(one, two, tolerance=0)
+    # Engines and QuPath versions differ in where a ring starts and in the order of rings.
+    other = np.flatnonzero(~same)
+    same[other] = shapely.equals_exact(one[other], two[other], tolerance=TOLERANCE, normalize=True)
+    found: list[bool] = same.tolist()
+    return found

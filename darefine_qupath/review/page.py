@@ -65,6 +65,7 @@ def render_page(report: ReviewReport, *, classes: Iterable[PathClass] = ()) -> s
         _by_class(report, colours),
         "<h2>By slide</h2>",
         _by_slide(report),
+        *(f'<p class="note">{escape(note)}.</p>' for note in report.notes()),
         "<h2>Agreement</h2>",
         _agreement(report, colours),
     ]

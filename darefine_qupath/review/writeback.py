@@ -18,21 +18,31 @@ import shapely
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap, PathClass, is_ignored
-from darefine_qupath.errors import ReviewError
+from darefine_qupath.errors import ProjectChangedError, ReviewError
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import Yielded, areal, give_way
+from darefine_qupath.review.history import history_of, settle, witness_of
 from darefine_qupath.review.ours import (
     CLASS,
-    DIGEST,
     MODEL,
     RUN,
     RUNNER_UP,
     Reviewed,
     Survey,
-    settle,
     survey,
 )
-from darefine_qupath.review.runs import Run, RunObject, digest_of, new_run_id, save_run
+from darefine_qupath.review.runs import (
+    DIGEST,
+    Run,
+    RunObject,
+    digest_of,
+    next_number,
+    now_utc,
+    run_name,
+    save_run,
+    take_number,
+    with_packed,
+)
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -237,7 +247,8 @@ def plan_write(
     mpp = image.mpp if mpp is None else mpp
     found = survey(project, image)
     yielded, warnings = _yielded(polygons, found, classes, options, mpp)
-    run_id, date = new_run_id(project, image)
+    number = next_number(project)
+    run_id = run_name(number, image)
     maker = _Maker(run_id, image, model, classes, options)
     objects = maker.objects(yielded.polygons, found)
     untouched = {item.written.id: item.written for item in found.untouched}
@@ -250,19 +261,22 @@ def plan_write(
         image=image.id,
         image_name=image.name,
         model=model,
-        date=date,
+        date=now_utc(),
         state="pending",
+        number=number,
         mpp=mpp,
         parameters=dict(parameters or {}),
         objects=tuple(replace(untouched[key], kept=True) if item.kept else item for key, item in present.items()),
         adopted=tuple(item.written for item in _adopted(found)),
         rejected=tuple(item.written for item in found.rejected),
         replaced=tuple(gone),
-        known=found.run.known if found.run is not None else tuple(record.id for record in found.theirs),
+        known=_known(found),
+        basis=found.state.version,
+        former=witness_of(found.state),
     )
     return WritePlan(
         run=run,
-        changes=Changes(add=[item.record for item in run.added], remove=[item.id for item in gone]),
+        changes=_changes(run),
         classes=_new_classes(project, objects, classes),
         result=_result(run, found, yielded, warnings),
     )
@@ -273,6 +287,20 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
 
     Cut off anywhere, the next write or undo sees from the project how it ended.
 
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    image : ImageEntry
+        The image.
+    plan : WritePlan
+        From `plan_write`, for the image's data as it is now.
+
+    Returns
+    -------
+    RunResult
+        What was done; another run may have taken the planned one's number meanwhile.
+
     Raises
     ------
     ProjectChangedError
@@ -280,14 +308,58 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
     ProjectError
         If the project cannot be written.
     """
-    settle(project, image, project.objects(image))
-    save_run(project, plan.run)
+    state = project.state(image)
+    if state.version != plan.run.basis:
+        raise ProjectChangedError(
+            f"{image.name!r} changed since the prediction was laid out for it (QuPath or another program saved it); "
+            f"nothing was written, run it again"
+        )
+    settle(project, history_of(project, image, state))
+    plan = _numbered(plan, take_number(project), image)
+    run = with_packed(plan.run)
+    save_run(project, run)
     if plan.classes:
         project.set_classes([*project.classes, *plan.classes])
-    applied = project.apply(image, plan.changes)
+    applied = project.apply(image, plan.changes, version=plan.run.basis)
     backup = None if applied.backup is None else applied.backup.relative_to(project.folder).as_posix()
-    save_run(project, replace(plan.run, state="done", digest=applied.digest, backup=backup))
+    save_run(project, replace(run, state="done", digest=applied.digest, backup=backup))
     return replace(plan.result, warnings=(*plan.result.warnings, *applied.warnings))
+
+
+def _changes(run: Run) -> Changes:
+    return Changes(
+        add=[item.record for item in run.added],
+        remove=[item.id for item in run.replaced],
+        properties={RUN: run.id},
+    )
+
+
+def _numbered(plan: WritePlan, number: int, image: ImageEntry) -> WritePlan:
+    """Return the plan under the number that it got."""
+    if number == plan.run.number:
+        return plan
+    run_id, former = run_name(number, image), plan.run.id
+
+    def renamed(item: RunObject) -> RunObject:
+        record = item.record
+        return item if item.kept else replace(item, record=replace(record, metadata={**record.metadata, RUN: run_id}))
+
+    run = replace(
+        plan.run,
+        id=run_id,
+        number=number,
+        batch=run_id if plan.run.batch == former else plan.run.batch,
+        objects=tuple(renamed(item) for item in plan.run.objects),
+    )
+    return replace(plan, run=run, changes=_changes(run), result=replace(plan.result, run=run_id))
+
+
+def _known(found: Survey) -> tuple[UUID, ...]:
+    """Annotations that were there before the first run; what vanished with its data may have been drawn over since."""
+    former = found.run or next(iter(found.past.overwritten), None)
+    if former is not None:
+        return former.known
+    return tuple(record.id for record in found.theirs if record.kind == "annotation")
 
 
 def _adopted(found: Survey) -> tuple[Reviewed, ...]:

@@ -1,0 +1,165 @@
+"""Which run an image's data was saved from: what vanished with the data it stood in was not rejected.
+
+Every write puts its run's id among the image's properties, which QuPath keeps when it opens and saves an image. Data
+that bears the witness of a run was saved by someone who saw its objects: what is missing was rejected. Data that does
+not was saved, or restored, from a state before the run: the run was overwritten.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from darefine_qupath.errors import ReviewError
+from darefine_qupath.review.runs import Run, number_of, read_run, run_files, save_run
+
+if TYPE_CHECKING:
+    from darefine_qupath.project import ImageEntry, ImageState, Project
+
+__all__ = ["WITNESS", "History", "history_of", "settle", "standing", "witness_of"]
+
+_log = logging.getLogger(__name__)
+
+WITNESS = "darefine.run"
+"""Image property that says which run its data was written by, or saved from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The runs of an image, as its data tells.
+
+    Attributes
+    ----------
+    current : Run or None
+        The run that the data was written by, or saved from; None where there is none, or its file is gone.
+    is_seen : bool
+        Whether who saved the data saw the run's objects, so that what is missing was rejected.
+    undone : tuple of Run
+        Runs after it that were taken back, or never came into the project; oldest first.
+    overwritten : tuple of Run
+        Runs after it that vanished with the data they stood in; oldest first.
+    """
+
+    current: Run | None = None
+    is_seen: bool = False
+    undone: tuple[Run, ...] = ()
+    overwritten: tuple[Run, ...] = ()
+
+
+def witness_of(state: ImageState) -> str | None:
+    """Id of the run that an image's data bears the witness of."""
+    witness = state.properties.get(WITNESS)
+    return witness if number_of(witness) is not None else None
+
+
+def history_of(project: Project, image: ImageEntry, state: ImageState) -> History:
+    """Tell the runs of an image apart.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    image : ImageEntry
+        One of its images.
+    state : ImageState
+        What is stored for it.
+
+    Returns
+    -------
+    History
+        What came before the current run is in that run.
+
+    Raises
+    ------
+    ReviewError
+        If the file of the run that may be the current one is damaged.
+    """
+    witness = witness_of(state)
+    present = {record.id for record in state.objects}
+    since: list[Run] = []
+    for file in reversed(run_files(project, image)):
+        if witness is not None and file.id != witness and file.order[0] <= (number_of(witness) or 0):
+            break
+        is_current = file.id == witness
+        try:
+            run = read_run(file.path)
+        except ReviewError as error:
+            # Without a witness no run that has a number is the current one.
+            if is_current or (witness is None and not file.order[0]):
+                raise
+            _log.warning("%s", error)
+            continue
+        if run.image != image.id:
+            continue
+        if is_current or (witness is None and _is_there(run, present)):
+            seen = is_current or not run.number
+            return _history(since, run, is_seen=seen)
+        since.append(run)
+    return _history(since)
+
+
+def _history(since: list[Run], current: Run | None = None, *, is_seen: bool = False) -> History:
+    return History(
+        current=current,
+        is_seen=is_seen,
+        undone=tuple(run for run in reversed(since) if run.state != "done"),
+        overwritten=tuple(run for run in reversed(since) if run.state == "done" and (run.added or run.replaced)),
+    )
+
+
+def _is_there(run: Run, present: Collection[UUID]) -> bool:
+    """Whether objects say that data without a witness was saved from a run."""
+
+    def any_of(items: Collection[object]) -> bool:
+        return any(item.id in present for item in items)  # type: ignore[attr-defined]
+
+    if any_of(run.added):
+        return True
+    if run.number or run.state == "undone" or any_of(run.replaced):
+        return False
+    if run.state == "undoing":
+        return not run.undoing and bool(run.replaced)
+    if run.state == "pending":
+        return not run.added
+    # All of it gone at once is taken for overwritten: most likely nobody deleted every object by hand.
+    written = (*run.objects, *run.adopted)
+    return not written or any_of(written)
+
+
+def settle(project: Project, past: History) -> None:
+    """Write down how runs ended that were cut off, or came back, between the project and their file."""
+    for run in past.undone:
+        if run.state != "undone":
+            save_run(project, replace(run, state="undone", undoing=()))
+    if past.current is not None and past.current.state != "done":
+        save_run(project, replace(past.current, state="done", undoing=()))
+
+
+def standing(past: History, runs: Collection[Run]) -> frozenset[str]:
+    """Ids of an image's runs that its data stands on: the current one, the one before it, and so on.
+
+    Parameters
+    ----------
+    past : History
+        Of the image.
+    runs : collection of Run
+        All of the image's runs.
+    """
+    by_id = {run.id: run for run in runs}
+    found: set[str] = set()
+    run = past.current
+    while run is not None and run.id not in found:
+        found.add(run.id)
+        run = by_id.get(run.former or "")
+    if past.current is not None:
+        # Runs of before there were numbers do not say what they stood on.
+        gone = {run.id for run in past.overwritten}
+        found.update(
+            run.id
+            for run in runs
+            if not run.number and run.state == "done" and run.order < past.current.order and run.id not in gone
+        )
+    return frozenset(found)

@@ -1,0 +1,453 @@
+"""Vanished is not rejected: what a run wrote is judged by the state that the image's data was saved from."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import math
+import multiprocessing
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.errors import DarefineError, ProjectChangedError, ReviewError
+from darefine_qupath.review import (
+    apply_plan,
+    compare,
+    list_runs,
+    plan_write,
+    reviewed_annotations,
+    run_states,
+    survey,
+    undo,
+)
+from darefine_qupath.review import writeback as writing
+from darefine_qupath.review.ours import _statuses
+from darefine_qupath.review.runs import (
+    Run,
+    RunObject,
+    digest_of,
+    next_number,
+    read_run,
+    run_files,
+    runs_folder,
+    save_run,
+    take_number,
+)
+from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, polygon, square, write
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> FakeProject:
+    return FakeProject(tmp_path)
+
+
+def states(project: FakeProject) -> list[str]:
+    return [state for _, state in run_states(project)]
+
+
+def statuses(project: FakeProject) -> dict[str, int]:
+    found = [item.status for item in survey(project, SLIDE).ours]
+    return {status: found.count(status) for status in found}
+
+
+# -- what vanished
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_what_a_save_over_it_took_away_is_overwritten_and_written_again(project: FakeProject, drawn: int) -> None:
+    mine = project.draw(square(0, 5000), "Benign")
+    former = project.state(SLIDE)
+    first = write(project, grid(3))
+    project.save_from(former, **{"new": replace(mine, id=uuid4(), geometry=square(0, 7000))} if drawn else {})
+    report = compare(project)
+    assert {name: count for name, count in report.counts.items() if count} == ({"drawn": 1} if drawn else {})
+    assert [line.split(":")[0] for line in report.notes()] == ["slide.svs"]
+    assert f"overwritten, not rejected: run {first.run} (3 objects)" in next(report.notes())
+    assert reviewed_annotations(project, SLIDE).rejected == ()
+    assert states(project) == ["overwritten"]
+    with pytest.raises(ReviewError, match="There is no run to undo"):
+        undo(project)
+    with pytest.raises(ReviewError, match=f"Run '{first.run}' is not in the image any more"):
+        undo(project, first.run)
+    again = write(project, grid(3))
+    assert (again.added, again.rejected, again.suppressed) == (3, 0, 0)
+    assert states(project) == ["overwritten", "done"]
+    assert compare(project).counts["drawn"] == drawn
+
+
+def test_what_somebody_deleted_who_saw_it_is_rejected_even_all_of_it(project: FakeProject) -> None:
+    write(project, grid(3))
+    for record in ours(project):
+        project.delete(record.id)
+    assert statuses(project) == {"rejected": 3}
+    assert (write(project, grid(3)).added, len(ours(project))) == (0, 0)
+    assert states(project) == ["done", "done"]
+    undo(project)
+    undo(project)
+    assert write(project, grid(3)).added == 0
+
+
+def test_a_state_between_two_runs_is_that_of_the_first(project: FakeProject) -> None:
+    before = project.state(SLIDE)
+    first = write(project, grid(3))
+    project.delete(ours(project)[0].id)
+    seen = project.state(SLIDE)
+    second = write(project, grid(4, shift=30), model="m2")
+    for state in (seen, project.state(SLIDE)):
+        project.save_from(state)
+        assert statuses(project)["rejected"] == 1
+    project.save_from(seen)
+    found = survey(project, SLIDE)
+    assert (found.run and found.run.id, [run.id for run in found.past.overwritten]) == (first.run, [second.run])
+    assert statuses(project) == {"untouched": 2, "rejected": 1}
+    assert [result.removed for result in undo(project, dry_run=True)] == [2]
+    assert write(project, grid(4, shift=30), model="m2").suppressed == 1
+    project.save_from(before)
+    assert states(project) == ["overwritten"] * 3
+    assert write(project, grid(3)).added == 3
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_run_that_was_undone_and_restored_is_the_current_one_again(project: FakeProject, edited: bool) -> None:
+    write(project, grid(3))
+    if edited:
+        project.delete(ours(project)[0].id)
+    seen = project.state(SLIDE)
+    undo(project)
+    assert (states(project), ours(project)) == (["undone"], [])
+    project.save_from(seen)
+    assert states(project) == ["done"]
+    assert statuses(project) == ({"untouched": 2, "rejected": 1} if edited else {"untouched": 3})
+    assert sum(compare(project).counts.values()) == 3
+    assert [result.removed for result in undo(project)] == [2 if edited else 3]
+    assert (states(project), ours(project)) == (["undone"], [])
+
+
+def test_objects_are_known_though_every_run_was_undone_and_no_witness_is_there(project: FakeProject) -> None:
+    write(project, grid(3))
+    seen = project.state(SLIDE)
+    undo(project)
+    # Brought back through another file, of which one object was left out.
+    project.save_from(replace(seen, objects=seen.objects[1:], properties={}))
+    assert statuses(project) == {"untouched": 2}
+    assert compare(project).counts["untouched"] == 2
+    assert [result.removed for result in undo(project)] == [2]
+    assert ours(project) == []
+
+
+def test_undo_puts_the_witness_back(project: FakeProject) -> None:
+    witnesses = [project.properties.get(SLIDE.id, {}).get("darefine.run")]
+    for shift in (0.0, 0.0, 30.0):
+        witnesses.append(write(project, grid(2, shift=shift)).run)
+        assert project.properties[SLIDE.id]["darefine.run"] == witnesses[-1]
+    for witness in reversed(witnesses[:-1]):
+        undo(project)
+        assert project.properties[SLIDE.id].get("darefine.run") == witness
+
+
+def test_an_image_that_was_duplicated_with_its_data_lost_nothing(project: FakeProject) -> None:
+    write(project, grid(3))
+    copy = project.images[1]
+    project.stored[copy.id] = project.stored[SLIDE.id][1:]
+    project.properties[copy.id] = dict(project.properties[SLIDE.id])
+    found = survey(project, copy)
+    assert [item.status for item in found.ours] == ["untouched"] * 2
+    assert (found.past.overwritten, found.theirs) == ((), ())
+
+
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(choice=st.data())
+def test_whatever_state_comes_back_nothing_that_vanished_is_rejected(
+    choice: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project = FakeProject(tmp_path_factory.mktemp("project"))
+    kept = [project.state(SLIDE)]
+    deleted: dict[str, set[object]] = {kept[0].version: set()}
+    for _ in range(choice.draw(st.integers(1, 6))):
+        step = choice.draw(st.sampled_from(["predict", "delete", "undo", "restore"]))
+        gone = set(deleted[project.state(SLIDE).version])
+        if step == "predict":
+            write(project, grid(3, shift=choice.draw(st.sampled_from([0.0, 450.0]))))
+        elif step == "delete" and ours(project):
+            record = choice.draw(st.sampled_from(ours(project)))
+            project.delete(record.id)
+            gone.add(record.id)
+        elif step == "undo" and "done" in states(project):
+            undo(project)
+        elif step == "restore":
+            state = choice.draw(st.sampled_from(kept))
+            project.save_from(state)
+            gone = set(deleted[state.version])
+        kept.append(project.state(SLIDE))
+        deleted[kept[-1].version] = deleted.get(kept[-1].version, set()) | gone
+        rejected = {item.written.id for item in survey(project, SLIDE).rejected}
+        assert rejected <= set().union(*deleted.values())
+
+
+# -- runs of before there were witnesses
+
+
+def first_form(run: Run, names: dict[str, str]) -> dict[str, Any]:
+    """As the first version wrote it."""
+
+    def item(found: RunObject) -> dict[str, Any]:
+        record = found.record
+        metadata = {**record.metadata, "darefine.run": names[record.metadata["darefine.run"]]}
+        return {
+            "id": str(record.id), "class": record.path_class, "training_class": found.training_class,
+            "role": found.role, "kept": found.kept, "kind": record.kind, "name": record.name,
+            "digest": digest_of(record), "parent": None, "measurements": dict(record.measurements),
+            "metadata": metadata, "roi": None, "plane": [-1, 0, 0], "class_probability": None,
+            "wkb": base64.b64encode(zlib.compress(shapely.to_wkb(record.geometry))).decode(),
+        }  # fmt: skip
+
+    lists = {
+        name: [item(each) for each in getattr(run, name)] for name in ("objects", "adopted", "rejected", "replaced")
+    }
+    texts = {name: getattr(run, name) for name in ("image", "image_name", "model", "date", "state", "mpp")}
+    return {
+        "format": "darefine-run/1", "id": names[run.id], "batch": names[run.id], **texts, "parameters": {},
+        "known": [str(key) for key in run.known], "undoing": [], "digest": None, "backup": None, **lists,
+    }  # fmt: skip
+
+
+def as_before(project: FakeProject) -> None:
+    """Make runs and data those of before there were numbers and witnesses."""
+    runs = list_runs(project)
+    names = {run.id: f"20250101T0000{number:02d}.000000Z-{run.image}" for number, run in enumerate(runs)}
+    for file in run_files(project):
+        file.path.unlink()
+    (project.folder / "darefine" / "last-run").unlink()
+    for run in runs:
+        text = json.dumps(first_form(run, names))
+        (runs_folder(project) / f"{names[run.id]}.json").write_text(text)
+    project.properties.clear()
+    for image, records in project.stored.items():
+        project.stored[image] = tuple(
+            replace(r, metadata={**r.metadata, "darefine.run": names[r.metadata["darefine.run"]]})
+            if "darefine.run" in r.metadata else r
+            for r in records
+        )  # fmt: skip
+
+
+def test_a_run_of_the_first_version_is_read(project: FakeProject, data: Path) -> None:
+    (path,) = (data / "runs").iterdir()
+    run = read_run(path)
+    assert (run.number, run.state, run.mpp, len(run.added)) == (0, "done", 0.5, 3)
+    assert [item.role for item in run.objects] == ["container", "region", "region"]
+    assert [item.record.geometry for item in run.objects[1:]] == [square(0, 1000), square(1000, 1000)]
+    runs_folder(project).mkdir(parents=True)
+    shutil.copy(path, runs_folder(project))
+    project.stored[SLIDE.id] = tuple(item.record for item in run.objects)
+    assert statuses(project) == {"untouched": 2}
+    assert [(result.run, result.removed) for result in undo(project)] == [(run.id, 3)]
+
+
+def test_runs_with_a_number_come_after_those_without(project: FakeProject) -> None:
+    for shift in (0.0, 20.0):
+        write(project, grid(2, shift=shift))
+    as_before(project)
+    former = [run.id for run in list_runs(project)]
+    result = write(project, grid(2, shift=40))
+    assert [run.id for run in list_runs(project)] == [*former, result.run]
+    assert [undo(project)[0].run for _ in range(3)] == [result.run, *reversed(former)]
+    assert ours(project) == []
+
+
+@pytest.mark.parametrize("deleted", [1, 3])
+def test_without_a_witness_only_all_of_a_run_at_once_is_overwritten(project: FakeProject, deleted: int) -> None:
+    write(project, grid(3))
+    as_before(project)
+    for record in ours(project)[:deleted]:
+        project.delete(record.id)
+    lost = deleted == 3
+    assert statuses(project) == ({} if lost else {"untouched": 2, "rejected": 1})
+    assert [line[:31] for line in compare(project).notes()] == (["slide.svs: overwritten, not rej"] if lost else [])
+    assert write(project, grid(3)).added == (3 if lost else 0)
+
+
+def test_what_the_first_version_called_rejected_though_a_whole_run_was_gone_comes_back(project: FakeProject) -> None:
+    write(project, grid(3))
+    for record in ours(project):
+        project.delete(record.id)
+    second = write(project, grid(3))
+    assert (second.added, second.rejected) == (0, 3)
+    as_before(project)
+    assert statuses(project) == {}
+    assert len(list(compare(project).notes())) == 1
+    assert write(project, grid(3)).added == 3
+
+
+def test_an_undone_run_of_the_first_version_that_is_there_again_is_current(project: FakeProject) -> None:
+    write(project, grid(3))
+    seen = project.stored[SLIDE.id]
+    undo(project)
+    project.stored[SLIDE.id] = seen
+    as_before(project)
+    assert statuses(project) == {"untouched": 3}
+    assert [result.removed for result in undo(project)] == [3]
+
+
+# -- versions and numbers
+
+
+def test_a_plan_for_another_state_is_refused(project: FakeProject) -> None:
+    write(project, grid(2))
+    plan = plan_write(project, SLIDE, grid(3, shift=30), model="m2", classes=CLASSES)
+    mine = project.draw(square(0, 5000), "Benign")
+    survey(project, SLIDE)
+    before = project.stored[SLIDE.id]
+    with pytest.raises(ProjectChangedError, match=r"'slide.svs' changed since the prediction was laid out"):
+        apply_plan(project, SLIDE, plan)
+    assert project.stored[SLIDE.id] == before
+    assert mine in before
+    assert [run.state for run in list_runs(project)] == ["done"]
+
+
+def test_an_edit_between_the_look_and_the_write_is_kept(project: FakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_write(project, SLIDE, grid(3), model="m1", classes=CLASSES)
+    taken = writing.take_number
+
+    def meanwhile(of: FakeProject) -> int:
+        project.draw(square(0, 5000), "Benign")
+        return taken(of)
+
+    monkeypatch.setattr(writing, "take_number", meanwhile)
+    with pytest.raises(ProjectChangedError, match="changed since it was read"):
+        apply_plan(project, SLIDE, plan)
+    assert len(project.stored[SLIDE.id]) == 1
+    assert statuses(project) == {}
+    assert states(project) == ["undone"]
+
+
+def test_runs_are_ordered_by_their_number_whatever_the_clock_says(
+    project: FakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for year in (2030, 2020, 2025):
+        monkeypatch.setattr(writing, "now_utc", lambda year=year: f"{year}-01-01T00:00:00+00:00")
+        found.append(write(project, grid(2, shift=year), model=f"m{year}").run)
+    assert [run.id for run in list_runs(project)] == found == ["000001-7", "000002-7", "000003-7"]
+    assert [undo(project)[0].run for _ in found] == found[::-1]
+    assert ours(project) == []
+
+
+def test_a_number_is_given_once(project: FakeProject) -> None:
+    write(project, grid(1))
+    run_files(project)[0].path.unlink()
+    assert next_number(project) == 2
+    plans = [plan_write(project, image, grid(1), model="m", classes=CLASSES) for image in project.images]
+    results = [apply_plan(project, *pair) for pair in zip(project.images, plans, strict=True)]
+    assert [result.run for result in results] == ["000002-7", "000003-8"]
+    assert [run.batch for run in list_runs(project)] == ["000002-7", "000003-8"]
+    for image, result in zip(project.images, results, strict=True):
+        assert project.properties[image.id]["darefine.run"] == result.run
+        assert {record.metadata["darefine.run"] for record in project.stored[image.id]} == {result.run}
+
+
+def _take(folder: str, count: int) -> list[int]:
+    project = FakeProject(Path(folder))
+    return [take_number(project) for _ in range(count)]
+
+
+def test_two_processes_take_different_numbers(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.starmap(_take, [(str(tmp_path), 10)] * 2)
+    assert sorted([*first, *second]) == list(range(1, 21))
+
+
+# -- damaged files
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_damaged_file_of_a_run_that_does_not_stand_is_passed_over(
+    project: FakeProject, which: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(project, grid(2))
+    write(project, grid(2, shift=30))
+    if which:
+        undo(project)
+    path = run_files(project)[which].path
+    path.write_text('{"format": "darefine-run/2", "id"')
+    errors: dict[str, DarefineError] = {}
+    assert len(undo(project, on_error=errors.__setitem__)) == 1
+    assert list(errors) == [path.name]
+    assert (path.name in caplog.text) == bool(which)
+
+
+def wrong_values(value: object) -> list[Any]:
+    wrong: list[Any] = [None, 3, 0.5, True, "x", [], [3], {}, {"a": 3}, [[[]]], -1, 10**400, "\ud800", math.inf]
+    return [each for each in wrong if type(each) is not type(value)]
+
+
+def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items):
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["this form", "first form"])
+def test_wrong_types_in_a_run_are_one_line_or_harmless(project: FakeProject, data: Path, first: bool) -> None:
+    write(project, [polygon(1, square(0, 0)), polygon(2, square(900, 0))])
+    write(project, [polygon(1, square(0, 0))])
+    path = next((data / "runs").iterdir()) if first else run_files(project)[1].path
+    good = json.loads(path.read_text())
+    target = path if not first else runs_folder(project) / path.name
+    for place in list(places(good)):
+        holder = json.loads(json.dumps(good))
+        inner = holder
+        for key in place[:-1]:
+            inner = inner[key]
+        for wrong in wrong_values(inner[place[-1]]):
+            inner[place[-1]] = wrong
+            target.write_text(json.dumps(holder))
+            with contextlib.suppress(ReviewError):
+                run = read_run(target)
+                save_run(project, run)
+                json.dumps(compare(project).to_json())
+
+
+# -- objects
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["with its run", "without"])
+@pytest.mark.parametrize("moved", [0.0, 500.0])
+def test_an_object_that_was_duplicated_counts_as_drawn(project: FakeProject, recorded: bool, moved: float) -> None:
+    write(project, grid(2))
+    first = ours(project)[0]
+    copy = project.draw(square(moved, 1000), first.path_class, metadata=dict(first.metadata), name=first.name)
+    if not recorded:
+        run_files(project)[0].path.unlink()
+    found = survey(project, SLIDE)
+    assert found.theirs == (copy,)
+    assert statuses(project) == {"untouched": 2}
+    if recorded:
+        assert compare(project).counts["drawn"] == 1
+    write(project, grid(3, shift=30), model="m2")
+    assert copy in project.objects(SLIDE)
+    assert survey(project, SLIDE).theirs == (copy,)
+
+
+@settings(deadline=None, max_examples=60)
+@given(length=st.floats(0.011, 0.6) | st.floats(0, 0.004), angle=st.floats(0, 6.3), whole=st.booleans())
+def test_an_outline_that_moved_by_more_than_rounding_is_reshaped(length: float, angle: float, whole: bool) -> None:
+    shape = shapely.Polygon([(0, 0), (400, 30), (430, 410), (20, 380)])
+    written = RunObject(record=Annotation(geometry=shape, path_class="Benign"), training_class="Benign")
+    points = shapely.get_coordinates(shape)[:-1]
+    points[slice(None) if whole else 0] += length * np.array([math.cos(angle), math.sin(angle)])
+    moved = replace(written.record, geometry=shapely.Polygon(np.roll(points, 2, axis=0)))
+    assert _statuses([(written, moved)], set()) == ["reshaped" if length > 0.01 else "untouched"]
