@@ -216,7 +216,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the file is missing, of another kind or version, or damaged.
+        If the file is missing, of another kind or version, or damaged, or has weights that are not finite.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -224,6 +224,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if _digest(state) != header.weights_sha256:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were saved; restore it from a copy")
+    wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{path} has weights that are not finite (NaN or infinite) in {wrong[0]}{more}: its training went wrong; "
+            f"take an earlier model file, or train again with a lower learning rate"
+        )
     try:
         return Checkpoint(
             state=state,

@@ -265,6 +265,18 @@ def test_one_flipped_bit_in_the_weights_is_noticed(file: Path, place: float) -> 
         load_checkpoint(file)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    state = dict(a_checkpoint().state)
+    name = next(name for name, tensor in state.items() if tensor.ndim == 4)
+    state[name] = state[name].to(dtype)
+    state[name][0, 0, 0, 0] = value
+    save_checkpoint(tmp_path / "m.safetensors", a_checkpoint(state=state))
+    with pytest.raises(CheckpointError, match=rf"m\.safetensors has weights that are not finite .* in {name}: "):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
 def test_a_checkpoint_that_contradicts_itself_is_not_made() -> None:
     with pytest.raises(CheckpointError, match=r"network of 2 classes cannot stand for the 1 classes \['a'\]"):
         a_checkpoint(classes=ClassMap(names=("a",)))

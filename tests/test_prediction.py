@@ -16,7 +16,7 @@ from shapely.geometry import Point, box
 
 from darefine_qupath.errors import MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.models import ModelConfig, Normalisation, build_model
+from darefine_qupath.models import ContextFeatures, ModelConfig, Normalisation, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, predict_slide, read_score_map
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles import TileSpec
@@ -364,6 +364,60 @@ def test_a_slice_that_never_fits_is_an_error(tmp_path: Path) -> None:
         predict_slide(
             array_slide(tmp_path, blobs((99, 99))), checkpoint(Starving()), out=tmp_path / "m", options=OPTIONS
         )
+
+
+class Overflowing(ColourNetwork):
+    """Holds numbers that float16 cannot, where it sees the second colour."""
+
+    def __init__(self, *, in_context: bool = False) -> None:
+        super().__init__()
+        self.in_context = in_context
+        self.loud = torch.nn.Conv2d(3, 3, 1, bias=False)
+        self.loud.weight.data = 6e4 * torch.eye(3)[:, :, None, None]
+
+    def _loudly(self, image_B3HW: torch.Tensor) -> torch.Tensor:
+        return self.loud(4 * image_B3HW) / 2.4e5
+
+    def encode_context(self, context_N3HW: torch.Tensor) -> ContextFeatures:
+        return super().encode_context(self._loudly(context_N3HW) if self.in_context else context_N3HW)
+
+    def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN201, N803
+        seen = slice_B3HW if self.in_context else self._loudly(slice_B3HW)
+        return super().decode(seen, context, index_B, box_B4) + 0 * context.of_slices(len(seen), index_B).pooled[0]
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("tta", [False, True])
+def test_what_overflows_in_16_bits_is_computed_again_in_32(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, in_context: bool, tta: bool
+) -> None:
+    slide = array_slide(tmp_path, blobs((300, 200)))
+    plain = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "plain", options=OPTIONS)
+    model = checkpoint(ColourNetwork())
+    model.build = lambda: Overflowing(in_context=in_context)
+    options = replace(OPTIONS, precision="fp16", tta=tta)
+    found = predict_slide(slide, model, out=tmp_path / "map", options=options)
+    assert "are not finite; computing their batch again in float32" in caplog.text
+    assert (found.read("class") == plain.read("class")).mean() > 0.99
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path, value: float) -> None:
+    class Faulty(ColourNetwork):
+        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202, N803
+            logits = super().decode(slice_B3HW, context, index_B, box_B4)
+            logits[:, 1][slice_B3HW[:, 1] < 0.1] = value
+            return logits
+
+    labels = np.ones((300, 300), np.uint8)
+    slide = array_slide(tmp_path, labels)
+    slide.pixels[200, 100] = 0
+    at = r"0123456789ab gives scores .*slide\.bin at Box\(x=\d+, y=1[4-9]\d, width=64, height=64\)"
+    for options in (OPTIONS, replace(OPTIONS, tta=True, map_stride=4)):
+        tiles = replace(SPEC, size_px=64)
+        with pytest.raises(PredictionError, match=at):
+            predict_slide(slide, checkpoint(Faulty(), tiles=tiles), out=tmp_path / "map", options=options)
+    assert not (tmp_path / "map" / "scoremap.json").exists()
 
 
 def test_other_errors_of_the_network_are_not_swallowed(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_layers_say_best_second_and_by_how_much() -> None:
     assert layers.runner_up.tolist() == [[0, 255]]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_no_class(value: float) -> None:
+    band = RollingBand(3, 2)
+    band.reserve(1)
+    scores = np.full((3, 1, 2), 1 / 3, np.float32)
+    scores[:, :, 1] = value
+    band.add(Score(0, 0, scores, np.ones((1, 2), np.float32)))
+    assert band.finish(1).label.tolist() == [[0, 255]]
+
+
 def test_one_class_has_no_runner_up() -> None:
     band = RollingBand(1, 1)
     band.reserve(1)

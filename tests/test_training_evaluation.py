@@ -102,6 +102,15 @@ def test_model_goes_back_to_its_mode() -> None:
     assert model.training
 
 
+def test_scores_that_are_no_numbers_are_no_class() -> None:
+    class Faulty(ByContext):
+        def forward(self, slice_B3HW: Tensor, context_B3HW: Tensor, box_B4: Tensor | None = None) -> Tensor:
+            return super().forward(slice_B3HW, context_B3HW, box_B4) / 0
+
+    with pytest.raises(TrainingError, match=r"scores of \d+ pixels are not finite"):
+        evaluate(Faulty(), toy_data(2), normalisation=GREY)
+
+
 def test_refusals() -> None:
     with pytest.raises(TrainingError, match="no context mode 'dark'"):
         evaluate(ByContext(), toy_data(2), context="dark")

@@ -202,7 +202,8 @@ def _layers(sums: NDArray[np.float32]) -> Layers:
     layers = Layers.blank(rows, width)
     for start in range(0, rows, 64):
         block = sums[:, start : start + 64]
-        rows_seen, columns_seen = np.nonzero(block[-1] > 0)
+        # No class where a sum is not a number: the largest of several NaN would be the first class.
+        rows_seen, columns_seen = np.nonzero((block[-1] > 0) & np.isfinite(block).all(axis=0))
         if not len(rows_seen):
             continue
         scores = block[:-1, rows_seen, columns_seen] / block[-1, rows_seen, columns_seen]

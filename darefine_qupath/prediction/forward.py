@@ -9,7 +9,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from darefine_qupath.prediction.options import Precision
 
 __all__ = [
+    "EncodedContext",
     "Engine",
     "EngineSettings",
     "SliceScores",
@@ -171,6 +172,22 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedContext:
+    """A context as a network knows it.
+
+    Attributes
+    ----------
+    features : tuple of ContextFeatures
+        Under each symmetry that is used.
+    pixels : ndarray of uint8, shape (H, W, 3), or None
+        What they are of, to encode it again; None where the network looks at no context.
+    """
+
+    features: tuple[ContextFeatures, ...]
+    pixels: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SliceScores:
     """Scores of a batch on the map's grid.
 
@@ -178,6 +195,8 @@ class SliceScores:
     ----------
     scores : tuple of Tensor, each of float32 and shape (part of B, K, height, width)
         Softmax of the logits' mean over each map pixel; on the device, where they may still be computed.
+    finite : tuple of Tensor, each of bool and shape (part of B)
+        Per slice, whether all that the network said of it is a finite number; on the device too.
     phases : tuple of (int, int)
         Per slice, input pixels (down, right) from the first map pixel's edge to the slice's.
     size_px : int
@@ -187,9 +206,15 @@ class SliceScores:
     """
 
     scores: tuple[Tensor, ...]
+    finite: tuple[Tensor, ...]
     phases: tuple[tuple[int, int], ...]
     size_px: int
     stride: int
+
+    def first_not_finite(self) -> int | None:
+        """Wait for the device; give the first slice of which not all scores are finite, None where all are."""
+        wrong = [index for index, finite in enumerate(torch.cat([part.cpu() for part in self.finite])) if not finite]
+        return wrong[0] if wrong else None
 
     def fetch(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Wait for the device.
@@ -221,6 +246,8 @@ class Engine:
         Of the pixels.
     settings : EngineSettings
         How to compute.
+    build : callable, optional
+        Builds the network anew: for `score_exactly`, which needs its weights as they were.
 
     Attributes
     ----------
@@ -230,8 +257,17 @@ class Engine:
         Whether the network looks at its context at all.
     """
 
-    def __init__(self, model: nn.Module, normalisation: Normalisation, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        normalisation: Normalisation,
+        settings: EngineSettings,
+        *,
+        build: Callable[[], nn.Module] | None = None,
+    ) -> None:
         self.settings = settings
+        self._build = build
+        self._exact: Engine | None = None
         self.batch_size = settings.batch_size
         self.uses_context = bool(getattr(getattr(model, "config", None), "uses_context", True))
         self.device = torch.device(settings.device)
@@ -255,11 +291,11 @@ class Engine:
         self._symmetries = tuple(range(_SYMMETRIES)) if settings.tta else (0,)
 
     @property
-    def num_symmetries(self) -> int:
-        """How many symmetries of the square are averaged."""
-        return len(self._symmetries)
+    def no_context(self) -> EncodedContext:
+        """What stands for the context of a network that looks at none."""
+        return EncodedContext((ContextFeatures(),) * len(self._symmetries))
 
-    def encode(self, contexts: Sequence[NDArray[np.uint8]]) -> list[tuple[ContextFeatures, ...]]:
+    def encode(self, contexts: Sequence[NDArray[np.uint8]]) -> list[EncodedContext]:
         """Encode contexts.
 
         Parameters
@@ -269,22 +305,25 @@ class Engine:
 
         Returns
         -------
-        list of tuple of ContextFeatures
-            Per context, its features under each symmetry that is used.
+        list of EncodedContext
+            In their order.
         """
         parts = self._within_memory(self._encode_batch, contexts)
         return [features for part in parts for features in part]
 
-    def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[tuple[ContextFeatures, ...]]:
+    def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[EncodedContext]:
         with torch.inference_mode(), self._autocast():
             image_N3HW = self._upload(contexts)
             turned = [self._encode(_turn(image_N3HW, symmetry)) for symmetry in self._symmetries]
-        return [tuple(_row(features, index) for features in turned) for index in range(len(contexts))]
+        return [
+            EncodedContext(tuple(_row(features, index) for features in turned), pixels)
+            for index, pixels in enumerate(contexts)
+        ]
 
     def score(
         self,
         slices: Sequence[NDArray[np.uint8]],
-        contexts: Sequence[tuple[ContextFeatures, ...]],
+        contexts: Sequence[EncodedContext],
         index: Sequence[int],
         boxes: NDArray[np.float32],
         phases: Sequence[tuple[int, int]],
@@ -295,7 +334,7 @@ class Engine:
         ----------
         slices : sequence of ndarray of uint8, shape (S, S, 3)
             RGB.
-        contexts : sequence of tuple of ContextFeatures
+        contexts : sequence of EncodedContext
             Some of what `encode` gave.
         index : sequence of int
             Per slice, which of `contexts` is its own.
@@ -312,29 +351,53 @@ class Engine:
         jobs = list(zip(slices, index, boxes, phases, strict=True))
         stride, size = self.settings.map_stride, slices[0].shape[0]
         parts = self._within_memory(lambda part: self._score_batch(part, contexts), jobs)
-        return SliceScores(tuple(parts), tuple(phases), size, stride)
+        scores, finite = zip(*parts, strict=True)
+        return SliceScores(scores, finite, tuple(phases), size, stride)
+
+    def score_exactly(
+        self,
+        slices: Sequence[NDArray[np.uint8]],
+        contexts: Sequence[EncodedContext],
+        index: Sequence[int],
+        boxes: NDArray[np.float32],
+        phases: Sequence[tuple[int, int]],
+    ) -> SliceScores:
+        """Score slices in float32, whatever the precision of the others: for what 16 bits cannot hold.
+
+        Parameters and what is given back are those of `score`.
+        """
+        if self._exact is None:
+            assert self._build is not None
+            settings = replace(self.settings, precision="fp32", compile=False, winograd=False)
+            self._exact = Engine(self._build(), self._normalisation, settings)
+        pixels = [context.pixels for context in contexts if context.pixels is not None]
+        contexts = self._exact.encode(pixels) if pixels else contexts
+        return self._exact.score(slices, contexts, index, boxes, phases)
 
     def _score_batch(
         self,
         jobs: Sequence[tuple[NDArray[np.uint8], int, NDArray[np.float32], tuple[int, int]]],
-        contexts: Sequence[tuple[ContextFeatures, ...]],
-    ) -> Tensor:
+        contexts: Sequence[EncodedContext],
+    ) -> tuple[Tensor, Tensor]:
         slices, index, boxes, phases = zip(*jobs, strict=True)
         index_B = sent(torch.tensor(index), self.device)
         box_B4 = sent(torch.from_numpy(np.stack(boxes)), self.device)
         with torch.inference_mode():
             slice_B3HW = self._upload(slices)
             scores: list[Tensor] = []
+            finite_B = torch.ones(len(jobs), dtype=torch.bool, device=self.device)
             for number, symmetry in enumerate(self._symmetries):
-                shared = _stack([features[number] for features in contexts])
+                shared = _stack([context.features[number] for context in contexts])
                 with self._autocast():
                     logits_BKHW = self._decode(
                         _turn(slice_B3HW, symmetry), shared, index_B, _turn_boxes(box_B4, symmetry)
                     )
                 # Averaged before the softmax: the logits are interpolated from about that resolution anyway.
                 pooled_BKhw = _pool(_turn_back(logits_BKHW.float(), symmetry), phases, self.settings.map_stride)
+                # Before the softmax, which hides an infinity. Nobody waits for the answer yet.
+                finite_B &= pooled_BKhw.isfinite().flatten(1).all(1)
                 scores.append(pooled_BKhw.softmax(1))
-            return torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
+            return (torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]), finite_B
 
     def _upload(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         image_B3HW = self._normalisation.apply(sent(torch.from_numpy(np.stack(images)), self.device))

@@ -18,10 +18,11 @@ import numpy as np
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box
-from darefine_qupath.models import ContextFeatures, box_within
+from darefine_qupath.models import box_within
 from darefine_qupath.prediction.blend import Layers, RollingBand, Score
 from darefine_qupath.prediction.checks import check_slide
 from darefine_qupath.prediction.forward import (
+    EncodedContext,
     Engine,
     EngineSettings,
     SliceScores,
@@ -147,16 +148,14 @@ def _finished(out: Path, mark: str) -> ScoreMap | None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Scores of a batch, perhaps still being computed, and the map pixels (row, column) where they begin."""
+    """Scores of a batch, perhaps still being computed."""
 
     scores: SliceScores
+    exactly: Callable[[], SliceScores]
+    """Computes them again in float32."""
+    boxes: tuple[Box, ...]
     places: tuple[tuple[int, int], ...]
-
-
-def _blend(scored: _Scored | None, band: RollingBand) -> None:
-    if scored is not None:
-        for (row, column), (scores, weight) in zip(scored.places, scored.scores.fetch(), strict=True):
-            band.add(Score(row, column, scores, weight))
+    """Map pixels (row, column) where they begin."""
 
 
 class _Run:
@@ -230,7 +229,8 @@ class _Run:
         return same and asked
 
     def _predict_rows(self, state: JournalState, progress: Callable[[Progress], None] | None) -> JournalState:
-        engine = Engine(self.checkpoint.build(), self.checkpoint.normalisation, state.settings)
+        build = self.checkpoint.build
+        engine = Engine(build(), self.checkpoint.normalisation, state.settings, build=build)
         band = RollingBand(self.checkpoint.classes.num_classes, self.plan.grid.size.width)
         if state.rows_done:
             band.top = self.plan.rows[state.rows_done - 1].bottom
@@ -261,19 +261,19 @@ class _Run:
         band.reserve(row.reach)
         unreadable: list[Box] = []
         white: list[Box] = []
-        contexts: dict[int, tuple[ContextFeatures, ...]] = {}
+        contexts: dict[int, EncodedContext] = {}
         waiting: _Scored | None = None
         for pixels in work:
             scored = self._predict_batch(pixels, row, engine, contexts)
             # The device computes this batch while the one before is blended.
-            _blend(waiting, band)
+            self._blend(waiting, band)
             waiting = scored
             unreadable.extend(box for box, read in zip(pixels.batch.slices, pixels.slices, strict=True) if read is None)
             white.extend(pixels.damaged)
             report.add(len(pixels.slices))
         damage = tuple(_damage(unreadable, white))
         _insist(self.slide, damage, self.options)
-        _blend(waiting, band)
+        self._blend(waiting, band)
         top = band.top
         layers = band.finish(row.bottom)
         outside = self.region.outside(self.plan.grid, top, row.bottom)
@@ -296,11 +296,11 @@ class _Run:
         pixels: BatchPixels,
         row: PlanRow,
         engine: Engine,
-        contexts: dict[int, tuple[ContextFeatures, ...]],
+        contexts: dict[int, EncodedContext],
     ) -> _Scored | None:
         batch = pixels.batch
         if not engine.uses_context:
-            contexts = dict.fromkeys(batch.parents, (ContextFeatures(),) * engine.num_symmetries)
+            contexts = dict.fromkeys(batch.parents, engine.no_context)
         elif batch.opening:
             encoded = engine.encode(pixels.contexts)
             contexts.update(zip((number for number, _ in batch.opening), encoded, strict=True))
@@ -317,14 +317,41 @@ class _Run:
         places = [(self.plan.grid.place(box.y), self.plan.grid.place(box.x)) for box in boxes]
         used = list(dict.fromkeys(numbers))
         within = [box_within(box, row.parents[number].context) for box, number in zip(boxes, numbers, strict=True)]
-        scored = engine.score(
+        work = (
             images,
             [contexts[number] for number in used],
             [used.index(number) for number in numbers],
             np.asarray(within, np.float32),
             [(down[1], right[1]) for down, right in places],
         )
-        return _Scored(scored, tuple((down[0], right[0]) for down, right in places))
+        return _Scored(
+            engine.score(*work),
+            partial(engine.score_exactly, *work),
+            boxes,
+            tuple((down[0], right[0]) for down, right in places),
+        )
+
+    def _blend(self, scored: _Scored | None, band: RollingBand) -> None:
+        if scored is None:
+            return
+        for (row, column), (scores, weight) in zip(scored.places, self._finite(scored).fetch(), strict=True):
+            band.add(Score(row, column, scores, weight))
+
+    def _finite(self, scored: _Scored) -> SliceScores:
+        """Scores of a batch, in float32 where they are no numbers otherwise: those would spread to all that overlap."""
+        scores = scored.scores
+        wrong = scores.first_not_finite()
+        if wrong is not None:
+            at = scored.boxes[wrong]
+            _log.warning("%s: scores at %s are not finite; computing their batch again in float32", self.slide.path, at)
+            scores = scored.exactly()
+            wrong = scores.first_not_finite()
+        if wrong is not None:
+            raise PredictionError(
+                f"The model {self.checkpoint.model_id} gives scores that are not finite (NaN or infinite) for "
+                f"{self.slide.path} at {scored.boxes[wrong]}, in float32 too; train it again, or take another model"
+            )
+        return scores
 
     def _bands(self, rows: int) -> Iterator[Layers]:
         yield from self.journal.bands(rows)

@@ -71,7 +71,7 @@ def evaluate(
     Raises
     ------
     TrainingError
-        If there are no tiles or no such context mode.
+        If there are no tiles or no such context mode, or the network gives scores that are not finite.
     """
     if context not in get_args(ContextMode):
         raise TrainingError(f"There is no context mode {context!r}; use one of {list(get_args(ContextMode))}")
@@ -82,7 +82,7 @@ def evaluate(
     device, world = torch.device(device), world or World()
     normalisation = normalisation or Normalisation.of(model.config)
     num_classes = model.config.num_classes
-    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
     planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
     with world.together():
@@ -93,9 +93,16 @@ def evaluate(
             context_B3HW = _contexts(batch.contexts, context)
             with autocast(device, dtype):
                 logits_BKHW = model(normalisation.apply(batch.slices), normalisation.apply(context_B3HW), batch.boxes)
-            counts += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
+            counts[:-1] += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
+            counts[-1] += (~logits_BKHW.isfinite()).any(dim=1).sum()
     model.train(was_training)
-    return ConfusionMatrix(world.sum(counts).reshape(num_classes, num_classes).cpu().numpy())
+    counts = world.sum(counts)
+    # Known to all processes alike, so that none waits for another that has given up.
+    if counts[-1]:
+        raise TrainingError(
+            f"The network's scores of {int(counts[-1])} pixels are not finite (NaN or infinite); it cannot be evaluated"
+        )
+    return ConfusionMatrix(counts[:-1].reshape(num_classes, num_classes).cpu().numpy())
 
 
 def _plan(num_tiles: int, context: str, batch_size: int, world: World) -> Iterator[Placed]:
