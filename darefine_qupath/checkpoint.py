@@ -443,4 +443,6 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _value_text(value: object) -> str:
+    if isinstance(value, Mapping) and isinstance(value.get("files"), Mapping):
+        value = {**value, "files": len(value["files"])}
     return value if isinstance(value, str) else json.dumps(value)

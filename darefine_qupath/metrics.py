@@ -12,7 +12,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,23 +31,30 @@ class ConfusionMatrix:
     ----------
     counts : ndarray of int64, shape (K, K)
         Row: truth; column: prediction. Pixels whose truth is `IGNORE` are in no cell.
+    missed : ndarray of int64, shape (K,)
+        Pixels by true class that have no prediction and count as errors; none by default.
 
     Raises
     ------
     ValueError
-        If `counts` is not square or holds a negative number.
+        If `counts` is not square, `missed` is of another length, or one holds a negative number.
     """
 
     counts: NDArray[np.int64]
+    missed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         counts = np.array(self.counts, dtype=np.int64)
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
             raise ValueError(f"A confusion matrix is square, got shape {counts.shape}")
-        if counts.min() < 0:
+        missed = np.array(self.missed if len(self.missed) else np.zeros(len(counts)), dtype=np.int64)
+        if missed.shape != counts.shape[:1]:
+            raise ValueError(f"Missed pixels of {len(counts)} classes cannot have the shape {missed.shape}")
+        if min(counts.min(), missed.min()) < 0:
             raise ValueError("A confusion matrix cannot hold negative counts")
-        counts.flags.writeable = False
-        object.__setattr__(self, "counts", counts)
+        for name, values in (("counts", counts), ("missed", missed)):
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
 
     @classmethod
     def empty(cls, num_classes: int) -> ConfusionMatrix:
@@ -100,13 +107,17 @@ class ConfusionMatrix:
             return NotImplemented
         if other.num_classes != self.num_classes:
             raise ValueError(f"Cannot add confusion matrices of {self.num_classes} and {other.num_classes} classes")
-        return ConfusionMatrix(self.counts + other.counts)
+        return ConfusionMatrix(self.counts + other.counts, self.missed + other.missed)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ConfusionMatrix) and np.array_equal(self.counts, other.counts)
+        return (
+            isinstance(other, ConfusionMatrix)
+            and np.array_equal(self.counts, other.counts)
+            and np.array_equal(self.missed, other.missed)
+        )
 
     def __hash__(self) -> int:
-        return hash(self.counts.tobytes())
+        return hash((self.counts.tobytes(), self.missed.tobytes()))
 
     def updated(self, truth: NDArray[Any], prediction: NDArray[Any]) -> ConfusionMatrix:
         """Return this matrix with the pixels of two more label images; see `of`."""
@@ -120,7 +131,7 @@ class ConfusionMatrix:
     @property
     def num_pixels(self) -> int:
         """Pixels that were counted."""
-        return int(self.counts.sum())
+        return int(self._true.sum())
 
     @property
     def iou(self) -> NDArray[np.float64]:
@@ -159,12 +170,12 @@ class ConfusionMatrix:
     @property
     def accuracy(self) -> float:
         """Share of the pixels that are labelled correctly; NaN if there are none."""
-        return float(_ratio(self._hits.sum(), self.counts.sum()))
+        return float(_ratio(self._hits.sum(), self._true.sum()))
 
     @property
     def bach_score(self) -> float:
         """Score of the BACH challenge; see `bach_score`. Label 0 must be the normal class."""
-        return bach_score(self.counts)
+        return bach_score(self.counts, self.missed)
 
     @property
     def _hits(self) -> NDArray[np.int64]:
@@ -172,7 +183,7 @@ class ConfusionMatrix:
 
     @property
     def _true(self) -> NDArray[np.int64]:
-        return np.asarray(self.counts.sum(1))
+        return np.asarray(self.counts.sum(1) + self.missed)
 
     @property
     def _predicted(self) -> NDArray[np.int64]:
@@ -201,15 +212,16 @@ class ConfusionMatrix:
                 for metric, values in per_class.items()
             },
             "confusion": self.counts.tolist(),
+            "missed": self.missed.tolist(),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ConfusionMatrix:
         """Rebuild the matrix that `to_json` wrote."""
-        return cls(np.array(data["confusion"], dtype=np.int64))
+        return cls(np.array(data["confusion"], dtype=np.int64), np.array(data.get("missed", []), dtype=np.int64))
 
 
-def bach_score(counts: NDArray[np.int64]) -> float:
+def bach_score(counts: NDArray[np.int64], missed: NDArray[np.int64] | None = None) -> float:
     """Score that weighs an error by its distance on the scale from normal to invasive ([1]_, Eq. 10-11).
 
     ``1 - sum |pred - gt| / sum max(|gt - 0|, |gt - (K - 1)|) * [1 - (1 - pred_bin) (1 - gt_bin)]`` over the pixels,
@@ -220,6 +232,8 @@ def bach_score(counts: NDArray[np.int64]) -> float:
     ----------
     counts : ndarray of int64, shape (K, K)
         Confusion matrix, truth in rows.
+    missed : ndarray of int64, shape (K,), optional
+        Pixels by true class without a prediction: each the worst error that its class allows.
 
     Returns
     -------
@@ -233,6 +247,8 @@ def bach_score(counts: NDArray[np.int64]) -> float:
     is_counted = 1 - (prediction == 0) * (truth == 0)
     wrong = int((counts * distance).sum())
     worst = int((counts * largest * is_counted).sum())
+    lost = 0 if missed is None else int((missed * largest[:, 0]).sum())
+    wrong, worst = wrong + lost, worst + lost
     return 1 - wrong / worst if worst else float("nan")
 
 

@@ -1,5 +1,8 @@
 """From slide to score map: what is predicted where, what is not, and what survives a kill."""
 
+# B N slices and contexts, H W pixels
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 import os
@@ -86,7 +89,7 @@ def test_a_constant_slide_has_constant_scores(tmp_path: Path) -> None:
 def test_error_near_tile_borders_is_that_of_everywhere(tmp_path: Path, overlap: float) -> None:
     # A network that errs at the edge of its slices, as real ones do.
     class Edgy(ColourNetwork):
-        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202, N803
+        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             logits = super().decode(slice_B3HW, context, index_B, box_B4)
             side = torch.linspace(-1, 1, slice_B3HW.shape[-1])
             edge = torch.maximum(side.abs()[:, None], side.abs()[None])
@@ -320,7 +323,7 @@ def test_progress_counts_every_slice(tmp_path: Path) -> None:
 
 def test_symmetries_average_out_a_lopsided_network(tmp_path: Path) -> None:
     class Lopsided(ColourNetwork):
-        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202, N803
+        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             tilt = (
                 torch.linspace(-1, 1, slice_B3HW.shape[-1])[None, None, None, :]
                 * torch.tensor([1.0, 0, 0])[:, None, None]
@@ -341,7 +344,7 @@ def test_symmetries_average_out_a_lopsided_network(tmp_path: Path) -> None:
 
 def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Hungry(ColourNetwork):
-        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202, N803
+        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             if len(slice_B3HW) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().decode(slice_B3HW, context, index_B, box_B4)
@@ -381,7 +384,7 @@ class Overflowing(ColourNetwork):
     def encode_context(self, context_N3HW: torch.Tensor) -> ContextFeatures:
         return super().encode_context(self._loudly(context_N3HW) if self.in_context else context_N3HW)
 
-    def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN201, N803
+    def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN201
         seen = slice_B3HW if self.in_context else self._loudly(slice_B3HW)
         return super().decode(seen, context, index_B, box_B4) + 0 * context.of_slices(len(seen), index_B).pooled[0]
 
@@ -404,7 +407,7 @@ def test_what_overflows_in_16_bits_is_computed_again_in_32(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path, value: float) -> None:
     class Faulty(ColourNetwork):
-        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202, N803
+        def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             logits = super().decode(slice_B3HW, context, index_B, box_B4)
             logits[:, 1][slice_B3HW[:, 1] < 0.1] = value
             return logits

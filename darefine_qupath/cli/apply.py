@@ -39,6 +39,7 @@ from darefine_qupath.pipeline.predicting import (
     write_summary,
 )
 from darefine_qupath.pipeline.reviewing import find_places
+from darefine_qupath.pipeline.scoring import Unpredicted
 from darefine_qupath.polygons import FEWEST_VERTICES
 from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
@@ -231,7 +232,7 @@ def _slide_reporter(bar: Report) -> Any:  # noqa: ANN401 - a callback
 
 
 def _show_prediction(prediction: Prediction, *, dry_run: bool) -> None:
-    names = prediction.classes.names
+    names, titles = prediction.classes.names, prediction.titles
     rows = []
     for outcome in prediction.outcomes:
         if outcome.score_map is None:
@@ -241,7 +242,7 @@ def _show_prediction(prediction: Prediction, *, dry_run: bool) -> None:
             percent(shares[name]) if areas is None else f"{areas[name]:.2f} mm² ({percent(shares[name])})"
             for name in names
         ]
-        rows.append((outcome.image.name, *cells, str(outcome.num_polygons), _written(outcome.written)))
+        rows.append((titles[outcome.image.id], *cells, str(outcome.num_polygons), _written(outcome.written)))
     changed = "would change" if dry_run else "in the project"
     if rows:
         table(["image", *names, "polygons", changed], rows)
@@ -249,10 +250,10 @@ def _show_prediction(prediction: Prediction, *, dry_run: bool) -> None:
     for warning in dict.fromkeys(warned):
         note(f"Warning: {warning}")
     for image in prediction.skipped:
-        note(f"Skipped {image.name}: {image.why}")
+        note(f"Skipped {titles[image.id]}: {image.why}")
     for outcome in prediction.outcomes:
         if outcome.error:
-            note(f"Error: {outcome.image.name}: {outcome.error}")
+            note(f"Error: {titles[outcome.image.id]}: {outcome.error}")
     wrote = any(o.written is not None and not o.written.is_dry for o in prediction.outcomes)
     if wrote:
         note(f"Written by the {prediction.engine} engine into {prediction.project}\n{_OPEN_IN_QUPATH}")
@@ -288,6 +289,14 @@ def _written(result: RunResult | None) -> str:
     multiple=True,
     help="Also score with empty or foreign contexts: does the model use them?",
 )
+@click.option(
+    "--unpredicted",
+    type=click.Choice(["count", "ignore"]),
+    default="count",
+    show_default=True,
+    help="Labelled tissue without a prediction counts as errors, or not.",
+)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the scores per slide.")
 @_network_options
 @mpp_option
 @settings_option
@@ -298,6 +307,8 @@ def evaluate(
     images: tuple[str, ...],
     truth: Path | None,
     context: tuple[Any, ...],
+    unpredicted: Unpredicted,
+    csv_path: Path | None,
     as_json: bool,
     **given: Any,  # noqa: ANN401 - see the options above
 ) -> None:
@@ -316,27 +327,31 @@ def evaluate(
         scheduler=given["scheduler"],
     )
     with progress_bar("Evaluating") as bar:
-        found = evaluate_project(request, truth=truth, context=context, progress=_slide_reporter(bar))
+        found = evaluate_project(
+            request, truth=truth, context=context, unpredicted=unpredicted, progress=_slide_reporter(bar)
+        )
+    if csv_path is not None:
+        found.write_csv(csv_path)
     if as_json:
         echo_json(found.to_json())
     else:
-        _show_evaluation(found)
+        _show_evaluation(found, unpredicted)
     if found.failed:
         raise click.exceptions.Exit(2)
 
 
-def _show_evaluation(found: Evaluation) -> None:
-    names = found.classes.names
-    matrices = [(slide.image, slide.matrix) for slide in found.slides]
+def _show_evaluation(found: Evaluation, unpredicted: Unpredicted) -> None:
+    names, titles = found.classes.names, found.titles
+    matrices = [(titles[slide.id], slide.matrix) for slide in found.slides]
     if len(matrices) > 1:
         matrices.append(("all", found.total))
     _score_table("slide", matrices, names)
-    missing = sum(slide.num_unpredicted for slide in found.slides)
-    if missing:
-        share = missing / (missing + found.total.num_pixels)
-        note(f"{percent(share)} of the labelled area was not predicted (glass, or unreadable) and does not count")
+    does = "counts as wrong (--unpredicted ignore leaves it out)" if unpredicted == "count" else "does not count"
+    for slide in found.slides:
+        rest = f" (taken for glass, or unreadable) and {does}" if slide.num_unpredicted else ""
+        note(f"{titles[slide.id]}: {percent(slide.unpredicted_share)} of the labelled area was not predicted{rest}")
     for image in found.failed:
-        note(f"Error: {image.name}: {image.why}")
+        note(f"Error: {titles[image.id]}: {image.why}")
     if found.seen:
         note(f"The model was trained on {', '.join(found.seen)}: these scores flatter")
     if found.context:

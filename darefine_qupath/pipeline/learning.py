@@ -19,6 +19,7 @@ from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.errors import ConfigError, DarefineError, TileError, TrainingError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.hardness import hard_weights
+from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id
 from darefine_qupath.pipeline.lineage import Labels, Learnt, Objects, former_model, summary
 from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
 from darefine_qupath.pipeline.selection import Corpus, gather
@@ -551,6 +552,9 @@ def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointH
 
 def _note_request(request: TrainRequest, settings: Settings) -> None:
     """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
+    with open_project(request.tiles.project, engine="embedded") as project:
+        # By one process, before any other asks for it.
+        project_id(project)
     request.out.mkdir(parents=True, exist_ok=True)
     text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
     with replacing(request.out / _SETTINGS, TrainingError) as temporary:
@@ -691,8 +695,11 @@ def _provenance(request: TrainRequest, tiles: Tiles, split: Split, training: Til
     folder = request.tiles_at
     images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]
     roles = _read_json(request.out / _SPLIT)["images"]
+    with open_project(request.tiles.project, engine="embedded") as project:
+        identity = identity_of(project, {image.id for image in tiles.index.images})
     return {
         "project": str(request.tiles.project),
+        IDENTITY: identity,
         "labels": request.tiles.labels,
         # Which objects these are stands in the run folder.
         "objects": summary(_read_json(request.out / _LABELS)["objects"]),

@@ -18,23 +18,33 @@ from numpy.typing import NDArray
 
 from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.checkpoint import CheckpointHeader, load_checkpoint, read_header
-from darefine_qupath.classes import IGNORE, ClassMap
+from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size, fit_within
 from darefine_qupath.limits import wording
 from darefine_qupath.metrics import ConfusionMatrix
+from darefine_qupath.pipeline.identity import project_id, trained_on
 from darefine_qupath.pipeline.lineage import MODEL_FILE
-from darefine_qupath.pipeline.scoring import SlideScore, score_context, score_slide, truth_labels, truth_of
+from darefine_qupath.pipeline.scoring import (
+    SlideScore,
+    Unpredicted,
+    score_context,
+    score_slide,
+    truth_labels,
+    truth_of,
+)
 from darefine_qupath.pipeline.selection import Skipped, choose_images, misfit
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
 from darefine_qupath.prediction.forward import choose_device
-from darefine_qupath.project import ImageEntry, Project, open_project
+from darefine_qupath.prediction.region import Region
+from darefine_qupath.prediction.slide import fingerprint
+from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.report import Panel, draw_panels
 from darefine_qupath.review import OnError, RunResult, WriteOptions, for_images, write_back
-from darefine_qupath.slides import open_slide
+from darefine_qupath.slides import open_slide, tissue_mask
 from darefine_qupath.training import ContextMode
 
 __all__ = [
@@ -129,7 +139,7 @@ class PredictRequest:
     scheduler : str or None
         Address of a Dask scheduler, or ``"local"``.
     dry_run : bool
-        Say what would change in the project, and change nothing.
+        Say what would change in the project, and change nothing; score maps that are there stay as well.
     """
 
     project: Path
@@ -181,6 +191,7 @@ class ImageOutcome:
             "written": None if self.written is None else self.written.to_json(),
             "area_mm2": None if found is None else found.areas_mm2(),
             "share": None if found is None else found.shares(),
+            "unpredicted_share": None if found is None else found.unpredicted_share,
             "map": None if found is None else str(found.folder),
             "warnings": [] if found is None else [warning.to_json() for warning in found.warnings],
         }
@@ -213,6 +224,12 @@ class Prediction:
     outcomes: tuple[ImageOutcome, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """By entry id, the name by which people tell the image apart."""
+        names = {outcome.image.id: outcome.image.name for outcome in self.outcomes}
+        return image_titles({**names, **{image.id: image.name for image in self.skipped}})
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
@@ -221,7 +238,7 @@ class Prediction:
             "model": self.model,
             "classes": list(self.classes.names),
             "images": [outcome.to_json() for outcome in self.outcomes],
-            "skipped": [{"name": image.name, "why": image.why} for image in self.skipped],
+            "skipped": [{"id": image.id, "name": image.name, "why": image.why} for image in self.skipped],
         }
 
 
@@ -263,11 +280,17 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
         if request.write is not None:
             _check_over(project, images, request.write.over)
         tasks, empty, outcomes = _tasks(project, images, request)
+        if request.dry_run:
+            tasks = [_aside(task, header) for task in tasks]
         skipped = (*skipped, *empty)
+        names = image_titles({image.id: image.name for image in project.images})
         if not tasks:
-            failed = [f"{outcome.image.name}: {outcome.error}" for outcome in outcomes]
-            reasons = "; ".join([f"{image.name}: {image.why}" for image in skipped] + failed) or "it has no images"
+            failed = [f"{names[outcome.image.id]}: {outcome.error}" for outcome in outcomes]
+            reasons = "; ".join([f"{names[image.id]}: {image.why}" for image in skipped] + failed)
+            reasons = reasons or "it has no images"
             raise PredictionError(f"No image of {project.path} can be predicted: {reasons}")
+        if request.write is not None and not request.dry_run:
+            project_id(project)
         by_id = {image.id: image for image in images}
         batch: str | None = None
         overall = None if progress is None else _Overall(progress, len(tasks))
@@ -278,6 +301,8 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
             if result.score_map is None:
                 outcomes.append(ImageOutcome(image=image, error=result.error))
             else:
+                for warning in result.score_map.warnings:
+                    _log.warning("%s: %s", names[image.id], warning.message)
                 outcomes.append(_finish(project, image, result.score_map, request, left_out, batch))
                 # The first run lends its id to the others of this call, so that they are undone together.
                 batch = batch or (outcomes[-1].written.run if outcomes[-1].written else None)
@@ -301,14 +326,14 @@ class _Overall:
         self._finished = self._skipped = 0
 
     def __call__(self, progress: Progress) -> None:
-        self._seen[progress.slide] = progress
+        self._seen[progress.key] = progress
         left = self._seconds_left()
         self._report(replace(progress, slides_done=self._finished, num_slides=self._num_slides, all_seconds_left=left))
 
     def finished(self, task: SlideTask) -> None:
         """Count a slide that is done with; one that told nothing before was finished already, or failed."""
         self._finished += 1
-        self._skipped += task.slide.name not in self._seen
+        self._skipped += task.key not in self._seen
 
     def _seconds_left(self) -> float | None:
         seen = tuple(self._seen.values())
@@ -356,7 +381,9 @@ def _tasks(
                 failed.append(ImageOutcome(image=image, error=str(error)))
                 continue
             if area is None:
-                skipped.append(Skipped(name=image.name, why=f"it has no annotation of class {request.within!r}"))
+                skipped.append(
+                    Skipped(id=image.id, name=image.name, why=f"it has no annotation of class {request.within!r}")
+                )
                 continue
             options = replace(options, within=area)
         assert image.path is not None
@@ -371,6 +398,21 @@ def _tasks(
             )
         )
     return tasks, tuple(skipped), failed
+
+
+def _aside(task: SlideTask, header: CheckpointHeader) -> SlideTask:
+    """Give a prediction that changes nothing another folder where a map lies that is not the same, or is unfinished."""
+    if not any((task.out / name).exists() for name in ("scoremap.json", "partial")):
+        return task
+    try:
+        found = read_score_map(task.out)
+        with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
+            mpp = slide.mpp if task.mpp is None else task.mpp
+            is_same = found.fingerprint == fingerprint(slide, header, mpp=mpp, options=task.options)
+    except DarefineError:
+        is_same = False
+    keep = is_same and task.options.resume
+    return task if keep else replace(task, out=task.out.parents[1] / "other-maps" / task.out.name)
 
 
 def _given_mpp(project: Project, request: PredictRequest) -> float | None:
@@ -392,8 +434,6 @@ def _finish(
     left_out: frozenset[int],
     batch: str | None,
 ) -> ImageOutcome:
-    for warning in score_map.warnings:
-        _log.warning("%s: %s", image.name, warning.message)
     try:
         with wording(PredictionError):
             polygons, written = _written(project, image, score_map, request, left_out, batch)
@@ -483,12 +523,21 @@ def write_summary(prediction: Prediction, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         names = prediction.classes.names
-        rows.writerow(["image", "id", *(f"{name} mm^2" for name in names), *(f"{name} share" for name in names)])
+        rows.writerow(
+            [
+                "image",
+                "id",
+                *(f"{name} mm^2" for name in names),
+                *(f"{name} share" for name in names),
+                "unpredicted share",
+            ]
+        )
         for outcome in prediction.outcomes:
             if outcome.score_map is not None:
                 areas = outcome.score_map.areas_mm2() or {}
                 shares = outcome.score_map.shares()
                 found = [*(areas.get(name, "") for name in names), *(shares[name] for name in names)]
+                found.append(outcome.score_map.unpredicted_share)
                 rows.writerow([outcome.image.name, outcome.image.id, *found])
 
 
@@ -524,19 +573,50 @@ class Evaluation:
         """All slides together."""
         return ConfusionMatrix.merged(slide.matrix for slide in self.slides)
 
+    @property
+    def unpredicted_share(self) -> float:
+        """Part of the labelled pixels of all slides that have no prediction, 0 to 1."""
+        num_labelled = sum(slide.num_labelled for slide in self.slides)
+        return sum(slide.num_unpredicted for slide in self.slides) / max(1, num_labelled)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """By entry id, the name by which people tell the slide apart."""
+        names = {slide.id: slide.image for slide in self.slides}
+        return image_titles({**names, **{image.id: image.name for image in self.failed}})
+
+    def write_csv(self, path: Path) -> None:
+        """Write the scores slide by slide as CSV."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            ious = [f"IoU {name}" for name in self.classes.names]
+            rows.writerow(["image", "id", *ious, "mIoU", "accuracy", "Dice", "BACH score", "unpredicted share"])
+            for slide in self.slides:
+                found = slide.matrix
+                scores = (*found.iou, found.mean_iou, found.accuracy, found.mean_dice, found.bach_score)
+                cells = ["" if np.isnan(score) else float(score) for score in scores]
+                rows.writerow([slide.image, slide.id, *cells, slide.unpredicted_share])
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         names = self.classes.names
         return {
             "model": self.model,
             "total": self.total.to_json(names),
+            "unpredicted_share": self.unpredicted_share,
             "slides": [
-                {"name": slide.image, "unpredicted": slide.num_unpredicted, **slide.matrix.to_json(names)}
+                {
+                    "id": slide.id,
+                    "name": slide.image,
+                    "unpredicted": slide.num_unpredicted,
+                    "unpredicted_share": slide.unpredicted_share,
+                    **slide.matrix.to_json(names),
+                }
                 for slide in self.slides
             ],
             "context": {mode: matrix.to_json(names) for mode, matrix in self.context.items()},
             "seen": list(self.seen),
-            "failed": [{"name": image.name, "why": image.why} for image in self.failed],
+            "failed": [{"id": image.id, "name": image.name, "why": image.why} for image in self.failed],
         }
 
 
@@ -545,6 +625,7 @@ def evaluate_project(
     *,
     truth: Path | None = None,
     context: Sequence[ContextMode] = (),
+    unpredicted: Unpredicted = "count",
     progress: Report | None = None,
 ) -> Evaluation:
     """Compare predictions with annotations; the project stays as it is.
@@ -560,6 +641,8 @@ def evaluate_project(
         Folder of GeoJSON files; the project's own annotations by default.
     context : sequence of str, optional
         Also score tile by tile with these context modes.
+    unpredicted : {"count", "ignore"}
+        Whether labelled pixels without a prediction count as errors; see `score_slide`.
     progress : callable, optional
         Told how far each slide is.
 
@@ -576,9 +659,11 @@ def evaluate_project(
     with open_project(request.project, engine="embedded") as project:
         images, missing = choose_images(project, request.images)
         failed = list(missing if request.images else ())
+        titles = image_titles({image.id: image.name for image in images})
+        by_title = {titles[image.id]: image for image in images}
 
-        def note_failure(name: str, error: DarefineError) -> None:
-            failed.append(Skipped(name=name, why=str(error)))
+        def note_failure(title: str, error: DarefineError) -> None:
+            failed.append(Skipped(id=by_title[title].id, name=by_title[title].name, why=str(error)))
 
         truths = [
             (image, records)
@@ -587,16 +672,17 @@ def evaluate_project(
         ]
         if not truths:
             if failed:
-                raise PredictionError("; ".join(f"{image.name}: {image.why}" for image in failed))
+                raise PredictionError("; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed))
             where = project.path if truth is None else truth
             raise PredictionError(
                 f"No image has annotations in {where} to compare with; annotate some, or give --truth"
             )
-        trained = _trained_on(header, project)
+        trained = trained_on(header, project, [image for image, _ in truths])
         unseen = [item for item in truths if item[0].id not in trained]
         chosen = unseen if unseen and not request.images else truths
         tasks, _, unfit = _tasks(project, [image for image, _ in chosen], request)
-        failed += [Skipped(name=outcome.image.name, why=str(outcome.error)) for outcome in unfit]
+        failed += [Skipped(id=o.image.id, name=o.image.name, why=str(o.error)) for o in unfit]
+        tasks = [_aside(task, header) for task in tasks]
         records_of = {image.id: (image, records) for image, records in chosen}
         slides: list[SlideScore] = []
         scored: set[str] = set()
@@ -604,45 +690,56 @@ def evaluate_project(
             image, records = records_of[result.task.key]
             try:
                 with wording(PredictionError):
-                    slides.append(_scored(image, result, records))
+                    slides.append(_scored(image, result, records, header.classes, unpredicted))
                     scored.add(image.id)
             except DarefineError as error:
-                note_failure(image.name, error)
+                note_failure(titles[image.id], error)
         if not slides:
             raise PredictionError(
-                "; ".join(f"{image.name}: {image.why}" for image in failed) or "Nothing was predicted"
+                "; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed)
+                or "Nothing was predicted"
             )
         scores = {}
         if context:
             modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
-            done = [item for item in chosen if item[0].id in scored]
-            scores = score_context(load_checkpoint(request.model), done, modes, mpp=_given_mpp(project, request))
-    seen = tuple(image.name for image, _ in chosen if image.id in trained)
+            scores = score_context(
+                load_checkpoint(request.model),
+                [item for item in chosen if item[0].id in scored],
+                modes,
+                mpp=_given_mpp(project, request),
+                device=str(choose_device(request.options.device)),
+            )
     return Evaluation(
         model=header.model_id,
         classes=header.classes,
         slides=tuple(slides),
         context=scores,
-        seen=seen,
+        seen=tuple(titles[image.id] for image, _ in chosen if image.id in trained),
         failed=tuple(failed),
     )
 
 
-def _scored(image: ImageEntry, result: SlideResult, records: Sequence[Annotation]) -> SlideScore:
+def _scored(
+    image: ImageEntry,
+    result: SlideResult,
+    records: Sequence[Annotation],
+    classes: ClassMap,
+    unpredicted: Unpredicted,
+) -> SlideScore:
     if result.score_map is None:
         raise PredictionError(str(result.error))
-    return score_slide(image, result.score_map, records, _slide_size(image))
+    region = _region(result.task, classes)
+    return score_slide(image, result.score_map, records, _slide_size(image), region=region, unpredicted=unpredicted)
 
 
-def _trained_on(header: CheckpointHeader, project: Project) -> frozenset[str]:
-    """Entry ids that gave the model training tiles, if it was trained on this project."""
-    source = header.provenance.get("project")
-    split = header.provenance.get("split") or {}
-    if source is None or Path(str(source)).name not in (project.path.name, project.folder.name):
-        return frozenset()
-    if split.get("spatial"):
-        return frozenset(header.provenance.get("images") or {})
-    return frozenset(image for image, role in (split.get("images") or {}).items() if role == "train")
+def _region(task: SlideTask, classes: ClassMap) -> Region:
+    """Find what of a slide was to be predicted."""
+    defaults = {classes.unlabelled, classes.region_unlabelled} - {UNLABELLED_IGNORE}
+    if not (task.options.tissue and defaults):
+        return Region(within=task.options.within)
+    with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
+        mask = tissue_mask(slide, mpp=slide.mpp if task.mpp is None else task.mpp)
+    return Region(tissue=mask, within=task.options.within)
 
 
 def _slide_size(image: ImageEntry) -> Size:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.checkpoint import Checkpoint
-from darefine_qupath.classes import IGNORE
-from darefine_qupath.errors import TileError
+from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE
+from darefine_qupath.errors import PredictionError, TileError
 from darefine_qupath.exchange import read_annotations
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.selection import source_of
 from darefine_qupath.prediction import ScoreMap
+from darefine_qupath.prediction.plan import MapGrid
+from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
 from darefine_qupath.tiles.loading import TileDataset
@@ -25,9 +28,12 @@ from darefine_qupath.tiles.screening import index_tiles
 from darefine_qupath.tiles.sources import SlideReader
 from darefine_qupath.training import ContextMode, evaluate
 
-__all__ = ["SlideScore", "score_context", "score_slide", "truth_labels", "truth_of"]
+__all__ = ["SlideScore", "Unpredicted", "score_context", "score_slide", "truth_labels", "truth_of"]
 
 _ROWS = 512
+
+Unpredicted = Literal["count", "ignore"]
+"""Whether a labelled pixel without a prediction is an error, or is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +42,26 @@ class SlideScore:
 
     Attributes
     ----------
-    image : str
-        Name.
+    id, image : str
+        Entry id and name.
     matrix : ConfusionMatrix
-        Map pixels by true and predicted class.
-    num_unpredicted : int
-        Labelled map pixels that were not predicted (glass, unreadable), in none of the figures.
+        Map pixels by true and predicted class; `ConfusionMatrix.missed` are those of `num_unpredicted`, unless they
+        were not to count.
+    num_unpredicted, num_labelled : int
+        Map pixels that have a true class and were to be predicted, and those of them that were not (taken for glass,
+        unreadable).
     """
 
+    id: str
     image: str
     matrix: ConfusionMatrix
     num_unpredicted: int
+    num_labelled: int
+
+    @property
+    def unpredicted_share(self) -> float:
+        """Part of the labelled pixels that have no prediction, 0 to 1."""
+        return self.num_unpredicted / max(1, self.num_labelled)
 
 
 def truth_of(project: Project, image: ImageEntry, folder: Path | None) -> tuple[Annotation, ...]:
@@ -66,12 +81,23 @@ def truth_of(project: Project, image: ImageEntry, folder: Path | None) -> tuple[
     -------
     tuple of Annotation
         Empty where there is no truth.
+
+    Raises
+    ------
+    PredictionError
+        If a file is named as several images are.
     """
     if folder is None:
         return manual_annotations(project, image, taken_over=False)
     for name in (image.id, image.name, Path(image.name).stem):
         file = folder / f"{name}.geojson"
         if file.is_file():
+            same = [other.id for other in project.images if name in (other.name, Path(other.name).stem)]
+            if name != image.id and len(same) > 1:
+                raise PredictionError(
+                    f"{file} may be the truth of any of the images {', '.join(same)}, which have one name; call it "
+                    f"<entry id>.geojson"
+                )
             return read_annotations(file).annotations
     return ()
 
@@ -89,9 +115,18 @@ def truth_labels(
 
 
 def score_slide(
-    image: ImageEntry, score_map: ScoreMap, annotations: Sequence[Annotation], image_size: Size
+    image: ImageEntry,
+    score_map: ScoreMap,
+    annotations: Sequence[Annotation],
+    image_size: Size,
+    *,
+    region: Region | None = None,
+    unpredicted: Unpredicted = "count",
 ) -> SlideScore:
     """Compare a score map with annotations.
+
+    A pixel with a true class and no prediction is an error. Two kinds of pixels are left out: those outside the area
+    that was asked for, and glass that no annotation covers, which has its class (Normal, say) only for want of another.
 
     Parameters
     ----------
@@ -103,21 +138,44 @@ def score_slide(
         The truth.
     image_size : Size
         Of the slide, in level-0 pixels.
+    region : Region, optional
+        What was asked for; the whole slide by default.
+    unpredicted : {"count", "ignore"}
+        Whether pixels without a prediction count as errors.
 
     Returns
     -------
     SlideScore
     """
-    painter = LabelPainter(annotations, score_map.classes)
-    matrix = ConfusionMatrix.empty(score_map.classes.num_classes)
-    unpredicted = 0
+    region = region or Region()
+    classes = score_map.classes
+    drawn_only = replace(classes, unlabelled=UNLABELLED_IGNORE, region_unlabelled=UNLABELLED_IGNORE)
+    painter, drawn = LabelPainter(annotations, classes), LabelPainter(annotations, drawn_only)
+    grid = MapGrid(score_map.downsample, 1, score_map.size)
+    matrix = ConfusionMatrix.empty(classes.num_classes)
+    missed = np.zeros(classes.num_classes, np.int64)
     for top, layers in score_map.bands(_ROWS, ("class",)):
         predicted = layers["class"]
-        truth = truth_labels(painter, score_map, image_size, (top, top + len(predicted)))
+        rows = (top, top + len(predicted))
+        truth = truth_labels(painter, score_map, image_size, rows)
+        beyond = replace(region, tissue=None).outside(grid, *rows)
+        if beyond is not None:
+            truth[beyond] = IGNORE
+        glass = region.outside(grid, *rows) if drawn_only != classes else None
+        if glass is not None:
+            undrawn = truth_labels(drawn, score_map, image_size, rows) == IGNORE
+            truth[glass & undrawn & (predicted == IGNORE)] = IGNORE
         missing = (predicted == IGNORE) & (truth != IGNORE)
-        unpredicted += int(missing.sum())
+        missed += np.bincount(truth[missing], minlength=classes.num_classes)
         matrix = matrix.updated(np.where(missing, np.uint8(IGNORE), truth), predicted)
-    return SlideScore(image=image.name, matrix=matrix, num_unpredicted=unpredicted)
+    num_missed = int(missed.sum())
+    return SlideScore(
+        id=image.id,
+        image=image.name,
+        matrix=matrix if unpredicted == "ignore" else ConfusionMatrix(matrix.counts, missed),
+        num_unpredicted=num_missed,
+        num_labelled=matrix.num_pixels + num_missed,
+    )
 
 
 def score_context(

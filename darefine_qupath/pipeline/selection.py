@@ -13,7 +13,7 @@ from darefine_qupath.errors import DarefineError, ProjectError, SlideError, Tile
 from darefine_qupath.geometry import PixelSize
 from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.settings import Settings
-from darefine_qupath.project import ImageEntry, Project
+from darefine_qupath.project import ImageEntry, Project, image_titles
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.sources import TileSource
 
@@ -30,12 +30,15 @@ class Skipped:
 
     Attributes
     ----------
+    id : str
+        Entry id.
     name : str
         As shown in QuPath.
     why : str
         The reason, as a clause.
     """
 
+    id: str
     name: str
     why: str
 
@@ -88,7 +91,7 @@ def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[Im
         if why is None:
             chosen.append(image)
         else:
-            skipped.append(Skipped(name=image.name, why=why))
+            skipped.append(Skipped(id=image.id, name=image.name, why=why))
     return tuple(chosen), tuple(skipped)
 
 
@@ -210,12 +213,13 @@ def gather(
     classes.check(counts)
     given = settings.mpp if mpp is None else mpp
     wrong = {image.id: misfit(image, given) for image in readable}
-    skipped += tuple(Skipped(name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
+    skipped += tuple(Skipped(id=i.id, name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
     readable = tuple(image for image in readable if wrong[image.id] is None)
     if not readable:
         raise TileError(_nothing_to_learn(project, skipped))
+    titles = image_titles({image.id: image.name for image in wanted})
     for left_out in skipped:
-        _log.warning("%s is left out: %s", left_out.name, left_out.why)
+        _log.warning("%s is left out: %s", titles[left_out.id], left_out.why)
     sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
     return Corpus(classes=classes, sources=sources, skipped=skipped)
 
@@ -233,7 +237,7 @@ def _drawn(
                 drawn[image.id] = tuple(annotations_of(project, image))
                 class_counts(drawn[image.id])
         except DarefineError as error:
-            damaged.append(Skipped(name=image.name, why=str(error)))
+            damaged.append(Skipped(id=image.id, name=image.name, why=str(error)))
     return drawn, tuple(damaged)
 
 
@@ -251,6 +255,7 @@ def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...
 
 def _nothing_to_learn(project: Project, skipped: Sequence[Skipped]) -> str:
     if skipped:
-        reasons = "; ".join(f"{image.name}: {image.why}" for image in skipped)
+        titles = image_titles({image.id: image.name for image in skipped})
+        reasons = "; ".join(f"{titles[image.id]}: {image.why}" for image in skipped)
         return f"No annotated image of {project.path} can be read: {reasons}"
     return f"No image of {project.path} has an annotation with a class; draw some in QuPath and save"

@@ -148,9 +148,13 @@ def predict_many(
 
 
 def _result(task: SlideTask, run: Runner, progress: Report | None) -> SlideResult:
+    def keyed(found: Progress) -> None:
+        assert progress is not None
+        progress(replace(found, key=task.key))
+
     try:
         with naming(task.slide, PredictionError):
-            return SlideResult(task=task, score_map=run(task, progress))
+            return SlideResult(task=task, score_map=run(task, None if progress is None else keyed))
     except DarefineError as error:
         return SlideResult(task=task, error=str(error))
 

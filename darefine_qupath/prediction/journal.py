@@ -49,6 +49,8 @@ class JournalState:
         Slices in them.
     class_pixels : tuple of int
         Map pixels per class in the finished bands.
+    unpredicted_pixels : int
+        Map pixels in them that were asked for and have no class.
     warnings : tuple of SlideWarning
         Found so far.
     """
@@ -58,6 +60,7 @@ class JournalState:
     rows_done: int = 0
     slices_done: int = 0
     class_pixels: tuple[int, ...] = ()
+    unpredicted_pixels: int = 0
     warnings: tuple[SlideWarning, ...] = ()
     format: str = field(default=_FORMAT, repr=False)
 
@@ -70,6 +73,7 @@ class JournalState:
         """State of what `to_json` gave."""
         values = dict(data)
         values["rows_done"], values["slices_done"] = int(values["rows_done"]), int(values["slices_done"])
+        values["unpredicted_pixels"] = int(values.get("unpredicted_pixels", 0))
         values["settings"] = EngineSettings(**values["settings"])
         values["class_pixels"] = tuple(int(count) for count in values["class_pixels"])
         values["warnings"] = tuple(SlideWarning.from_json(warning) for warning in values["warnings"])

@@ -124,6 +124,8 @@ class Progress:
     all_seconds_left : float or None
         Time left for all slides at this run's rate, those that have not begun taken to be like the others; None while
         nothing is known.
+    key : str
+        Of several slides, which: two in different folders may have one file name.
     """
 
     slide: str
@@ -134,6 +136,7 @@ class Progress:
     slides_done: int = 0
     num_slides: int = 1
     all_seconds_left: float | None = None
+    key: str = ""
 
     @property
     def rate(self) -> float:

@@ -44,7 +44,7 @@ class SlideWarning:
     Attributes
     ----------
     kind : str
-        ``"mpp"``, ``"stain"``, ``"no tissue"``, ``"unreadable"`` or ``"context"``.
+        ``"mpp"``, ``"stain"``, ``"no tissue"``, ``"unreadable"``, ``"context"`` or ``"unpredicted"``.
     message : str
         What is wrong, with the number.
     value : float
@@ -53,7 +53,7 @@ class SlideWarning:
         Where, in level-0 pixels; empty when it is about the whole slide.
     """
 
-    kind: Literal["mpp", "stain", "no tissue", "unreadable", "context"]
+    kind: Literal["mpp", "stain", "no tissue", "unreadable", "context", "unpredicted"]
     message: str
     value: float
     boxes: tuple[Box, ...] = ()
@@ -100,6 +100,8 @@ class ScoreMap:
         Map pixels per class.
     num_slices : int
         Slices predicted.
+    unpredicted_pixels : int
+        Map pixels that were asked for (tissue, inside the area) and have no class.
     warnings : tuple of SlideWarning
         What was found before and while predicting.
     settings : mapping
@@ -116,6 +118,7 @@ class ScoreMap:
     fingerprint: str
     class_pixels: tuple[int, ...]
     num_slices: int
+    unpredicted_pixels: int = 0
     warnings: tuple[SlideWarning, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -209,6 +212,11 @@ class ScoreMap:
         total = max(1, sum(self.class_pixels))
         return {name: num / total for name, num in zip(self.classes.names, self.class_pixels, strict=True)}
 
+    @property
+    def unpredicted_share(self) -> float:
+        """Part of what was asked for that has no class, 0 to 1."""
+        return self.unpredicted_pixels / max(1, self.unpredicted_pixels + sum(self.class_pixels))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, as ``scoremap.json`` holds them."""
         return {
@@ -222,6 +230,7 @@ class ScoreMap:
             "classes": self.classes.to_json(),
             "class_pixels": list(self.class_pixels),
             "num_slices": self.num_slices,
+            "unpredicted_pixels": self.unpredicted_pixels,
             "model": self.model_id,
             "fingerprint": self.fingerprint,
             "warnings": [warning.to_json() for warning in self.warnings],
@@ -288,6 +297,7 @@ def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
         fingerprint=data["fingerprint"],
         class_pixels=tuple(map(int, data["class_pixels"])),
         num_slices=int(data["num_slices"]),
+        unpredicted_pixels=int(data.get("unpredicted_pixels", 0)),
         warnings=tuple(SlideWarning.from_json(warning) for warning in data["warnings"]),
         settings=dict(data["settings"]),
     )

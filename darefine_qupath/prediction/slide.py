@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath import __version__
+from darefine_qupath.checkpoint import Checkpoint, CheckpointHeader, load_checkpoint
+from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box
 from darefine_qupath.models import box_within
@@ -37,13 +39,16 @@ from darefine_qupath.prediction.plan import PlanRow, plan_slide
 from darefine_qupath.prediction.reading import BatchPixels, SlideHandles, batches, read_ahead, read_batch
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map, write_score_map
-from darefine_qupath.slides import Slide, open_slide, tissue_mask
+from darefine_qupath.slides import Slide, file_digest, open_slide, tissue_mask
 
 __all__ = ["fingerprint", "predict_slide"]
 
 _log = logging.getLogger(__name__)
 
 _MAX_WORKERS = 8
+_UNPREDICTED_LIMIT = 0.005
+_METHOD = 2
+"""Counts the changes to how scores come about between two versions of the software."""
 
 
 def predict_slide(
@@ -109,19 +114,23 @@ def predict_slide(
     return _Run(slide, checkpoint, out, mpp, options, mark).predict(progress)
 
 
-def fingerprint(slide: Slide, checkpoint: Checkpoint, *, mpp: float | None, options: PredictOptions) -> str:
-    """Digest of everything that decides a slide's scores: image, model, tiles and options.
+def fingerprint(
+    slide: Slide, checkpoint: Checkpoint | CheckpointHeader, *, mpp: float | None, options: PredictOptions
+) -> str:
+    """Digest of everything that decides a slide's scores: image, reader, model, tiles, options, software.
 
     Parameters
     ----------
     slide : Slide
-        The image: its name, its size, its file's length and time; not its folder, since projects move.
-    checkpoint : Checkpoint
+        The image: its name, its size, its file's length, time and some of its bytes; not its folder, since projects
+        move.
+    checkpoint : Checkpoint or CheckpointHeader
         The model.
     mpp : float or None
         Micrometres per level-0 pixel.
     options : PredictOptions
-        Of which those count that change scores.
+        Of which those count that change scores. An ``"auto"`` is a choice of its own: a map that was begun on one
+        machine is as good on another.
 
     Returns
     -------
@@ -130,7 +139,10 @@ def fingerprint(slide: Slide, checkpoint: Checkpoint, *, mpp: float | None, opti
     """
     stat = slide.path.stat()
     values = {
-        "image": [slide.path.name, stat.st_size, stat.st_mtime_ns, *slide.size],
+        "image": [slide.path.name, stat.st_size, stat.st_mtime_ns, *slide.size, file_digest(slide.path)],
+        # A slide of another kind than ours has no choice of readers.
+        "reader": getattr(slide, "reader", type(slide).__name__),
+        "software": [__version__, _METHOD],
         "model": checkpoint.model_id,
         "mpp": mpp,
         "options": options.deciding(),
@@ -183,6 +195,7 @@ class _Run:
             if state.rows_done < len(self.plan.rows):
                 state = self._predict_rows(state, progress)
             score_map = self._record(state)
+            _insist(self.slide, score_map.warnings, self.options)
             write_score_map(score_map, self._bands(state.rows_done))
             self.journal.clear()
         return score_map
@@ -277,8 +290,10 @@ class _Run:
         top = band.top
         layers = band.finish(row.bottom)
         outside = self.region.outside(self.plan.grid, top, row.bottom)
+        missing = layers.label == IGNORE
         if outside is not None:
             layers.hide(outside)
+            missing &= ~outside
         counts = np.bincount(layers.label.ravel(), minlength=256)[: len(state.class_pixels)]
         state = replace(
             state,
@@ -286,6 +301,7 @@ class _Run:
             rows_done=state.rows_done + 1,
             slices_done=state.slices_done + row.num_slices,
             class_pixels=tuple(int(a + b) for a, b in zip(state.class_pixels, counts, strict=True)),
+            unpredicted_pixels=state.unpredicted_pixels + int(missing.sum()),
             warnings=(*state.warnings, *damage),
         )
         self.journal.commit(state, layers, band.carry)
@@ -361,7 +377,7 @@ class _Run:
             yield Layers.blank(min(512, height - top), width)
 
     def _record(self, state: JournalState) -> ScoreMap:
-        return ScoreMap(
+        found = ScoreMap(
             folder=self.out,
             size=self.plan.grid.size,
             box=self.plan.grid.box,
@@ -372,9 +388,11 @@ class _Run:
             fingerprint=self.mark,
             class_pixels=state.class_pixels,
             num_slices=self.plan.num_slices,
+            unpredicted_pixels=state.unpredicted_pixels,
             warnings=_merged(state.warnings),
             settings={**asdict(state.settings), "options": self.options.deciding(), "tiles": asdict(self.plan.spec)},
         )
+        return replace(found, warnings=tuple(_with_share(found)))
 
 
 def _insist(slide: Slide, warnings: tuple[SlideWarning, ...], options: PredictOptions) -> None:
@@ -410,6 +428,21 @@ def _merged(warnings: tuple[SlideWarning, ...]) -> tuple[SlideWarning, ...]:
         else:
             rest.append(warning)
     return (*rest, *_damage(boxes["unreadable"], boxes["context"]))
+
+
+def _with_share(score_map: ScoreMap) -> Iterator[SlideWarning]:
+    """Warnings of a map that say how much of what was asked for has no class, where that is worth a word."""
+    share = score_map.unpredicted_share
+    told = share <= _UNPREDICTED_LIMIT
+    words = f"{100 * share:.1f} % of the tissue asked for has no label"
+    for warning in score_map.warnings:
+        if warning.kind == "unreadable" and not told:
+            yield replace(warning, message=f"{warning.message}: {words}")
+            told = True
+        else:
+            yield warning
+    if not told:
+        yield SlideWarning(kind="unpredicted", message=f"{words} and was not predicted", value=share)
 
 
 class _Reporter:

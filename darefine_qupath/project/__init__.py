@@ -12,7 +12,7 @@ from typing import Any
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
 from darefine_qupath.project.embedded import EmbeddedProject
-from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
+from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project, image_titles
 from darefine_qupath.project.safety import Backup
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ImageState",
     "Project",
     "create_project",
+    "image_titles",
     "list_backups",
     "open_project",
     "restore",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import ImageNotFoundError
 from darefine_qupath.geometry import PixelSize
 
-__all__ = ["Applied", "Changes", "Engine", "ImageEntry", "ImageState", "Project"]
+__all__ = ["Applied", "Changes", "Engine", "ImageEntry", "ImageState", "Project", "image_titles"]
 
 Engine = Literal["embedded", "paquo"]
 
@@ -68,6 +69,23 @@ class ImageEntry:
     description: str | None = None
     server_args: tuple[str, ...] = ()
     unsupported: str | None = None
+
+
+def image_titles(names: Mapping[str, str]) -> dict[str, str]:
+    """Words that tell images apart for people.
+
+    Parameters
+    ----------
+    names : mapping of str to str
+        By entry id, the name, which several images may have: slides of one file name in different folders.
+
+    Returns
+    -------
+    dict of str to str
+        By entry id, the name; with the id behind it where another image has the same one.
+    """
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else f"{name} (entry {key})" for key, name in names.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ import shapely
 
 from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.limits import wording
+from darefine_qupath.project import image_titles
 from darefine_qupath.review.history import WITNESS, History, history_of
 from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digest_of, read_run, run_files
 
@@ -147,6 +148,8 @@ def for_images(
     tuple
         Image, and what the action gave.
     """
+    images = tuple(images)
+    titles = image_titles({image.id: image.name for image in images})
     for image in images:
         try:
             with wording(ReviewError):
@@ -154,7 +157,7 @@ def for_images(
         except DarefineError as error:
             if on_error is None:
                 raise
-            on_error(image.name, error)
+            on_error(titles[image.id], error)
         else:
             yield image, found
 

@@ -5,6 +5,7 @@ whole pixels of a level (`sources`), and one class places, pads and resamples th
 tissue from glass on a thumbnail.
 """
 
+from darefine_qupath.slides.digest import file_digest
 from darefine_qupath.slides.reading import READERS, PyramidSlide, Reader, Slide, open_slide, resolve_mpp
 from darefine_qupath.slides.tissue import TissueMask, tissue_mask
 
@@ -14,6 +15,7 @@ __all__ = [
     "Reader",
     "Slide",
     "TissueMask",
+    "file_digest",
     "open_slide",
     "resolve_mpp",
     "tissue_mask",
