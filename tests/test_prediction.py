@@ -21,9 +21,12 @@ from darefine_qupath.errors import MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalisation, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, predict_slide, read_score_map
+from darefine_qupath.prediction import slide as prediction_slide
+from darefine_qupath.prediction.plan import SlidePlan
+from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles import TileSpec
-from tests.prediction_stubs import COLOURS, SPEC, ColourNetwork, array_slide, blobs, checkpoint
+from tests.prediction_stubs import COLOURS, SPEC, ArraySlide, ColourNetwork, array_slide, blobs, checkpoint
 
 OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", map_stride=1)
 KILLS = int(os.environ.get("DAREFINE_KILLS", "6"))
@@ -197,6 +200,36 @@ def test_damaged_region_is_reported_and_never_labelled(tmp_path: Path) -> None:
     assert sum(found.class_pixels) == (~missing).sum()
 
 
+def test_tissue_that_was_skipped_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prediction_slide.plan_slide
+
+    def lacking(*arguments: object, **more: object) -> SlidePlan:
+        plan = whole(*arguments, **more)  # type: ignore[arg-type]
+        return replace(plan, rows=(replace(plan.rows[0], parents=()), *plan.rows[1:]))
+
+    monkeypatch.setattr(prediction_slide, "plan_slide", lacking)
+    slide = array_slide(tmp_path, blobs((600, 400)))
+    run = partial(predict_slide, slide, checkpoint(ColourNetwork()), out=tmp_path / "map")
+    found = run(options=OPTIONS)
+    missing = (found.read("class") == 255).mean()
+    assert missing > 0.05
+    assert found.unpredicted_share == missing
+    assert [(warning.kind, warning.value) for warning in found.warnings] == [("unpredicted", missing)]
+    assert f"{100 * missing:.1f} % of the tissue asked for has no label" in found.warnings[0].message
+    assert read_score_map(tmp_path / "map") == found
+    with pytest.raises(PredictionError, match=r"asked for has no label.*leave out --strict"):
+        run(options=replace(OPTIONS, strict=True, resume=False))
+
+
+def test_slices_that_cannot_be_read_are_told_with_their_share(tmp_path: Path) -> None:
+    slide = array_slide(tmp_path, blobs((700, 600)), damage=(Box(300, 260, 40, 30),))
+    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    (told,) = [warning.message for warning in found.warnings if warning.kind == "unreadable"]
+    assert told.endswith(
+        f"were not predicted: {100 * found.unpredicted_share:.1f} % of the tissue asked for has no label"
+    )
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_damage_is_an_error_when_strict(tmp_path: Path, finished: bool) -> None:
     slide = array_slide(tmp_path, blobs((700, 600)), damage=(Box(300, 260, 40, 30),))
@@ -228,6 +261,37 @@ def test_finished_slide_is_not_predicted_again_until_something_changes(tmp_path:
     model.model_id = "another model"
     assert run(overlap=0.6)
     assert not (tmp_path / "map" / "partial").exists()
+
+
+def test_a_fingerprint_is_of_all_that_changes_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = []
+
+    def note(slide: ArraySlide, *, mpp: float = 0.5, **options: object) -> None:
+        marks.append(fingerprint(slide, model, mpp=mpp, options=PredictOptions(**options)))  # type: ignore[arg-type]
+
+    model = checkpoint(ColourNetwork())
+    slide = array_slide(tmp_path, blobs((30, 30)))
+    note(slide)
+    for changes in (
+        {"overlap": 0.6}, {"context_overlap": 0.1}, {"tta": True}, {"tissue": False}, {"map_stride": 1},
+        {"precision": "fp32"}, {"crop_bounds": False}, {"within": box(0, 0, 9, 9)}, {"mpp": 0.25},
+    ):  # fmt: skip
+        note(slide, **changes)  # type: ignore[arg-type]
+    slide.reader = "pillow"  # type: ignore[attr-defined]
+    note(slide)
+    monkeypatch.setattr(prediction_slide, "__version__", "9")
+    note(slide)
+    # Another slide of the same name, size, length and time.
+    (tmp_path / "b").mkdir()
+    twin = array_slide(tmp_path / "b", blobs((30, 30)))
+    twin.path.write_bytes(b"other")
+    os.utime(twin.path, ns=(0, slide.path.stat().st_mtime_ns))
+    twin.reader = "pillow"  # type: ignore[attr-defined]
+    note(twin)
+    assert len(set(marks)) == len(marks)
+    model.model_id = "another"
+    note(slide)
+    assert len(set(marks)) == len(marks)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -436,7 +436,7 @@ def _with_share(score_map: ScoreMap) -> Iterator[SlideWarning]:
     told = share <= _UNPREDICTED_LIMIT
     words = f"{100 * share:.1f} % of the tissue asked for has no label"
     for warning in score_map.warnings:
-        if warning.kind == "unreadable" and not told:
+        if warning.kind == "unreadable" and warning.boxes and not told:
             yield replace(warning, message=f"{warning.message}: {words}")
             told = True
         else:
