@@ -134,7 +134,7 @@ def test_entries_of_one_file_are_one_case(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tif", ramps(300, 200))
     size = {"width": 300, "height": 200}
     project = ProjectOfFiles(tmp_path, [entry(path, n, **size) for n in (1, 2)])
-    project.state = dict.fromkeys("12", (Annotation(geometry=shapely.box(0, 0, 50, 50), path_class="Tumor"),))
+    project.stored = dict.fromkeys("12", (Annotation(geometry=shapely.box(0, 0, 50, 50), path_class="Tumor"),))
     found = gather(project, Settings(), Learnt("manual")).sources
     assert found[0].known_case == found[1].known_case == str(path)
 
