@@ -108,7 +108,7 @@ def trained_on(header: CheckpointHeader, project: Project, images: Iterable[Imag
     trained = _training_ids(header.provenance)
     identity = header.provenance.get(IDENTITY)
     names = _mapping(header.provenance.get("images"))
-    if not isinstance(identity, Mapping):
+    if not isinstance(identity, Mapping) or not identity:
         return _by_path(header, project, images, trained, names)
     files = {digest for image, digest in _mapping(identity.get("files")).items() if image in trained}
     stored = identity.get("project")

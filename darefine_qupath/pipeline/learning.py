@@ -19,7 +19,7 @@ from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.errors import ConfigError, DarefineError, TileError, TrainingError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.hardness import hard_weights
-from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id
+from darefine_qupath.pipeline.identity import IDENTITY, identity_of
 from darefine_qupath.pipeline.lineage import Labels, Learnt, Objects, former_model, summary
 from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
 from darefine_qupath.pipeline.selection import Corpus, gather
@@ -180,6 +180,8 @@ class Tiles:
         Entry ids of test images, which give no tiles.
     objects : mapping
         By entry id, the objects of the project that give the labels; see `Learnt`.
+    identity : mapping
+        What a model that learns from them is to know of project and slides, for a training run; see `identity_of`.
     """
 
     index: TileIndex
@@ -187,6 +189,7 @@ class Tiles:
     corpus: Corpus | None
     held_back: tuple[str, ...] = ()
     objects: Mapping[str, Objects] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_tiles(
@@ -552,9 +555,6 @@ def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointH
 
 def _note_request(request: TrainRequest, settings: Settings) -> None:
     """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
-    with open_project(request.tiles.project, engine="embedded") as project:
-        # By one process, before any other asks for it.
-        project_id(project)
     request.out.mkdir(parents=True, exist_ok=True)
     text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
     with replacing(request.out / _SETTINGS, TrainingError) as temporary:
@@ -584,9 +584,10 @@ def _noted_for_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Til
     """Tiles with the objects that gave their labels, noted for later folds: the project may be another by then."""
     if tiles.corpus is None:
         noted = _read_json(file)
-        return replace(tiles, held_back=tuple(noted["held_back"]), objects=noted["objects"])
+        held_back, identity = tuple(noted["held_back"]), noted.get(IDENTITY, {})
+        return replace(tiles, held_back=held_back, objects=noted["objects"], identity=identity)
     if begun is None:
-        _note(file, {"objects": tiles.objects, "held_back": tiles.held_back})
+        _note(file, {"objects": tiles.objects, "held_back": tiles.held_back, IDENTITY: tiles.identity})
     return tiles
 
 
@@ -679,7 +680,7 @@ def _tiles_of_run(
         if begun is not None and dataset_digest(folder) != begun.provenance.get("data"):
             raise TrainingError(f"The tiles in {folder} are others than {request.out} began with; start a new run")
         return Tiles(index=load_index(folder), reader=DatasetReader(folder), corpus=None)
-    return make_tiles(
+    tiles = make_tiles(
         request.tiles,
         folder,
         test_images=split.test_images,
@@ -688,6 +689,8 @@ def _tiles_of_run(
         overwrite=request.dataset in (None, request.out.parent / _TILES),
         progress=progress,
     )
+    with open_project(request.tiles.project, engine="embedded") as project:
+        return replace(tiles, identity=identity_of(project, {image.id for image in tiles.index.images}))
 
 
 def _provenance(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
@@ -695,11 +698,9 @@ def _provenance(request: TrainRequest, tiles: Tiles, split: Split, training: Til
     folder = request.tiles_at
     images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]
     roles = _read_json(request.out / _SPLIT)["images"]
-    with open_project(request.tiles.project, engine="embedded") as project:
-        identity = identity_of(project, {image.id for image in tiles.index.images})
     return {
         "project": str(request.tiles.project),
-        IDENTITY: identity,
+        IDENTITY: dict(tiles.identity),
         "labels": request.tiles.labels,
         # Which objects these are stands in the run folder.
         "objects": summary(_read_json(request.out / _LABELS)["objects"]),
