@@ -351,5 +351,9 @@ def test_slides_of_one_file_name_are_two_slides(
 
 def test_a_truth_that_may_be_of_two_images_is_refused(twins: Path, model_of: Model) -> None:
     shutil.copy(twins / "truth" / "3.geojson", twins / "truth" / "train-1.geojson")
-    with pytest.raises(PredictionError, match=r"train-1\.geojson may be the truth of any of the images 1, 2"):
-        evaluate_project(request_of(twins, model_of()), truth=twins / "truth")
+    found = evaluate_project(request_of(twins, model_of()), truth=twins / "truth")
+    assert [slide.id for slide in found.slides] == ["3"]
+    assert [image.id for image in found.failed] == ["1", "2"]
+    assert all("train-1.geojson may be the truth of any of the images 1, 2" in image.why for image in found.failed)
+    with pytest.raises(PredictionError, match=r"train-1\.tif: .*may be the truth of any of the images 1, 2"):
+        evaluate_project(request_of(twins, model_of(), images=("1",)), truth=twins / "truth")
