@@ -26,10 +26,31 @@ if TYPE_CHECKING:
 
     from darefine_qupath.geometry import Box
 
-__all__ = ["Annotation", "Kind", "LabelPainter", "Plane", "RoiKind", "class_counts", "rasterize"]
+__all__ = [
+    "ANNOTATOR",
+    "NOBODY",
+    "Annotation",
+    "Kind",
+    "LabelPainter",
+    "Plane",
+    "RoiKind",
+    "annotator_of",
+    "by_annotators",
+    "class_counts",
+    "count_unlearnable",
+    "rasterize",
+    "unlearnable",
+    "unlearnable_words",
+]
 
 Kind = Literal["annotation", "detection", "cell", "tile", "tma core"]
 RoiKind = Literal["Rectangle", "Ellipse", "Line", "Polyline", "Polygon", "Points", "Geometry"]
+
+ANNOTATOR = "darefine.annotator"
+"""Metadata that says who drew an object, where it was imported with that."""
+
+NOBODY = "-"
+"""Names, among annotators, the objects that have none: what was drawn in QuPath, say."""
 
 _FEW_VERTICES = 64
 
@@ -124,6 +145,16 @@ def class_counts(annotations: Iterable[Annotation]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def annotator_of(annotation: Annotation) -> str | None:
+    """Who drew an annotation, where it says so."""
+    return annotation.metadata.get(ANNOTATOR) or None
+
+
+def by_annotators(annotations: Iterable[Annotation], names: Sequence[str]) -> tuple[Annotation, ...]:
+    """Annotations of some annotators, `NOBODY` for those that have none; all of them where no name is given."""
+    return tuple(record for record in annotations if not names or (annotator_of(record) or NOBODY) in names)
+
+
 def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
     """Polygonal part of a geometry, made valid; None where nothing has an area."""
     if geometry is None or geometry.is_empty:
@@ -135,6 +166,72 @@ def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
         # make_valid leaves lines beside the polygons where an outline ran back over itself.
         valid = shapely.union_all([part for part in shapely.get_parts(valid) if part.area > 0])
     return valid if valid.area > 0 else None
+
+
+def unlearnable(
+    annotation: Annotation, image_size: tuple[int, int] | None = None, *, stroke_px: float = 0.0
+) -> str | None:
+    """Say why an object gives no pixel a label; None where it does.
+
+    Parameters
+    ----------
+    annotation : Annotation
+        The object.
+    image_size : tuple of int, optional
+        Width and height of its image.
+    stroke_px : float, optional
+        As for `LabelPainter`.
+
+    Returns
+    -------
+    str or None
+        The reason, in words that follow a number of objects.
+    """
+    if annotation.kind != "annotation":
+        return f"of kind {annotation.kind}, no annotation"
+    if annotation.path_class is None:
+        return "without a class"
+    if annotation.plane[1:] != Plane()[1:]:
+        return "on another plane than z = 0, t = 0"
+    try:
+        shape = _labelling(annotation, stroke_px)
+    except AnnotationError:
+        return "with coordinates that are not numbers"
+    if shape is None:
+        return "without an area (a line or points)"
+    return "outside the image" if image_size is not None and _is_outside(shape, image_size) else None
+
+
+def _is_outside(shape: BaseGeometry, image_size: tuple[int, int]) -> bool:
+    left, top, right, bottom = shape.bounds
+    if left >= 0 and top >= 0 and right <= image_size[0] and bottom <= image_size[1]:
+        return False
+    return bool(shapely.intersection(shape, shapely.box(0, 0, *image_size)).area == 0)
+
+
+def count_unlearnable(annotations: Iterable[Annotation], image_size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Count objects of an image that cannot train, by reason; see `unlearnable`.
+
+    What darefine itself puts there (containers of predictions, marks that say where to look) does not count.
+    """
+    counts: dict[str, int] = {}
+    for record in annotations:
+        reason = None if _is_furniture(record) else unlearnable(record, image_size)
+        if reason is not None:
+            counts[reason] = counts.get(reason, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _is_furniture(record: Annotation) -> bool:
+    return record.path_class is None and not {"darefine.run", "darefine.place"}.isdisjoint(record.metadata)
+
+
+def unlearnable_words(counts: Mapping[str, int]) -> str:
+    """One line on objects that cannot train; empty where there are none."""
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items())
+    return f"{sum(counts.values())} objects cannot train: {reasons}"
 
 
 class LabelPainter:
@@ -181,8 +278,8 @@ class LabelPainter:
         for record in records:
             if record.path_class is None:
                 continue
-            shape = _areal(record.geometry) if stroke_px <= 0 else _stroked(record.geometry, stroke_px)
-            if shape is None or record.plane[1:] != Plane()[1:]:
+            shape = _labelling(record, stroke_px)
+            if shape is None:
                 self.num_skipped += 1
             elif record.path_class == REGION:
                 regions.append(shape)
@@ -331,6 +428,13 @@ def _depths(records: Sequence[Annotation]) -> dict[UUID, int]:
             depth, above = depth + 1, parents.get(above)
         depths[record.id] = depth
     return depths
+
+
+def _labelling(record: Annotation, stroke_px: float) -> BaseGeometry | None:
+    """Area that an annotation labels; None where it has none, or lies on a plane that is not looked at."""
+    if record.plane[1:] != Plane()[1:]:
+        return None
+    return _areal(record.geometry) if stroke_px <= 0 else _stroked(record.geometry, stroke_px)
 
 
 def _stroked(geometry: BaseGeometry | None, stroke_px: float) -> BaseGeometry | None:

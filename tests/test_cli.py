@@ -148,7 +148,7 @@ def test_disk_full_while_writing_leaves_the_project_as_it_was(
 
 
 def test_a_read_only_project_is_refused_by_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def locked(*_: object) -> None:
+    def locked(*_: object, **__: object) -> None:
         raise ProjectWriteError("data/1 cannot be written: Permission denied")
 
     monkeypatch.setattr("darefine_qupath.project.embedded.EmbeddedProject.apply", locked)

@@ -25,7 +25,7 @@ from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_png, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.pipeline.exchanging import create_from_slides, import_file, match_files
+from darefine_qupath.pipeline.exchanging import create_from_slides, import_files, match_files
 from darefine_qupath.project import Project, create_project
 from tests.tile_slides import ramps, write_pyramid
 
@@ -671,8 +671,7 @@ def test_two_images_of_one_name_stay_two_and_get_their_own_annotations(
             match_files(project, [file], None)
         with pytest.raises(ProjectError, match=r"2 images are named 'slide\.tif'; give the entry id, one of 1, 2"):
             match_files(project, [file], "slide.tif")
-        ((_, image),) = match_files(project, [file], "2")
-        import_file(project, file, image)
+        import_files(project, match_files(project, [file], "2"))
         assert drawn(project) == {"1": 0, "2": 1}
 
 

@@ -10,6 +10,7 @@ import click
 
 from darefine_qupath.cli.options import (
     FiniteRange,
+    annotators_option,
     engine_option,
     image_option,
     mpp_option,
@@ -289,6 +290,7 @@ def _written(result: RunResult | None) -> str:
     multiple=True,
     help="Also score with empty or foreign contexts: does the model use them?",
 )
+@annotators_option
 @click.option(
     "--unpredicted",
     type=click.Choice(["count", "ignore"]),
@@ -307,6 +309,7 @@ def evaluate(
     images: tuple[str, ...],
     truth: Path | None,
     context: tuple[Any, ...],
+    annotators: tuple[str, ...],
     unpredicted: Unpredicted,
     csv_path: Path | None,
     as_json: bool,
@@ -328,7 +331,12 @@ def evaluate(
     )
     with progress_bar("Evaluating") as bar:
         found = evaluate_project(
-            request, truth=truth, context=context, unpredicted=unpredicted, progress=_slide_reporter(bar)
+            request,
+            truth=truth,
+            annotators=annotators,
+            context=context,
+            unpredicted=unpredicted,
+            progress=_slide_reporter(bar),
         )
     if csv_path is not None:
         found.write_csv(csv_path)

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from darefine_qupath.checkpoint import describe, export_onnx, load_checkpoint, read_header
 from darefine_qupath.cli.options import (
     FiniteRange,
+    annotators_option,
     image_option,
     mpp_option,
     project_argument,
@@ -101,6 +102,7 @@ def _chosen(options: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     "--preview", type=click.Path(path_type=Path), help="Draw a contact sheet of slices, contexts and masks (PNG)."
 )
 @_tile_options
+@annotators_option
 @image_option
 @mpp_option
 @settings_option
@@ -127,6 +129,7 @@ def tiles(
         settings=settings,
         images=images,
         mpp=mpp,
+        annotators=options["annotators"],
         unlabelled=options["unlabelled"],
         tiles=_chosen(options, _TILE_KEYS),
         screening={"min_labelled": options["min_labelled"]},
@@ -222,6 +225,7 @@ def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_t
 )
 @click.option("--on-the-fly", is_flag=True, help="Read slides while training; writes no tiles.")
 @_tile_options
+@annotators_option
 @image_option
 @mpp_option
 @settings_option
@@ -300,6 +304,7 @@ def _request(project: Path, out: Path, options: dict[str, Any]) -> TrainRequest:
             images=options["images"],
             mpp=options["mpp"],
             labels=options["labels"],
+            annotators=options["annotators"],
             unlabelled=options["unlabelled"],
             tiles=_chosen(options, _TILE_KEYS),
             screening={"min_labelled": options["min_labelled"]},

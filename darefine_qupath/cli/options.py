@@ -12,6 +12,7 @@ from darefine_qupath.geometry import MPP_LIMITS
 
 __all__ = [
     "FiniteRange",
+    "annotators_option",
     "engine_option",
     "image_option",
     "mpp_option",
@@ -49,6 +50,13 @@ mpp_option = click.option(
     "--mpp",
     type=FiniteRange(*MPP_LIMITS),
     help="Micrometres per pixel of every slide, over project and file.",
+)
+annotators_option = click.option(
+    "--annotator",
+    "annotators",
+    multiple=True,
+    metavar="NAME",
+    help="Only annotations imported as this annotator's, - for those of none; may be repeated.",
 )
 settings_option = click.option(
     "--settings", type=click.Path(path_type=Path), help="Settings file; darefine.toml beside the project by default."

@@ -7,14 +7,23 @@ from typing import Any, Literal
 
 import click
 
-from darefine_qupath.cli.options import engine_option, image_option, mpp_option, project_argument, settings_option
+from darefine_qupath.annotations import NOBODY
+from darefine_qupath.cli.options import (
+    annotators_option,
+    engine_option,
+    image_option,
+    mpp_option,
+    project_argument,
+    settings_option,
+)
 from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, table
 from darefine_qupath.pipeline.exchanging import (
     Import,
+    ImportOptions,
     create_from_slides,
     export_geojson,
     export_labels,
-    import_file,
+    import_files,
     match_files,
 )
 from darefine_qupath.pipeline.inspection import ImageSummary, ProjectSummary, check_project, summarise
@@ -26,6 +35,32 @@ __all__ = ["check", "create", "export", "import_", "info", "restore"]
 
 Engine = Literal["auto", "embedded", "paquo"]
 
+_NAMED = 20
+"""Objects of a file that are named; the others are counted. With --json all are."""
+
+_READING_OPTIONS = (
+    click.option(
+        "--label", "labels", multiple=True, metavar="N=CLASS", help="Class of a label of a mask; may be repeated."
+    ),
+    click.option("--stretch", is_flag=True, help="Scale a mask of another aspect ratio to its image all the same."),
+    click.option("--annotator", metavar="NAME", help="Whose annotations these are; keeps raters apart."),
+)
+
+
+def _reading_options(command: Any) -> Any:  # noqa: ANN401 - click's decorators
+    for option in reversed(_READING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _import_options(*, labels: tuple[str, ...], stretch: bool, annotator: str | None, replaces: bool) -> ImportOptions:
+    name = None if annotator is None else annotator.strip()
+    if name in ("", NOBODY):
+        raise click.BadParameter(f"{annotator!r} is no name", param_hint="--annotator")
+    return ImportOptions(
+        labels=dict(_label(text) for text in labels) or None, stretch=stretch, annotator=name, replaces=replaces
+    )
+
 
 @click.command(short_help="Make a QuPath project of slides and their annotation files.")
 @click.argument("project", type=click.Path(path_type=Path))
@@ -36,20 +71,28 @@ Engine = Literal["auto", "embedded", "paquo"]
     metavar="DIR",
     help="Folder of files named like the slides: Aperio or ASAP XML, GeoJSON, label masks.",
 )
+@_reading_options
 @mpp_option
 @engine_option
 @json_option
 def create(
-    project: Path, slides: tuple[Path, ...], annotations: Path | None, mpp: float | None, engine: Engine, as_json: bool
+    project: Path,
+    slides: tuple[Path, ...],
+    annotations: Path | None,
+    mpp: float | None,
+    engine: Engine,
+    as_json: bool,
+    **reading: Any,  # noqa: ANN401 - see the options above
 ) -> None:
     """Make the QuPath project PROJECT (a new folder) of SLIDES: image files, or folders of them.
 
     \b
     darefine create bach WSI/*.svs --annotations WSI
     """  # noqa: D301 - click wants the backspace
+    options = _import_options(**reading, replaces=False)
     with progress_bar("Adding images") as report:
         opened, imports = create_from_slides(
-            project, slides, annotations=annotations, mpp=mpp, engine=engine, progress=report
+            project, slides, annotations=annotations, options=options, mpp=mpp, engine=engine, progress=report
         )
     with opened:
         summary = summarise(opened)
@@ -158,31 +201,34 @@ def check(project: Path, mpp: float | None, settings: Path | None, as_json: bool
 @project_argument
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--image", metavar="NAME", help="Image of the annotations; by default the one with the file's name.")
+@_reading_options
 @click.option(
-    "--label", "labels", multiple=True, metavar="N=CLASS", help="Class of a label of a mask; may be repeated."
+    "--replace",
+    "replaces",
+    is_flag=True,
+    help="Take out what an earlier import of a file of this name (and annotator) brought and this one does not hold.",
 )
-@click.option("--dry-run", is_flag=True, help="Only read the files.")
+@click.option("--dry-run", is_flag=True, help="Only read the files, and say what would be done.")
 @engine_option
 @json_option
 def import_(
     project: Path,
     files: tuple[Path, ...],
     image: str | None,
-    labels: tuple[str, ...],
+    replaces: bool,
     dry_run: bool,
     engine: Engine,
     as_json: bool,
+    **reading: Any,  # noqa: ANN401 - see the options above
 ) -> None:
     """Add the annotations of FILES to PROJECT: Aperio ImageScope or ASAP XML, GeoJSON, label masks (PNG, TIFF).
 
-    A file that was imported before changes nothing.
+    What is there already, by class and outline, stays as it is. What the file has changed is updated where only one
+    object can be meant; all else is added. What was edited in QuPath since it was imported is never changed.
     """
-    known = dict(_label(text) for text in labels) or None
+    options = _import_options(**reading, replaces=replaces)
     with open_project(project, engine=engine) as opened:
-        imports = [
-            import_file(opened, file, entry, labels=known, dry_run=dry_run)
-            for file, entry in match_files(opened, files, image)
-        ]
+        imports = import_files(opened, match_files(opened, files, image), options, dry_run=dry_run)
     if as_json:
         echo_json({"imports": [_import_json(item) for item in imports]})
     else:
@@ -202,19 +248,27 @@ def _import_json(item: Import) -> dict[str, Any]:
         "format": item.file.format,
         "image": item.image.name,
         "added": item.added,
+        "updated": item.updated,
+        "removed": item.removed,
         "already": item.already,
         "repaired": [str(each) for each in item.file.repaired],
         "refused": [str(each) for each in item.file.refused],
-        "warnings": list(item.file.warnings),
+        "notes": [str(each) for each in item.notes],
+        "warnings": [*item.file.warnings, *item.remarks],
     }
 
 
-def _show_imports(imports: list[Import] | tuple[Import, ...]) -> None:
+def _show_imports(imports: tuple[Import, ...]) -> None:
     for item in imports:
-        click.echo(f"{item.file} -> {item.image.name}: {item.added} added, {item.already} there already")
-        for each in (*item.file.repaired, *item.file.refused):
+        counts = [f"{item.added} added", f"{item.updated} updated" if item.updated else ""]
+        counts += [f"{item.removed} taken out" if item.removed else "", f"{item.already} there already"]
+        click.echo(f"{item.file} -> {item.image.name}: {', '.join(count for count in counts if count)}")
+        named = (*item.file.repaired, *item.file.refused, *item.notes)
+        for each in named[:_NAMED]:
             note(f"  {each}")
-        for warning in item.file.warnings:
+        if len(named) > _NAMED:
+            note(f"  and {len(named) - _NAMED} more objects; --json names them all")
+        for warning in (*item.file.warnings, *item.remarks):
             note(f"  {warning}")
 
 
@@ -223,6 +277,7 @@ def _show_imports(imports: list[Import] | tuple[Import, ...]) -> None:
 @click.option("--geojson", type=click.Path(path_type=Path), metavar="DIR", help="One FeatureCollection per image.")
 @click.option("--labels", type=click.Path(path_type=Path), metavar="DIR", help="One label TIFF per annotated image.")
 @click.option("--downsample", type=click.IntRange(1), default=8, show_default=True, help="Of the label images.")
+@annotators_option
 @image_option
 @settings_option
 @engine_option
@@ -232,6 +287,7 @@ def export(
     geojson: Path | None,
     labels: Path | None,
     downsample: int,
+    annotators: tuple[str, ...],
     images: tuple[str, ...],
     settings: Path | None,
     engine: Engine,
@@ -244,11 +300,17 @@ def export(
     failures = Failures()
     with open_project(project, engine=engine) as opened:
         if geojson is not None:
-            found["geojson"] = export_geojson(opened, geojson, images, on_error=failures.add)
+            found["geojson"] = export_geojson(opened, geojson, images, annotators=annotators, on_error=failures.add)
         if labels is not None:
             table_settings = read_settings(opened.folder, settings)
             found["labels"] = export_labels(
-                opened, table_settings, labels, downsample=downsample, names=images, on_error=failures.add
+                opened,
+                table_settings,
+                labels,
+                downsample=downsample,
+                names=images,
+                annotators=annotators,
+                on_error=failures.add,
             )
     if as_json:
         echo_json(found | failures.to_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,15 @@ _TAG = "DAREFINE_LABELS"
 _TILE = 512
 _IGNORE_COLOUR = Colour(235, 235, 235)
 _IGNORE_CLASS = "Ignore*"
+_LISTED = 8
 
 
 def read_label_mask(
-    path: Path, *, labels: Mapping[int, str] | None = None, image_size: tuple[int, int] | None = None
+    path: Path,
+    *,
+    labels: Mapping[int, str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    stretch: bool = False,
 ) -> Imported:
     """Turn a label mask into polygons, one per connected area.
 
@@ -50,10 +55,12 @@ def read_label_mask(
         PNG or TIFF of one 8-bit or 16-bit band.
     labels : mapping of int to str, optional
         Class of each label; others are left out. Default what `write_label_tiff` noted in the file; else every label
-        but 0 is ``Label <n>``, and 255 ``Ignore*``.
+        but 0 is ``Label <n>``, and 255 beside them ``Ignore*``.
     image_size : tuple of int, optional
         Width and height of the image that the mask covers, in level-0 pixels; default what the file notes, else the
         mask's own size.
+    stretch : bool, optional
+        Scale a mask of another aspect ratio, or one that notes another image size, to the image all the same.
 
     Returns
     -------
@@ -63,14 +70,15 @@ def read_label_mask(
     Raises
     ------
     ExchangeError
-        If the file cannot be read, or is no label mask.
+        If the file cannot be read, is no label mask, has none of the labels that are asked for or only one that says
+        nothing (255), or does not have the shape of the image.
     """
     pixels, palette, notes = _read(path)
-    known = _classes(pixels, labels, notes)
+    scale_x, scale_y = _scale(path, pixels, image_size, notes, stretch=stretch)
     collector = Collector(path)
+    known = _classes(collector, pixels, labels, notes)
     for label, name in known.items():
         collector.colour(name, palette.get(label))
-    scale_x, scale_y = _scale(pixels, image_size, notes)
     is_known = np.zeros(np.iinfo(pixels.dtype).max + 1, bool)
     is_known[[label for label in known if label < len(is_known)]] = True
     for geometry, value in shapes(pixels, mask=is_known[pixels], connectivity=4):
@@ -120,26 +128,90 @@ def _notes(text: str | None) -> dict[str, Any]:
 
 
 def _classes(
-    pixels: NDArray[np.uint8 | np.uint16], labels: Mapping[int, str] | None, notes: Mapping[str, Any]
+    collector: Collector,
+    pixels: NDArray[np.uint8 | np.uint16],
+    labels: Mapping[int, str] | None,
+    notes: Mapping[str, Any],
 ) -> dict[int, str]:
+    """Class of each label; what is left out or taken for granted is noted."""
+    counts = np.bincount(pixels.ravel())
+    present = [int(value) for value in np.flatnonzero(counts)]
     if labels is not None:
-        return dict(labels)
+        return _chosen(collector, counts, present, labels)
     if isinstance(notes.get("names"), list):
         return {**{label: str(name) for label, name in enumerate(notes["names"])}, IGNORE: _IGNORE_CLASS}
-    found = (int(value) for value in np.unique(pixels))
-    return {value: _IGNORE_CLASS if value == IGNORE else f"Label {value}" for value in found if value != 0}
+    found = [value for value in present if value != 0]
+    if found == [IGNORE]:
+        raise ExchangeError(
+            f"{collector.path}: a mask whose only label is {IGNORE} does not say what it shows; give its class with "
+            f"--label {IGNORE}=CLASS"
+        )
+    if not found:
+        collector.warnings.append(f"{collector.path}: every pixel is 0, the mask labels nothing")
+    if IGNORE in found:
+        collector.warnings.append(
+            f"{collector.path}: label {IGNORE} ({counts[IGNORE]} px) was taken for {_IGNORE_CLASS}; --label gives it a "
+            f"class"
+        )
+    return {value: _IGNORE_CLASS if value == IGNORE else f"Label {value}" for value in found}
+
+
+def _chosen(
+    collector: Collector, counts: NDArray[np.intp], present: Sequence[int], labels: Mapping[int, str]
+) -> dict[int, str]:
+    if not set(labels) & set(present):
+        raise ExchangeError(
+            f"{collector.path}: no pixel has the label {_listed(sorted(labels))}; the mask has {_listed(present)}"
+        )
+    left_out = [value for value in present if value != 0 and value not in labels]
+    if left_out:
+        pixels = int(counts[left_out].sum())
+        collector.warnings.append(
+            f"{collector.path}: label {_listed(left_out)} ({pixels} px) has no --label and is left out"
+        )
+    return dict(labels)
+
+
+def _listed(values: Sequence[int]) -> str:
+    shown = ", ".join(str(value) for value in values[:_LISTED])
+    return shown if len(values) <= _LISTED else f"{shown} and {len(values) - _LISTED} more"
 
 
 def _scale(
-    pixels: NDArray[np.uint8 | np.uint16], image_size: tuple[int, int] | None, notes: Mapping[str, Any]
+    path: Path,
+    pixels: NDArray[np.uint8 | np.uint16],
+    image_size: tuple[int, int] | None,
+    notes: Mapping[str, Any],
+    *,
+    stretch: bool,
 ) -> tuple[float, float]:
     """Level-0 pixels per mask pixel."""
-    downsample = notes.get("downsample")
-    if isinstance(downsample, int) and downsample > 0:
+    height, width = pixels.shape
+    downsample, noted = notes.get("downsample"), notes.get("image_size")
+    if image_size is not None and not stretch:
+        _check_shape(path, (width, height), image_size, noted)
+    if isinstance(downsample, int) and downsample > 0 and not (stretch and noted != list(image_size or ())):
         return float(downsample), float(downsample)
     if image_size is None:
         return 1.0, 1.0
-    return image_size[0] / pixels.shape[1], image_size[1] / pixels.shape[0]
+    return image_size[0] / width, image_size[1] / height
+
+
+def _check_shape(path: Path, size: tuple[int, int], image_size: tuple[int, int], noted: object) -> None:
+    """Refuse a mask that no single downsample, of whole pixels at the edges, makes of the image."""
+    if isinstance(noted, list) and noted != list(image_size):
+        raise ExchangeError(
+            f"{path}: made of an image of {' x '.join(map(str, noted))} px, this one has {image_size[0]} x "
+            f"{image_size[1]}; give the right --image, or --stretch to scale it all the same"
+        )
+    least = max(whole / (part + 1) for whole, part in zip(image_size, size, strict=True))
+    most = min(whole / max(part - 1, 0.5) for whole, part in zip(image_size, size, strict=True))
+    if least >= most:
+        raise ExchangeError(
+            f"{path}: a mask of {size[0]} x {size[1]} px has another aspect ratio ({size[0] / size[1]:.3f}) than the "
+            f"image of {image_size[0]} x {image_size[1]} ({image_size[0] / image_size[1]:.3f}); it may belong to "
+            f"another image or a part of it. Give --stretch to scale it all the same"
+        )
 
 
 def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: Path | str, *, downsample: int) -> Size:

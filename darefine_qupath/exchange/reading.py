@@ -54,6 +54,7 @@ def read_annotations(
     classes: Sequence[str] = (),
     labels: Mapping[int, str] | None = None,
     image_size: tuple[int, int] | None = None,
+    stretch: bool = False,
     class_from: Sequence[str] = (),
     image_name: str | None = None,
     glass: Callable[[], GlassFrame | None] | None = None,
@@ -74,6 +75,8 @@ def read_annotations(
     image_size : tuple of int, optional
         Width and height of the image in level-0 pixels, to which a mask is scaled; default what the mask says about
         itself, else its own size.
+    stretch : bool, optional
+        Scale a mask of another aspect ratio to the image all the same.
     class_from : sequence of str, optional
         Fields that hold the class of an object, the first with a value counts; default those of the format.
     image_name : str, optional
@@ -100,7 +103,7 @@ def read_annotations(
         if start.startswith(_IMAGE_STARTS):
             if class_from:
                 raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")
-            return read_label_mask(path, labels=labels, image_size=image_size)
+            return read_label_mask(path, labels=labels, image_size=image_size, stretch=stretch)
         request = _Request(
             path=path,
             mpp=mpp,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Collector", "Imported", "Note", "ellipse", "merged", "number", "snapped"]
+__all__ = ["Collector", "Imported", "Note", "ellipse", "merged", "number", "on_grid", "snapped"]
 
 _ELLIPSE_CORNERS = 100
 _PRECISION = 0.01
@@ -190,7 +190,7 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     bool
         Whether it was not valid. A ring that crosses itself keeps all that it encloses, as QuPath fills it.
     """
-    rounded = shapely.transform(geometry, _on_grid)
+    rounded = shapely.transform(geometry, on_grid)
     if geometry.geom_type in ("LineString", "MultiLineString"):
         return _with_length(rounded), False
     if geometry.geom_type not in ("Polygon", "MultiPolygon", "GeometryCollection"):
@@ -263,7 +263,8 @@ def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
     return [part for part in parts if part.geom_type == "Polygon"]
 
 
-def _on_grid(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+def on_grid(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coordinates at QuPath's precision of 0.01 px."""
     # Halves upwards, as Java rounds.
     return np.asarray(np.floor(coordinates * 100 + 0.5) / 100)
 

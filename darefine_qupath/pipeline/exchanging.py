@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Literal
-from uuid import NAMESPACE_URL, uuid5
+from uuid import UUID
 
-from darefine_qupath.annotations import Annotation, LabelPainter, class_counts
-from darefine_qupath.classes import PathClass, default_colour, is_ignored
-from darefine_qupath.errors import ExchangeError, ProjectError
-from darefine_qupath.exchange import Imported, read_annotations, write_geojson, write_label_tiff
-from darefine_qupath.pipeline.selection import choose_images
+from darefine_qupath.annotations import (
+    Annotation,
+    LabelPainter,
+    by_annotators,
+    class_counts,
+    count_unlearnable,
+    unlearnable_words,
+)
+from darefine_qupath.classes import is_ignored
+from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError
+from darefine_qupath.exchange import Imported, Note, read_annotations, write_geojson, write_label_tiff
+from darefine_qupath.exchange.identity import Origin, Reconciled, reconcile
+from darefine_qupath.exchange.names import SLIDE_SUFFIXES, NameIndex, is_annotation_file
+from darefine_qupath.limits import naming
+from darefine_qupath.pipeline.selection import check_annotators, choose_images, every_annotation, say_what_cannot_train
 from darefine_qupath.pipeline.settings import Settings
-from darefine_qupath.project import Changes, ImageEntry, Project, create_project
+from darefine_qupath.project import Changes, ImageEntry, ImageState, Project, create_project
+from darefine_qupath.project.qpdata import stored_records
 from darefine_qupath.review import OnError, for_images
 from darefine_qupath.slides import open_slide
 
-__all__ = ["Import", "create_from_slides", "export_geojson", "export_labels", "import_file", "match_files"]
+__all__ = [
+    "Import",
+    "ImportOptions",
+    "create_from_slides",
+    "export_geojson",
+    "export_labels",
+    "import_files",
+    "match_files",
+]
 
 _log = logging.getLogger(__name__)
 
-_OUTLINE_SUFFIXES = (".xml", ".geojson", ".json")
-_ANNOTATION_SUFFIXES = (*_OUTLINE_SUFFIXES, ".png", ".tif", ".tiff")
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How annotation files are read and taken in.
+
+    Attributes
+    ----------
+    labels : mapping of int to str or None
+        Classes of the labels of a mask.
+    stretch : bool
+        Scale a mask of another aspect ratio to its image.
+    annotator : str or None
+        Whose annotations they are; kept in their metadata.
+    replaces : bool
+        Take out what an earlier import of a file of the same name (and annotator) brought and the file does not hold.
+    """
+
+    labels: Mapping[int, str] | None = None
+    stretch: bool = False
+    annotator: str | None = None
+    replaces: bool = False
+
+
+_DEFAULTS = ImportOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +80,24 @@ class Import:
         What was read.
     image : ImageEntry
         Where it went.
-    added : int
-        New objects.
+    added, updated, removed : int
+        Objects.
     already : int
-        Objects that an earlier import of the same file had brought.
+        Objects that were there.
+    notes : tuple of Note
+        What became of objects for which that is no matter of course.
+    remarks : tuple of str
+        What the user should know about the file as a whole.
     """
 
     file: Imported
     image: ImageEntry
     added: int
+    updated: int
+    removed: int
     already: int
+    notes: tuple[Note, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def match_files(project: Project, files: Sequence[Path], image: str | None) -> list[tuple[Path, ImageEntry]]:
@@ -59,95 +110,179 @@ def match_files(project: Project, files: Sequence[Path], image: str | None) -> l
     """
     if image is not None:
         return [(file, project.image(image)) for file in files]
-    by_stem: dict[str, list[ImageEntry]] = {}
-    for entry in project.images:
-        for name in {_stem(entry.name), *([_stem(entry.path.name)] if entry.path else [])}:
-            by_stem.setdefault(name.lower(), []).append(entry)
-    matched = []
-    for file in files:
-        found = by_stem.get(_stem(file.name).lower(), [])
-        if not found:
-            names = ", ".join(repr(entry.name) for entry in project.images) or "none"
-            raise ExchangeError(f"{file}: no image of the project has this file's name; give --image, one of {names}")
+    index = NameIndex((entry, {entry.name, *([entry.path.name] if entry.path else [])}) for entry in project.images)
+    matched = [(file, index.owners(file.name)) for file in files]
+    unclaimed = [str(file) for file, found in matched if not found]
+    if unclaimed:
+        names = ", ".join(repr(entry.name) for entry in project.images) or "none"
+        raise ExchangeError(
+            f"{', '.join(unclaimed)}: no image of the project has this file's name; give --image, one of {names}"
+        )
+    for file, found in matched:
         if len(found) > 1:
             ids = ", ".join(f"{entry.id} ({entry.path or entry.name})" for entry in found)
             raise ExchangeError(
                 f"{file}: {len(found)} images of the project have this file's name; give --image an id, one of {ids}"
             )
-        matched.append((file, found[0]))
-    return matched
+    return [(file, found[0]) for file, found in matched]
 
 
-def _stem(name: str) -> str:
-    """File name without its last suffix, ``.ome`` and a trailing ``.labels`` included."""
-    stem = name.rsplit(".", 1)[0] if "." in name else name
-    for extra in (".ome", ".labels", "_labels", "-labels"):
-        stem = stem.removesuffix(extra)
-    return stem
-
-
-def import_file(
+def import_files(
     project: Project,
-    file: Path,
-    image: ImageEntry,
+    files: Sequence[tuple[Path, ImageEntry]],
+    options: ImportOptions = _DEFAULTS,
     *,
-    labels: Mapping[int, str] | None = None,
     dry_run: bool = False,
-) -> Import:
-    """Add the annotations of a file to an image.
+) -> tuple[Import, ...]:
+    """Add the annotations of files to images.
 
-    The same file imported twice changes nothing: an object without an id of its own gets one from the file's name and
-    its place in it.
+    Every file is read before anything is written. What is there with the same content stays; what changed is updated
+    where only one object can be meant that nobody edited in the project; all else is added.
 
     Parameters
     ----------
     project : Project
         The project.
-    file : Path
-        Aperio or ASAP XML, GeoJSON, or a label mask.
-    image : ImageEntry
-        Where it goes.
-    labels : mapping of int to str, optional
-        Classes of the labels of a mask.
+    files : sequence of (Path, ImageEntry)
+        Aperio or ASAP XML, GeoJSON or label masks, and where each goes.
+    options : ImportOptions, optional
+        How.
     dry_run : bool
-        Only read.
+        Only read, and say what would be done.
 
     Returns
     -------
-    Import
+    tuple of Import
+        One per file.
 
     Raises
     ------
     ExchangeError
-        If the file cannot be read, or nothing in it can be used.
+        If a file cannot be read, or nothing in it can be used; nothing is written.
     """
     classes = [path_class.name for path_class in project.classes]
-    size = None if image.width is None or image.height is None else (image.width, image.height)
-    found = read_annotations(file, mpp=image.mpp, classes=classes, labels=labels, image_size=size)
-    _refuse_useless(found)
-    present = {record.id for record in project.objects(image)}
-    records = found.annotations if found.format == "GeoJSON" else _with_fixed_ids(found, image)
-    fresh = [record for record in records if record.id not in present]
-    if fresh and not dry_run:
-        missing = sorted(set(class_counts(fresh)) - set(classes))
-        if missing:
-            new = [PathClass(name, found.colours.get(name, default_colour(name))) for name in missing]
-            project.set_classes([*project.classes, *new])
-        project.apply(image, Changes(add=fresh))
-    return Import(file=found, image=image, added=len(fresh), already=len(records) - len(fresh))
+    read = []
+    for file, image in files:
+        size = None if image.width is None or image.height is None else (image.width, image.height)
+        read.append((_read(file, options, classes, mpp=image.mpp, size=size), image))
+    return _take_in(project, read, options, dry_run=dry_run)
 
 
-def _refuse_useless(found: Imported) -> None:
+def _read(
+    file: Path, options: ImportOptions, classes: list[str], *, mpp: float | None, size: tuple[int, int] | None
+) -> Imported:
+    """Read a file; its classes join those by which the next file is spelled."""
+    found = read_annotations(
+        file, mpp=mpp, classes=classes, labels=options.labels, image_size=size, stretch=options.stretch
+    )
+    found = _storable(found)
     if found.refused and not found.annotations:
         more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
         raise ExchangeError(f"{found.path} holds no annotation that can be used: {found.refused[0]}{more}")
+    classes += [name for name in class_counts(found.annotations) if name not in classes]
+    line = unlearnable_words(count_unlearnable(found.annotations, size))
+    return replace(found, warnings=(*found.warnings, line)) if line else found
 
 
-def _with_fixed_ids(found: Imported, image: ImageEntry) -> list[Annotation]:
-    return [
-        replace(record, id=uuid5(NAMESPACE_URL, f"darefine:{image.id}/{found.path.name}/{number}"))
-        for number, record in enumerate(found.annotations)
-    ]
+def _storable(found: Imported) -> Imported:
+    """Annotations as QuPath will store them; those that it cannot hold are refused, one by one."""
+    kept: dict[int, Annotation] = {}
+    refused = []
+    for number, stored in _stored(found.annotations, 0):
+        if isinstance(stored, str):
+            refused.append(Note(item=found.items[number], reason=stored))
+        else:
+            kept[number] = stored
+    ids = {record.id for record in kept.values()}
+    above = {record.id: record.parent for record in found.annotations}
+    names = {found.annotations[number].path_class: record.path_class for number, record in kept.items()}
+    return replace(
+        found,
+        annotations=tuple(replace(record, parent=_standing(record.parent, above, ids)) for record in kept.values()),
+        items=tuple(found.items[number] for number in kept),
+        own_ids=found.own_ids & ids,
+        refused=(*found.refused, *refused),
+        colours={name: colour for key, colour in found.colours.items() if (name := names.get(key)) is not None},
+    )
+
+
+def _standing(parent: UUID | None, above: Mapping[UUID, UUID | None], ids: Collection[UUID]) -> UUID | None:
+    """Nearest object above that is imported."""
+    while parent is not None and parent not in ids:
+        parent = above.get(parent)
+    return parent
+
+
+def _stored(records: Sequence[Annotation], first: int) -> Iterator[tuple[int, Annotation | str]]:
+    """Each record as it will be stored, or why it cannot be; all at once where nothing is wrong."""
+    try:
+        with naming("object", ExchangeError):
+            for record in records:
+                _check_texts(record)
+            stored = stored_records([(record, None) for record in records])
+    except DarefineError as error:
+        if len(records) == 1:
+            yield first, str(error).removeprefix("object: ")
+            return
+        half = len(records) // 2
+        yield from _stored(records[:half], first)
+        yield from _stored(records[half:], first + half)
+    else:
+        yield from enumerate(stored, first)
+
+
+def _check_texts(record: Annotation) -> None:
+    """Refuse half characters, which no file can keep."""
+    for text in (record.path_class, record.name, *record.metadata, *record.metadata.values(), *record.measurements):
+        if text is not None:
+            text.encode()
+
+
+def _take_in(
+    project: Project, read: Sequence[tuple[Imported, ImageEntry]], options: ImportOptions, *, dry_run: bool
+) -> tuple[Import, ...]:
+    imports = []
+    states: dict[str, ImageState] = {}
+    for found, image in read:
+        state = states[image.id] if image.id in states else project.state(image)
+        origin = Origin(path=found.path, image=image.id, annotator=options.annotator)
+        plan = _without_cores(reconcile(found, state.objects, origin, replaces=options.replaces))
+        changes = Changes(add=plan.add, replace=plan.update, remove=plan.remove, class_colors=found.colours)
+        if dry_run:
+            # The next file meets what this one would leave.
+            gone = {*plan.remove, *(record.id for record in plan.update)}
+            kept = (record for record in state.objects if record.id not in gone)
+            states[image.id] = replace(state, objects=(*kept, *plan.update, *plan.add))
+        elif not changes.is_empty:
+            warnings = project.apply(image, changes, version=state.version).warnings
+            plan = replace(plan, remarks=(*plan.remarks, *warnings))
+        imports.append(
+            Import(
+                file=found,
+                image=image,
+                added=len(plan.add),
+                updated=len(plan.update),
+                removed=len(plan.remove),
+                already=plan.already,
+                notes=plan.notes,
+                remarks=plan.remarks,
+            )
+        )
+    return tuple(imports)
+
+
+def _without_cores(plan: Reconciled) -> Reconciled:
+    """Leave out new cores of a TMA grid, which only QuPath makes."""
+    cores = {record.id for record in plan.add if record.kind == "tma core"}
+    if not cores:
+        return plan
+    kept = tuple(
+        replace(record, parent=None) if record.parent in cores else record
+        for record in plan.add
+        if record.id not in cores
+    )
+    line = f"{len(cores)} cores of a TMA grid are not imported; make the grid in QuPath"
+    return replace(plan, add=kept, remarks=(*plan.remarks, line))
 
 
 def create_from_slides(
@@ -155,6 +290,7 @@ def create_from_slides(
     slides: Sequence[Path],
     *,
     annotations: Path | None = None,
+    options: ImportOptions = _DEFAULTS,
     mpp: float | None = None,
     engine: Literal["auto", "embedded", "paquo"] = "auto",
     progress: Callable[[int, int, str], None] | None = None,
@@ -169,6 +305,8 @@ def create_from_slides(
         Image files, or folders of them.
     annotations : Path, optional
         Folder of annotation files named like the slides.
+    options : ImportOptions, optional
+        How they are read.
     mpp : float, optional
         Micrometres per pixel of every slide.
     engine : str
@@ -188,35 +326,57 @@ def create_from_slides(
     ProjectError
         If there is a project already, or no slide.
     SlideError
-        If a slide cannot be opened; no project is made.
+        If a slide cannot be opened.
     ExchangeError
-        If there is no such folder of annotations, or a file in it cannot be read or belongs to several slides; no
-        project is made, unless it is a label mask.
+        If there is no such folder of annotations, or a file in it cannot be read or belongs to several slides.
+        Whatever is raised, nothing is left of the new project.
     """
     files = _slide_files(slides)
     found_for = _annotation_files(annotations, files)
+    classes: list[str] = []
+    read: dict[Path, list[Imported]] = {}
     for file in files:
-        # Before there is a project: half of one would be in the way of the next try.
         with open_slide(file) as slide:
-            for found in found_for.get(file, []):
-                # The labels of a mask are those of the project.
-                if found.suffix.lower() in _OUTLINE_SUFFIXES:
-                    _refuse_useless(read_annotations(found, mpp=mpp or slide.mpp, image_size=slide.size))
-    project = create_project(path, engine=engine)
-    imports = []
-    for number, file in enumerate(files):
-        image = project.add_image(file, mpp=mpp)
-        imports += [import_file(project, found, image) for found in found_for.get(file, [])]
-        if progress is not None:
-            progress(number + 1, len(files), file.name)
+            read[file] = [
+                _read(found, options, classes, mpp=mpp or slide.mpp, size=(slide.size.width, slide.size.height))
+                for found in found_for.get(file, [])
+            ]
+    with _nothing_left(path):
+        project = create_project(path, engine=engine)
+        imports: list[Import] = []
+        for number, file in enumerate(files):
+            image = project.add_image(file, mpp=mpp)
+            imports += _take_in(project, [(found, image) for found in read[file]], options, dry_run=False)
+            if progress is not None:
+                progress(number + 1, len(files), file.name)
     return project, tuple(imports)
+
+
+@contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """Remove what was made of a project when something stops it, so that it can be tried again."""
+    folder = path.parent if path.suffix == ".qpproj" else path
+    was_there = set(folder.iterdir()) if folder.is_dir() else set()
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    try:
+        yield
+    except BaseException:
+        for item in set(folder.iterdir()) - was_there if folder.is_dir() else ():
+            if item.is_dir() and not item.is_symlink():
+                rmtree(item, ignore_errors=True)
+            else:
+                item.unlink(missing_ok=True)
+        for above in made:
+            with suppress(OSError):
+                above.rmdir()
+        raise
 
 
 def _slide_files(slides: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for item in slides:
         if item.is_dir():
-            files += sorted(p for p in item.iterdir() if p.is_file() and p.suffix.lower() in _SLIDE_SUFFIXES)
+            files += sorted(p for p in item.iterdir() if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES)
         else:
             files.append(item)
     files = list({file.resolve(): file for file in files}.values())
@@ -225,28 +385,20 @@ def _slide_files(slides: Sequence[Path]) -> list[Path]:
     return files
 
 
-_SLIDE_SUFFIXES = (
-    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi",
-    ".png", ".jpg", ".jpeg", ".jp2",
-)  # fmt: skip
-
-
 def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path, list[Path]]:
     """Annotation files of each slide: those of its name, except the slides themselves."""
     if folder is None:
         return {}
     if not folder.is_dir():
         raise ExchangeError(f"No folder of annotation files at {folder}")
-    by_stem: dict[str, list[Path]] = {}
-    for slide in slides:
-        by_stem.setdefault(_stem(slide.name).lower(), []).append(slide)
+    index = NameIndex((slide, (slide.name,)) for slide in slides)
     taken = {slide.resolve() for slide in slides}
     found: dict[Path, list[Path]] = {}
     left_over = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in _ANNOTATION_SUFFIXES or file.resolve() in taken:
+        if not is_annotation_file(file.name) or file.resolve() in taken or not file.is_file():
             continue
-        owners = by_stem.get(_stem(file.name).lower(), [])
+        owners = index.owners(file.name)
         if len(owners) > 1:
             raise ExchangeError(
                 f"{file}: {len(owners)} slides have this file's name ({', '.join(map(str, owners))}); leave "
@@ -254,7 +406,7 @@ def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path,
             )
         if owners:
             found.setdefault(owners[0], []).append(file)
-        elif file.suffix.lower() in _OUTLINE_SUFFIXES:
+        else:
             left_over.append(file.name)
     if left_over:
         _log.warning("%d annotation files have the name of no slide: %s", len(left_over), ", ".join(left_over))
@@ -262,7 +414,12 @@ def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path,
 
 
 def export_geojson(
-    project: Project, out: Path, names: Sequence[str] = (), *, on_error: OnError | None = None
+    project: Project,
+    out: Path,
+    names: Sequence[str] = (),
+    *,
+    annotators: Sequence[str] = (),
+    on_error: OnError | None = None,
 ) -> dict[str, int]:
     """Write one FeatureCollection per image, ``<entry id>.geojson``.
 
@@ -274,6 +431,8 @@ def export_geojson(
         Folder for the files.
     names : sequence of str, optional
         Only these images.
+    annotators : sequence of str, optional
+        Only annotations of these; see `by_annotators`.
     on_error : callable, optional
         Told of an image that cannot be read, which is left out; without it that is an error.
 
@@ -285,9 +444,11 @@ def export_geojson(
     out.mkdir(parents=True, exist_ok=True)
     images = [project.image(name) for name in names] if names else project.images
     classes = project.classes
+    check_annotators(every_annotation(project, images), annotators)
 
     def write(image: ImageEntry) -> int:
-        return write_geojson(project.annotations(image), out / f"{image.id}.geojson", classes=classes)
+        records = by_annotators(project.annotations(image), annotators)
+        return write_geojson(records, out / f"{image.id}.geojson", classes=classes)
 
     return {image.id: count for image, count in for_images(images, write, on_error)}
 
@@ -299,6 +460,7 @@ def export_labels(
     *,
     downsample: int,
     names: Sequence[str] = (),
+    annotators: Sequence[str] = (),
     on_error: OnError | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Write one label image per annotated image, ``<entry id>.tif``.
@@ -315,6 +477,8 @@ def export_labels(
         Of the label images.
     names : sequence of str, optional
         Only these images.
+    annotators : sequence of str, optional
+        Only annotations of these; see `by_annotators`.
     on_error : callable, optional
         Told of an image that cannot be read, which is left out; without it that is an error.
 
@@ -327,9 +491,14 @@ def export_labels(
     images, skipped = choose_images(project, names)
     for left_out in skipped:
         _log.warning("%s is left out: %s", left_out.name, left_out.why)
-    drawn = list(for_images(images, project.annotations, on_error))
+    check_annotators(every_annotation(project, images), annotators)
+    drawn = [
+        (image, by_annotators(records, annotators))
+        for image, records in for_images(images, project.annotations, on_error)
+    ]
     counts = class_counts(record for _, records in drawn for record in records)
     class_map = settings.class_map(project.classes, {k: v for k, v in counts.items() if not is_ignored(k)})
+    say_what_cannot_train(drawn)
     records_of = {image.id: records for image, records in drawn if class_counts(records)}
 
     def write(image: ImageEntry) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import shapely
 
-from darefine_qupath.annotations import Annotation, class_counts
+from darefine_qupath.annotations import Annotation, Plane, class_counts, count_unlearnable, unlearnable_words
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
@@ -322,10 +322,9 @@ def _check_pixel_sizes(entry: ImageEntry, slide: PyramidSlide) -> Iterator[Findi
 
 
 def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:
-    unclassified = sum(record.path_class is None for record in annotations)
-    if unclassified:
-        message = f"{unclassified} annotations have no class and are not learnt from"
-        yield Finding(level="warning", image=entry.name, message=message)
+    line = unlearnable_words(count_unlearnable(annotations, slide.size))
+    if line:
+        yield Finding(level="warning", image=entry.name, message=line)
     problems: dict[str, list[str]] = {}
     for record, outside in zip(annotations, _shares_outside(annotations, slide), strict=True):
         kind, detail = _problem(record, outside)
@@ -374,6 +373,11 @@ def _problem(record: Annotation, outside: float) -> tuple[str, str]:
         return "not a valid shape", f"is not a valid shape: {shapely.is_valid_reason(geometry)}"
     if record.path_class is not None and record.area == 0:
         return "no area", "has no area and labels nothing (a line or points)"
+    if record.plane[1:] != Plane()[1:]:
+        return (
+            "another plane",
+            f"lies on the plane z = {record.plane.z}, t = {record.plane.t}; only z = 0, t = 0 trains",
+        )
     if outside > _OVERHANG:
         return "outside the image", f"lies {100 * outside:.0f} % outside the image"
     return "", ""

@@ -22,7 +22,7 @@ from darefine_qupath.pipeline.hardness import hard_weights
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of
 from darefine_qupath.pipeline.lineage import Labels, Learnt, Objects, former_model, summary
 from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
-from darefine_qupath.pipeline.selection import Corpus, gather
+from darefine_qupath.pipeline.selection import Corpus, check_annotators, every_annotation, gather
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.prediction import stain_statistics
 from darefine_qupath.project import Project, open_project
@@ -83,6 +83,8 @@ class TileRequest:
         Micrometres per pixel of every slide, over what project and files say.
     labels : str
         ``"manual"`` or ``"reviewed"``.
+    annotators : tuple of str
+        Of what a person drew, only what is by these; see `by_annotators`.
     unlabelled : str or None
         Class of what no annotation covers, or ``"ignore"``; over the settings.
     tiles : mapping
@@ -98,6 +100,7 @@ class TileRequest:
     images: tuple[str, ...] = ()
     mpp: float | None = None
     labels: Labels = "manual"
+    annotators: tuple[str, ...] = ()
     unlabelled: str | None = None
     tiles: Mapping[str, Any] = field(default_factory=dict)
     screening: Mapping[str, Any] = field(default_factory=dict)
@@ -158,6 +161,7 @@ class TrainRequest:
             project=Path(tiles["project"]),
             settings=None if tiles["settings"] is None else Path(tiles["settings"]),
             images=tuple(tiles["images"]),
+            annotators=tuple(tiles.get("annotators", ())),
         )
         split = {key: tuple(value) if isinstance(value, list) else value for key, value in data["split"].items()}
         paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}
@@ -225,10 +229,11 @@ def make_tiles(
     settings = _settings(request)
     spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)
     screening, storage = settings.screening(**request.screening), settings.storage(**request.storage)
-    learnt = Learnt(request.labels)
+    learnt = Learnt(request.labels, request.annotators)
     # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
     with open_project(request.project, engine="embedded") as project:
         _check_names(project, test_images)
+        check_annotators(every_annotation(project, project.images), request.annotators)
         corpus = gather(project, settings, learnt, names=request.images, mpp=request.mpp)
     sources, held_back = hold_back(corpus.sources, test_images)
     classes, workers = corpus.classes, request.workers

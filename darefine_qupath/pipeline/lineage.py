@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
-from darefine_qupath.annotations import Annotation
+from darefine_qupath.annotations import Annotation, by_annotators
 from darefine_qupath.checkpoint import read_header
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.project import ImageEntry, Project
@@ -37,6 +37,8 @@ class Learnt:
     ----------
     labels : str
         ``"manual"`` or ``"reviewed"``.
+    annotators : sequence of str, optional
+        Of what a person drew, only what is by these; see `by_annotators`.
 
     Attributes
     ----------
@@ -45,20 +47,24 @@ class Learnt:
         ``"rejected"`` (their area is ignored).
     """
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: Labels, annotators: Sequence[str] = ()) -> None:
         self._labels = labels
+        self._annotators = annotators
         self.objects: dict[str, Objects] = {}
 
     def __call__(self, project: Project, image: ImageEntry) -> tuple[Annotation, ...]:
         """Annotations of an image that count."""
         kinds: tuple[tuple[UUID, ...], ...]
         if self._labels == "manual":
-            annotations = manual_annotations(project, image, taken_over=False)
+            annotations = by_annotators(manual_annotations(project, image, taken_over=False), self._annotators)
             kinds = (tuple(record.id for record in annotations), (), ())
         else:
             labels = reviewed_annotations(project, image)
-            annotations = labels.annotations
-            kinds = (labels.drawn, labels.reviewed, labels.rejected)
+            others = {*labels.reviewed, *labels.rejected}
+            chosen = {record.id for record in by_annotators(labels.annotations, self._annotators)} | others
+            annotations = tuple(record for record in labels.annotations if record.id in chosen)
+            drawn = tuple(each for each in labels.drawn if each in chosen)
+            kinds = (drawn, labels.reviewed, labels.rejected)
         self.objects[image.id] = {
             kind: tuple(str(each) for each in ids) for kind, ids in zip(_KINDS, kinds, strict=True)
         }

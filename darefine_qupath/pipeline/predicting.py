@@ -16,7 +16,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation, LabelPainter, by_annotators
 from darefine_qupath.checkpoint import CheckpointHeader, load_checkpoint, read_header
 from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
@@ -33,7 +33,7 @@ from darefine_qupath.pipeline.scoring import (
     truth_labels,
     truth_of,
 )
-from darefine_qupath.pipeline.selection import Skipped, choose_images, misfit
+from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, misfit
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
@@ -624,6 +624,7 @@ def evaluate_project(
     request: PredictRequest,
     *,
     truth: Path | None = None,
+    annotators: Sequence[str] = (),
     context: Sequence[ContextMode] = (),
     unpredicted: Unpredicted = "count",
     progress: Report | None = None,
@@ -639,6 +640,8 @@ def evaluate_project(
         What to predict, and how; what concerns polygons and objects is not used.
     truth : Path, optional
         Folder of GeoJSON files; the project's own annotations by default.
+    annotators : sequence of str, optional
+        Compare only with annotations of these; see `by_annotators`.
     context : sequence of str, optional
         Also score tile by tile with these context modes.
     unpredicted : {"count", "ignore"}
@@ -665,11 +668,10 @@ def evaluate_project(
         def note_failure(title: str, error: DarefineError) -> None:
             failed.append(Skipped(id=by_title[title].id, name=by_title[title].name, why=str(error)))
 
-        truths = [
-            (image, records)
-            for image, records in for_images(images, lambda image: truth_of(project, image, truth), note_failure)
-            if any(record.path_class for record in records)
-        ]
+        truths = list(for_images(images, lambda image: truth_of(project, image, truth), note_failure))
+        check_annotators((record for _, records in truths for record in records), annotators)
+        truths = [(image, by_annotators(records, annotators)) for image, records in truths]
+        truths = [(image, records) for image, records in truths if any(record.path_class for record in records)]
         if not truths:
             if failed:
                 raise PredictionError("; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed))

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from darefine_qupath.annotations import Annotation, class_counts
+from darefine_qupath.annotations import (
+    NOBODY,
+    Annotation,
+    annotator_of,
+    class_counts,
+    count_unlearnable,
+    unlearnable_words,
+)
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, ProjectError, SlideError, TileError
 from darefine_qupath.geometry import PixelSize
@@ -17,7 +25,17 @@ from darefine_qupath.project import ImageEntry, Project, image_titles
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.sources import TileSource
 
-__all__ = ["Corpus", "Skipped", "choose_images", "gather", "misfit", "source_of"]
+__all__ = [
+    "Corpus",
+    "Skipped",
+    "check_annotators",
+    "choose_images",
+    "every_annotation",
+    "gather",
+    "misfit",
+    "say_what_cannot_train",
+    "source_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +78,39 @@ class Corpus:
     classes: ClassMap
     sources: tuple[TileSource, ...]
     skipped: tuple[Skipped, ...]
+
+
+def check_annotators(annotations: Iterable[Annotation], annotators: Sequence[str]) -> None:
+    """Refuse an annotator who drew nothing: a slip of the pen would choose nothing.
+
+    Parameters
+    ----------
+    annotations : iterable of Annotation
+        Of all images; not looked at without names.
+    annotators : sequence of str
+        Names to choose by, `NOBODY` for what has none.
+
+    Raises
+    ------
+    ProjectError
+        If none of the annotations is by one of them.
+    """
+    if not annotators:
+        return
+    known = {annotator_of(record) or NOBODY for record in annotations}
+    unknown = [name for name in annotators if name not in known]
+    if unknown:
+        raise ProjectError(
+            f"No annotation is by {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known)) or 'none'} "
+            f"({NOBODY} = without an annotator)"
+        )
+
+
+def every_annotation(project: Project, images: Iterable[ImageEntry]) -> Iterator[Annotation]:
+    """Annotations of all images that can be read."""
+    for image in images:
+        with suppress(DarefineError), wording(ProjectError):
+            yield from project.annotations(image)
 
 
 def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[ImageEntry, ...], tuple[Skipped, ...]]:
@@ -203,6 +254,8 @@ def gather(
     wanted = tuple(project.image(name) for name in names) if names else project.images
     drawn, damaged = _drawn(project, wanted, annotations_of)
     annotated = [image.id for image in wanted if class_counts(drawn[image.id])]
+    # The tiles count those on the other images.
+    say_what_cannot_train([(image, drawn[image.id]) for image in wanted if image.id not in annotated])
     readable, skipped = choose_images(project, annotated) if annotated else ((), ())
     skipped = (*damaged, *skipped)
     if not readable:
@@ -239,6 +292,15 @@ def _drawn(
         except DarefineError as error:
             damaged.append(Skipped(id=image.id, name=image.name, why=str(error)))
     return drawn, tuple(damaged)
+
+
+def say_what_cannot_train(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]]]) -> None:
+    """Log, image by image, how many objects give no label, and why."""
+    for image, records in drawn:
+        size = None if image.width is None or image.height is None else (image.width, image.height)
+        line = unlearnable_words(count_unlearnable(records, size))
+        if line:
+            _log.warning("%s: %s", image.name, line)
 
 
 def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:

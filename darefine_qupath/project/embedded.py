@@ -522,7 +522,8 @@ class EmbeddedProject(Project):
         former, _ = self._stored_classes()
         listed = () if former is None else files.parse_classes(former, self._classes_file)
         names = dict.fromkeys(record.path_class for record in (*changes.add, *changes.replace))
-        more = [PathClass(name, data.colours.get(name, default_colour(name))) for name in names if name is not None]
+        known = {**changes.class_colors, **data.colours}
+        more = [PathClass(name, known.get(name, default_colour(name))) for name in names if name is not None]
         return files.merged_classes(listed, more)
 
     # -- images

@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import PathClass
+from darefine_qupath.classes import Colour, PathClass
 from darefine_qupath.errors import ImageNotFoundError
 from darefine_qupath.geometry import PixelSize
 
@@ -121,12 +121,15 @@ class Changes:
         Objects to take out; their children move up to the removed object's parent, as QuPath does by default.
     properties : mapping of str to str or None
         Image properties to set to a text; None takes one out.
+    class_colors : mapping of str to Colour
+        Of classes that are new in the project.
     """
 
     add: Sequence[Annotation] = ()
     replace: Sequence[Annotation] = ()
     remove: Sequence[UUID] = ()
     properties: Mapping[str, str | None] = field(default_factory=dict)
+    class_colors: Mapping[str, Colour] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

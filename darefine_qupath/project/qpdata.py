@@ -8,7 +8,7 @@ file opened to be edited, and `verify` compares what an edit made with what it w
 from darefine_qupath.project.qpedit import Document, Edited, edit, verify
 from darefine_qupath.project.qpitems import Opaque, Stains, StainVector, TmaGrid, WorkflowStep
 from darefine_qupath.project.qpread import ImageData, read
-from darefine_qupath.project.qpwrite import create, expected, stored, stored_geometry, summary
+from darefine_qupath.project.qpwrite import create, expected, stored, stored_geometry, stored_records, summary
 
 __all__ = [
     "Document",
@@ -25,6 +25,7 @@ __all__ = [
     "read",
     "stored",
     "stored_geometry",
+    "stored_records",
     "summary",
     "verify",
 ]

@@ -1,0 +1,553 @@
+"""Annotation files into projects: what is the same, what changed, what is new, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from shapely.affinity import translate
+from shapely.geometry import box
+from shapely.geometry.base import BaseGeometry
+
+from darefine_qupath.annotations import (
+    NOBODY,
+    Annotation,
+    LabelPainter,
+    Plane,
+    by_annotators,
+    count_unlearnable,
+    unlearnable_words,
+)
+from darefine_qupath.classes import ClassMap, Colour
+from darefine_qupath.errors import ExchangeError, ProjectError, ProjectWriteError
+from darefine_qupath.exchange import Imported, read_annotations, write_geojson
+from darefine_qupath.exchange.identity import Origin, contents, reconcile
+from darefine_qupath.exchange.names import NameIndex
+from darefine_qupath.exchange.records import snapped
+from darefine_qupath.pipeline.exchanging import (
+    Import,
+    ImportOptions,
+    create_from_slides,
+    export_geojson,
+    export_labels,
+    import_files,
+    match_files,
+)
+from darefine_qupath.pipeline.inspection import check_project
+from darefine_qupath.pipeline.settings import Settings
+from darefine_qupath.project import Changes, Project, create_project, open_project
+from darefine_qupath.project.embedded import EmbeddedProject
+from darefine_qupath.project.qpdata import stored_records
+from tests.tile_slides import ramps, write_pyramid
+
+SIZE = (400, 300)
+A, B, C = box(10, 10, 60, 60), box(110, 10, 160, 60), box(210, 10, 260, 60)
+ID = UUID("6423a977-ffff-48db-affc-cd11632010f0")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of one project and its slide."""
+    folder = tmp_path_factory.mktemp("template")
+    with create_project(folder / "p", engine="embedded") as project:
+        project.add_image(write_pyramid(folder / "slide.tif", ramps(*SIZE)))
+    return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path) -> Project:
+    shutil.copytree(template / "p", tmp_path / "p")
+    return open_project(tmp_path / "p", engine="embedded")
+
+
+def feature(geometry: BaseGeometry, path_class: str | None = "Tumor", **members: object) -> dict[str, object]:
+    properties = {} if path_class is None else {"classification": {"name": path_class}}
+    shape = json.loads(shapely.to_geojson(geometry))
+    return {"type": "Feature", "geometry": shape, "properties": properties, **members}
+
+
+def write(path: Path, *features: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(features))
+    return path
+
+
+def take(project: Project, *files: Path, dry_run: bool = False, **options: object) -> Import:
+    """Import files into the only image; gives what became of the last."""
+    pairs = [(file, project.images[0]) for file in files]
+    return import_files(project, pairs, ImportOptions(**options), dry_run=dry_run)[-1]
+
+
+def tally(item: Import) -> tuple[int, int, int, int]:
+    return item.added, item.updated, item.removed, item.already
+
+
+def drawn(project: Project) -> list[tuple[str | None, tuple[float, ...]]]:
+    records = project.annotations(project.images[0])
+    return sorted((record.path_class, record.geometry.bounds) for record in records)
+
+
+def edit(project: Project, **changes: object) -> Annotation:
+    """Change the first object as a pathologist would."""
+    image = project.images[0]
+    record = replace(project.objects(image)[0], **changes)
+    project.apply(image, Changes(replace=[record]))
+    return record
+
+
+# The same
+
+
+@pytest.mark.parametrize("identity", [{}, {"id": 7}, {"id": "PathAnnotationObject"}, {"id": str(ID)}], ids=str)
+@pytest.mark.parametrize("name", ["a.geojson", "another/a.geojson", "another/name.geojson"])
+def test_the_same_objects_come_once(project: Project, tmp_path: Path, identity: dict[str, object], name: str) -> None:
+    assert tally(take(project, write(tmp_path / "a.geojson", feature(A, **identity)))) == (1, 0, 0, 0)
+    assert tally(take(project, write(tmp_path / name, feature(A, **identity)))) == (0, 0, 0, 1)
+
+
+def test_order_corners_and_direction_are_no_difference(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A), feature(B)))
+    turned = [shapely.Polygon([*B.exterior.coords[2:], *B.exterior.coords[1:3]][::-1]), shapely.reverse(A)]
+    assert tally(take(project, write(tmp_path / "a.geojson", *map(feature, turned)))) == (0, 0, 0, 2)
+
+
+def test_one_shape_drawn_twice_stays_two(project: Project, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.geojson", feature(A), feature(A))
+    assert [tally(take(project, file)) for _ in range(2)] == [(2, 0, 0, 0), (0, 0, 0, 2)]
+
+
+def test_what_was_exported_is_there_already(project: Project, tmp_path: Path) -> None:
+    image = project.images[0]
+    curved = shapely.Point(200, 150).buffer(40.123).difference(box(190, 140, 210, 160))
+    project.apply(image, Changes(add=[Annotation(geometry=shape, path_class="Tumor") for shape in (A, curved)]))
+    export_geojson(project, tmp_path)
+    assert tally(take(project, tmp_path / f"{image.id}.geojson")) == (0, 0, 0, 2)
+
+
+@given(st.tuples(st.floats(-1e3, 3e5), st.floats(-1e3, 3e5)), st.lists(st.floats(5, 500), min_size=3, max_size=12))
+def test_content_outlives_storage_at_any_place_of_a_slide(centre: tuple[float, float], radii: list[float]) -> None:
+    turns = 2 * np.pi * np.arange(len(radii)) / len(radii)
+    corners = np.column_stack([np.cos(turns), np.sin(turns)]) * np.array(radii)[:, None] + centre
+    shape, _ = snapped(shapely.Polygon(corners))
+    record = Annotation(geometry=shape, path_class="Tumor")
+    (once,) = stored_records([(record, None)])
+    (twice,) = stored_records([(once, None)])
+    assert contents([record]) == contents([once]) == contents([twice])
+
+
+# What changed
+
+
+def test_a_corrected_file_adds_what_is_new(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "first/a.geojson", feature(A), feature(B)))
+    assert tally(take(project, write(tmp_path / "second/a.geojson", feature(A), feature(C), feature(B)))) == (
+        1,
+        0,
+        0,
+        2,
+    )
+    assert drawn(project) == [("Tumor", shape.bounds) for shape in (A, B, C)]
+
+
+@pytest.mark.parametrize(
+    "corrected", [feature(translate(B, 5, 3)), feature(B, "Stroma"), feature(B.buffer(2), "Stroma")], ids=str
+)
+def test_what_was_corrected_in_place_is_updated_and_named(
+    project: Project, tmp_path: Path, corrected: dict[str, object]
+) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A), feature(B)))
+    done = take(project, write(tmp_path / "a.geojson", feature(A), corrected))
+    assert tally(done) == (0, 1, 0, 1)
+    assert [str(note) for note in done.notes] == ["feature 1: updated; it was Tumor at (135, 35)"]
+    assert len(drawn(project)) == 2
+
+
+def test_an_object_of_the_same_id_is_updated_wherever_its_file_lies(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "first/a.geojson", feature(A, id=str(ID))))
+    done = take(project, write(tmp_path / "other/b.geojson", feature(C, "Stroma", id=str(ID))))
+    assert tally(done) == (0, 1, 0, 0)
+    assert drawn(project) == [("Stroma", C.bounds)]
+
+
+def test_a_new_name_is_updated_too(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A)))
+    named = feature(A)
+    named["properties"]["name"] = "margin"  # type: ignore[index]
+    assert tally(take(project, write(tmp_path / "a.geojson", named))) == (0, 1, 0, 0)
+    assert project.annotations(project.images[0])[0].name == "margin"
+
+
+def test_where_two_can_be_meant_it_is_added_and_named(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A), feature(translate(A, 2, 0))))
+    done = take(project, write(tmp_path / "a.geojson", feature(translate(A, 1, 1))))
+    assert tally(done) == (1, 0, 0, 0)
+    assert "may be a new form of several objects" in str(done.notes[0])
+
+
+EDITS = [
+    {"geometry": translate(A, 3, 0)},
+    {"path_class": "Stroma"},
+    {"locked": True},
+    {"name": "seen"},
+    {"metadata": {"checked": "yes"}},
+    {"colour": -65536},
+]
+
+
+@pytest.mark.parametrize("change", EDITS, ids=lambda change: next(iter(change)))
+def test_what_was_edited_in_the_project_is_never_changed(
+    project: Project, tmp_path: Path, change: dict[str, object]
+) -> None:
+    file = write(tmp_path / "a.geojson", feature(A, id=str(ID)))
+    take(project, file)
+    if "metadata" in change:
+        change = {"metadata": {**project.objects(project.images[0])[0].metadata, "checked": "yes"}}
+    edited = edit(project, **change)
+    assert tally(take(project, file, replaces=True)) == (0, 0, 0, 1)
+    done = take(project, write(file, feature(B, "Tumor", id=str(ID))), replaces=True)
+    assert tally(done) == (1, 0, 0, 0)
+    assert "differs from the object of its id, which was drawn or edited in the project" in str(done.notes[0])
+    assert "1 objects that a.geojson brought before were edited in the project since, and stay" in done.remarks
+    (kept,) = (record for record in project.objects(project.images[0]) if record.id == ID)
+    assert (kept.path_class, kept.geometry.bounds) == (edited.path_class, edited.geometry.bounds)
+
+
+def test_what_was_drawn_in_the_project_is_never_changed(project: Project, tmp_path: Path) -> None:
+    project.apply(project.images[0], Changes(add=[Annotation(id=ID, geometry=A, path_class="Tumor")]))
+    assert tally(take(project, write(tmp_path / "a.geojson", feature(B, id=str(ID))), replaces=True)) == (1, 0, 0, 0)
+    assert [bounds for _, bounds in drawn(project)] == [A.bounds, B.bounds]
+
+
+# --replace and --annotator
+
+
+def test_replace_takes_out_what_the_file_lost(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "first/a.geojson", feature(A), feature(B)))
+    corrected = write(tmp_path / "second/a.geojson", feature(A), feature(C))
+    stays = take(project, corrected)
+    assert tally(stays) == (1, 0, 0, 1)
+    assert "1 objects that a.geojson brought before are not in this file and stay" in stays.remarks[0]
+    assert tally(take(project, corrected, replaces=True)) == (0, 0, 1, 2)
+    assert drawn(project) == [("Tumor", shape.bounds) for shape in (A, C)]
+
+
+def test_replace_leaves_other_files_and_raters_alone(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "b.geojson", feature(A)))
+    take(project, write(tmp_path / "x/a.geojson", feature(B)), annotator="X")
+    assert tally(take(project, write(tmp_path / "y/a.geojson", feature(C)), annotator="Y", replaces=True)) == (
+        1,
+        0,
+        0,
+        0,
+    )
+    assert len(drawn(project)) == 3
+
+
+@pytest.mark.parametrize("second", [feature(translate(A, 4, 0), "Stroma"), feature(C, "Stroma"), feature(A)], ids=str)
+def test_a_second_raters_file_of_the_same_name_changes_nothing(
+    project: Project, tmp_path: Path, second: dict[str, object]
+) -> None:
+    take(project, write(tmp_path / "A/slide.geojson", feature(A, id=str(ID))), annotator="Anna")
+    done = take(project, write(tmp_path / "B/slide.geojson", second | {"id": str(ID)}), annotator="Bert")
+    assert tally(done) == (1, 0, 0, 0)
+    assert ("Tumor", A.bounds) in drawn(project)
+    assert len(drawn(project)) == 2
+    assert tally(take(project, tmp_path / "B/slide.geojson", annotator="Bert")) == (0, 0, 0, 1)
+    assert tally(take(project, tmp_path / "A/slide.geojson", annotator="Anna")) == (0, 0, 0, 1)
+
+
+def test_raters_without_a_name_are_not_taken_for_each_other(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "A/slide.geojson", feature(A)))
+    done = take(project, write(tmp_path / "B/slide.geojson", feature(translate(A, 4, 0), "Stroma")))
+    assert tally(done) == (1, 0, 0, 0)
+    assert "if it is another rater's, with --annotator NAME" in done.remarks[0]
+
+
+def test_export_chooses_by_annotator_and_keeps_it(project: Project, tmp_path: Path) -> None:
+    for name, shape in (("Anna", A), ("Bert", B), (None, C)):
+        take(project, write(tmp_path / "in.geojson", feature(shape)), annotator=name)
+    for names, expected in ((["Anna"], [A]), (["Bert", NOBODY], [B, C]), ([], [A, B, C])):
+        export_geojson(project, tmp_path / "out", annotators=names)
+        records = read_annotations(tmp_path / "out/1.geojson").annotations
+        assert sorted(record.geometry.bounds for record in records) == [shape.bounds for shape in expected]
+    assert len(by_annotators(records, ["Anna"])) == 1
+    with pytest.raises(ProjectError, match=r"No annotation is by 'Ana'; there are -, Anna, Bert"):
+        export_labels(project, Settings(), tmp_path / "labels", downsample=4, annotators=["Ana"])
+
+
+# One bad object, and all or nothing
+
+BAD = [
+    feature(shapely.LineString([(5, 5), (5, 5)])),
+    feature(B, "a::b"),
+    feature(B, ":"),
+    feature(B, "half \ud800"),
+    feature(box(5, 5, 5.001, 5.001)),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_one_bad_object_never_refuses_the_file(project: Project, tmp_path: Path, bad: dict[str, object]) -> None:
+    done = take(project, write(tmp_path / "a.geojson", feature(A), bad, feature(C)))
+    assert tally(done) == (2, 0, 0, 0)
+    assert [note.item for note in done.file.refused] == ["feature 1"]
+    assert [path_class.name for path_class in project.classes] == ["Tumor"]
+
+
+def test_children_of_a_bad_object_move_up(project: Project, tmp_path: Path) -> None:
+    bad = feature(A, "a::b")
+    bad["properties"]["childObjects"] = [feature(box(20, 20, 30, 30))]  # type: ignore[index]
+    whole = feature(box(0, 0, 200, 200), "Region*")
+    whole["properties"]["childObjects"] = [bad]  # type: ignore[index]
+    take(project, write(tmp_path / "a.geojson", whole))
+    parent, child = project.objects(project.images[0])
+    assert child.parent == parent.id
+
+
+def test_class_names_and_colours_are_those_of_the_file(project: Project, tmp_path: Path) -> None:
+    odd = feature(A)
+    odd["properties"]["classification"] = {"name": "a:b", "color": [1, 2, 3]}  # type: ignore[index]
+    take(project, write(tmp_path / "a.geojson", odd))
+    assert [(item.name, item.colour) for item in project.classes] == [("a: b", Colour(1, 2, 3))]
+
+
+def test_nothing_is_written_unless_all_of_it_will_be(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write(tmp_path / "a.geojson", feature(A))
+    (tmp_path / "b.geojson").write_text("{")
+    with pytest.raises(ExchangeError, match=r"b\.geojson"):
+        take(project, good, tmp_path / "b.geojson")
+    assert (drawn(project), project.classes) == ([], ())
+
+    def fail(*_: object, **__: object) -> None:
+        raise ProjectWriteError("the disk is full")
+
+    monkeypatch.setattr(EmbeddedProject, "_store", fail)
+    with pytest.raises(ProjectWriteError, match="the disk is full"):
+        take(project, good)
+    assert (drawn(project), project.classes) == ([], ())
+
+
+def test_a_dry_run_counts_as_the_import_would(project: Project, tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.geojson", feature(A)), write(tmp_path / "b/a.geojson", feature(A), feature(B))]
+    assert tally(take(project, *files, dry_run=True)) == (1, 0, 0, 1)
+    assert drawn(project) == []
+    assert tally(take(project, *files)) == (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("before", [None, "notes.txt"])
+def test_create_that_fails_leaves_nothing_and_can_be_run_again(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    target, slide = tmp_path / "deep" / "p", template / "slide.tif"
+    if before:
+        target.mkdir(parents=True)
+        (target / before).touch()
+    write(tmp_path / "notes/slide.geojson", feature(A))
+
+    def fail(*_: object, **__: object) -> None:
+        raise ProjectWriteError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedProject, "apply", fail)
+        with pytest.raises(ProjectWriteError, match="the disk is full"):
+            create_from_slides(target, [slide], annotations=tmp_path / "notes", engine="embedded")
+    assert sorted(path.name for path in (tmp_path / "deep").rglob("*")) == (["notes.txt", "p"] if before else [])
+    made, _ = create_from_slides(target, [slide], annotations=tmp_path / "notes", engine="embedded")
+    assert drawn(made) == [("Tumor", A.bounds)]
+
+
+# Masks
+
+
+def mask(path: Path, *values: int, size: tuple[int, int] = (40, 30)) -> Path:
+    """Write a mask with a block for each value on a ground of 0."""
+    pixels = np.zeros(size[::-1], np.uint8)
+    for number, value in enumerate(values):
+        pixels[5:10, 5 + 8 * number : 10 + 8 * number] = value
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_255_alone_has_no_class_until_it_is_given(project: Project, tmp_path: Path) -> None:
+    file = mask(tmp_path / "m.png", 255)
+    with pytest.raises(ExchangeError, match=r"only label is 255 .* --label 255=CLASS"):
+        take(project, file)
+    take(project, file, labels={255: "Tumor"})
+    assert drawn(project) == [("Tumor", (50, 50, 100, 100))]
+
+
+def test_what_a_mask_leaves_out_or_takes_for_granted_is_said(project: Project, tmp_path: Path) -> None:
+    file = mask(tmp_path / "m.png", 1, 2, 255)
+    assert "label 255 (25 px) was taken for Ignore*" in take(project, file, dry_run=True).file.warnings[0]
+    chosen = take(project, file, labels={2: "Tumor"}, dry_run=True)
+    assert "label 1, 255 (50 px) has no --label and is left out" in chosen.file.warnings[0]
+    with pytest.raises(ExchangeError, match=r"no pixel has the label 3; the mask has 0, 1, 2, 255"):
+        take(project, file, labels={3: "Tumor"})
+    assert "every pixel is 0" in take(project, mask(tmp_path / "n.png")).file.warnings[0]
+
+
+@pytest.mark.parametrize("size", [(400, 300), (40, 30), (41, 30), (134, 100), (133, 99), (800, 600)])
+def test_a_mask_of_the_images_shape_is_taken(project: Project, tmp_path: Path, size: tuple[int, int]) -> None:
+    assert take(project, mask(tmp_path / "m.png", 1, size=size)).added == 1
+
+
+@pytest.mark.parametrize("size", [(300, 300), (300, 400), (400, 200), (40, 34)])
+def test_a_mask_of_another_shape_is_refused_unless_stretched(
+    project: Project, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    file = mask(tmp_path / "m.png", 1, size=size)
+    with pytest.raises(ExchangeError, match=r"another aspect ratio .* --stretch"):
+        take(project, file)
+    assert take(project, file, stretch=True).added == 1
+
+
+@given(
+    st.integers(200, 200_000), st.integers(200, 200_000), st.floats(1, 64), st.sampled_from([np.floor, np.ceil, round])
+)
+def test_any_downsample_makes_a_mask_of_the_images_shape(
+    width: int, height: int, downsample: float, rounding: object
+) -> None:
+    from darefine_qupath.exchange.labels import _check_shape  # noqa: PLC0415
+
+    size = tuple(max(1, int(rounding(side / downsample))) for side in (width, height))  # type: ignore[operator]
+    _check_shape(Path("m.png"), size, (width, height), None)
+
+
+def test_a_mask_of_ours_knows_its_image(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A)))
+    export_labels(project, Settings(), tmp_path / "labels", downsample=4)
+    image = replace(project.images[0], width=500)
+    with pytest.raises(ExchangeError, match=r"made of an image of 400 x 300 px, this one has 500 x 300"):
+        import_files(project, [(tmp_path / "labels/1.tif", image)])
+
+
+# Which image
+
+
+@pytest.mark.parametrize(
+    ("file", "image"),
+    [
+        *((f"Patient1{rest}", "Patient1.svs") for rest in (".xml", ".svs.geojson", ".SVS.xml", "_mask.png")),
+        *(
+            (f"Patient1{rest}", "Patient1.svs")
+            for rest in (".svs_mask.png", ".svs.mask.tif", ".labels.tif", "-mask.png")
+        ),
+        ("Patient1.geojson.gz", "Patient1.svs"),
+        ("Patient1.svs.geojson.gz", "Patient1.svs"),
+        ("Patient1.ndpi.ndpa", "Patient1.ndpi"),
+        ("slide.geojson", "slide.ome.tif"),
+        ("slide.ome.tif.geojson", "slide.ome.tif"),
+        ("slide_mask.xml", "slide_mask.svs"),
+        ("a.b.c.xml", "a.b.c.svs"),
+    ],
+)
+def test_file_finds_its_image(file: str, image: str) -> None:
+    others = ("Patient2.svs", "slide2.svs", "a.b.svs", "mask.svs")
+    index = NameIndex([(name, (name,)) for name in (*others, image)])
+    assert index.owners(file) == [image]
+
+
+BARCODE, UID, OTHER = "TCGA-EJ-5519-01Z-00-DX1", str(ID), str(uuid4())
+
+
+@pytest.mark.parametrize(
+    ("file", "images", "owners"),
+    [
+        (f"{BARCODE}.xml", [f"{BARCODE}.{UID.upper()}.svs"], [0]),
+        (f"{BARCODE}_mask.png", [f"{BARCODE}.{UID}.svs"], [0]),
+        (f"{BARCODE}.{UID}.xml", [f"{BARCODE}.svs"], [0]),
+        (f"{BARCODE}.{UID}.svs.geojson", [f"{BARCODE}.{OTHER}.svs", f"{BARCODE}.{UID}.svs"], [1]),
+        (f"{BARCODE}.{UID}.xml", [f"{BARCODE}.{OTHER}.svs"], []),
+        (f"{BARCODE}.xml", [f"{BARCODE}.{OTHER}.svs", f"{BARCODE}.{UID}.svs"], [0, 1]),
+        (f"{BARCODE[:-1]}2.xml", [f"{BARCODE}.{UID}.svs"], []),
+    ],
+)
+def test_tcga_names(file: str, images: list[str], owners: list[int]) -> None:
+    assert NameIndex((number, (name,)) for number, name in enumerate(images)).owners(file) == owners
+
+
+def test_files_that_no_image_claims_are_all_named(
+    project: Project, template: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strangers = [tmp_path / "x.xml", tmp_path / "y_mask.png"]
+    with pytest.raises(ExchangeError, match=r"x\.xml, .*y_mask\.png: no image of the project has this file's name"):
+        match_files(project, strangers, None)
+    for file in strangers:
+        file.touch()
+    mask(tmp_path / "slide.tif_mask.png", 1)
+    _, imports = create_from_slides(tmp_path / "q", [template / "slide.tif"], annotations=tmp_path, engine="embedded")
+    assert [item.file.path.name for item in imports] == ["slide.tif_mask.png"]
+    assert "2 annotation files have the name of no slide: x.xml, y_mask.png" in caplog.text
+
+
+# What cannot train
+
+LINE = shapely.LineString([(0, 0), (50, 50)])
+OBJECTS = [
+    Annotation(geometry=A, path_class="Tumor"),
+    Annotation(geometry=A),
+    Annotation(geometry=A, path_class="Tumor", plane=Plane(z=3)),
+    Annotation(geometry=box(500, 10, 600, 60), path_class="Tumor"),
+    Annotation(geometry=box(-100, -100, 0, 0), path_class="Tumor"),
+    Annotation(geometry=box(-10, -10, 20, 20), path_class="Tumor"),
+    Annotation(geometry=LINE, path_class="Tumor"),
+]
+COUNTED = (
+    "5 objects cannot train: 1 on another plane than z = 0, t = 0, 2 outside the image, 1 without a class, "
+    "1 without an area (a line or points)"
+)
+
+
+def test_import_check_and_export_count_alike_what_cannot_train(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_geojson(OBJECTS, tmp_path / "a.geojson")
+    assert COUNTED in take(project, tmp_path / "a.geojson").file.warnings
+    assert COUNTED in [finding.message for finding in check_project(project, Settings(), mpp=0.5)]
+    export_labels(project, Settings(), tmp_path, downsample=4)
+    assert f"slide.tif: {COUNTED}" in caplog.messages
+
+
+@pytest.mark.parametrize("record", OBJECTS, ids=range(len(OBJECTS)))
+def test_what_is_counted_is_what_labels_nothing(record: Annotation) -> None:
+    painter = LabelPainter([record], ClassMap(names=("Tumor",)))
+    frame = box(0, 0, *SIZE)
+    is_blank = painter.is_empty or not frame.intersection(record.geometry).area
+    assert bool(count_unlearnable([record], SIZE)) == is_blank
+
+
+def test_what_darefine_puts_beside_annotations_is_not_counted() -> None:
+    marks = [Annotation(geometry=A, metadata={key: "1"}) for key in ("darefine.run", "darefine.place")]
+    assert unlearnable_words(count_unlearnable(marks, SIZE)) == ""
+
+
+# Growth
+
+
+def test_matching_looks_at_each_object_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    union = shapely.union
+    monkeypatch.setattr(shapely, "union", lambda *pair: calls.append(pair) or union(*pair))
+    shapes = [box(x, y, x + 8, y + 8) for x in range(0, 600, 10) for y in range(0, 600, 10)]
+    origin = Origin(path=Path("a.geojson"), image="1")
+
+    def found(shapes: Sequence[BaseGeometry]) -> Imported:
+        records = tuple(Annotation(geometry=shape, path_class="Tumor") for shape in shapes)
+        return Imported(path=origin.path, format="GeoJSON", annotations=records, items=tuple(map(str, shapes)))
+
+    first = reconcile(found(shapes), (), origin).add
+    plan = reconcile(found([translate(shape, 1, 1) for shape in shapes]), first, origin)
+    assert (len(plan.update), len(plan.add)) == (len(shapes), 0)
+    assert len(calls) < 10 * len(shapes)
