@@ -19,6 +19,7 @@ __all__ = [
     "MPP_LIMITS",
     "Box",
     "FloatBox",
+    "GlassFrame",
     "LevelWindow",
     "PixelSize",
     "Size",
@@ -68,6 +69,31 @@ class PixelSize(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.x:g} x {self.y:g} um"
+
+
+class GlassFrame(NamedTuple):
+    """Where an image lies on its glass slide, for coordinates that count from the center of the glass.
+
+    Attributes
+    ----------
+    center_nm : tuple of float
+        Center of the image by that of the glass, x and y in nanometres.
+    size : Size
+        Of the image in level-0 pixels.
+    pixel : PixelSize
+        Micrometres per level-0 pixel.
+    """
+
+    center_nm: tuple[float, float]
+    size: Size
+    pixel: PixelSize
+
+    def place(self, x_nm: float, y_nm: float) -> tuple[float, float]:
+        """Level-0 pixel of a point in nanometres from the center of the glass."""
+        return (
+            (x_nm - self.center_nm[0]) / (1000 * self.pixel.x) + self.size.width / 2,
+            (y_nm - self.center_nm[1]) / (1000 * self.pixel.y) + self.size.height / 2,
+        )
 
 
 class FloatBox(NamedTuple):

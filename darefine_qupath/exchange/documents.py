@@ -20,7 +20,8 @@ from darefine_qupath.limits import DATA, open_file, read_file
 
 __all__ = ["Document", "documents", "first_bytes"]
 
-_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_GZIP = b"\x1f\x8b"
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _MAX_MEMBERS = 1000
 _FREE_BYTES = 16 << 20
 _MAX_RATIO = 60
@@ -100,7 +101,7 @@ def documents(path: Path) -> Iterator[Document]:
     if data.startswith(_GZIP):
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             unpacked = _unpacked(file, len(data))
-        if unpacked.startswith((_GZIP, _ZIP)):
+        if unpacked.startswith((_GZIP, *_ZIP)):
             raise ExchangeError("it is an archive in an archive; unpack it")
         yield Document(None, unpacked)
     elif data.startswith(_ZIP):

@@ -7,59 +7,28 @@ where a shape lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from shapely.geometry import LineString, Point, Polygon
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Colour
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.records import Collector, ellipse, number
+from darefine_qupath.geometry import GlassFrame
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-    from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.annotations import RoiKind
     from darefine_qupath.exchange.records import Imported
 
-__all__ = ["GlassFrame", "is_ndpa", "read_ndpa"]
+__all__ = ["is_ndpa", "read_ndpa"]
 
 _FIELDS = ("title", "details")
-_NM_PER_UM = 1000.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GlassFrame:
-    """Where an image lies on its glass slide.
-
-    Attributes
-    ----------
-    center_nm : tuple of float
-        Center of the image by that of the glass, x and y in nanometres.
-    size : tuple of int
-        Width and height of the image in level-0 pixels.
-    mpp : tuple of float
-        Micrometres per pixel in x and y.
-    """
-
-    center_nm: tuple[float, float]
-    size: tuple[int, int]
-    mpp: tuple[float, float]
-
-    @property
-    def nm_per_px(self) -> NDArray[np.float64]:
-        """Nanometres per pixel in x and y."""
-        return np.array(self.mpp) * _NM_PER_UM
-
-    def pixels(self, points_nm: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Level-0 pixels of points, shape (N, 2), in nanometres about the center of the glass."""
-        return (points_nm - self.center_nm) / self.nm_per_px + np.array(self.size) / 2
 
 
 def is_ndpa(root: Element) -> bool:
@@ -112,7 +81,7 @@ def read_ndpa(
         item = f"shape {state.get('id') or index}" + (f" ({title})" if title else "")
         with collector.item(item):
             _read_state(collector, item, state, frame)
-    return collector.result("NDPA", mpp=sum(frame.mpp) / 2)
+    return collector.result("NDPA", mpp=sum(frame.pixel) / 2)
 
 
 def _read_state(collector: Collector, item: str, state: Element, frame: GlassFrame) -> None:
@@ -146,10 +115,9 @@ def _geometry(element: Element, item: str, frame: GlassFrame) -> tuple[BaseGeome
 
 
 def _freehand(element: Element, item: str, frame: GlassFrame) -> tuple[BaseGeometry, RoiKind | None]:
-    points = [_point(point, item) for point in element.iterfind("pointlist/point")]
-    if not points:
+    corners = [frame.place(*_point(point, item)) for point in element.iterfind("pointlist/point")]
+    if not corners:
         raise ExchangeError(f"{item} has no points")
-    corners = frame.pixels(np.array(points, np.float64))
     if len(corners) == 1:
         return Point(corners[0]), "Points"
     if len(corners) == 2 or not _is_closed(element):
@@ -166,17 +134,15 @@ def _is_closed(element: Element) -> bool:
 
 def _circle(element: Element, item: str, frame: GlassFrame) -> tuple[BaseGeometry, RoiKind | None]:
     (x, y), radius = _point(element, item), number(element.findtext("radius"), item)
-    left, top, right, bottom = frame.pixels(np.array([[x - radius, y - radius], [x + radius, y + radius]])).ravel()
-    return ellipse(left, top, right, bottom), "Ellipse"
+    return ellipse(*frame.place(x - radius, y - radius), *frame.place(x + radius, y + radius)), "Ellipse"
 
 
 def _pin(element: Element, item: str, frame: GlassFrame) -> tuple[BaseGeometry, RoiKind | None]:
-    return Point(frame.pixels(np.array([_point(element, item)]))[0]), "Points"
+    return Point(frame.place(*_point(element, item))), "Points"
 
 
 def _line(element: Element, item: str, frame: GlassFrame) -> tuple[BaseGeometry, RoiKind | None]:
-    ends = [_point(element, item, str(end)) for end in (1, 2)]
-    return LineString(frame.pixels(np.array(ends))), "Line"
+    return LineString([frame.place(*_point(element, item, str(end))) for end in (1, 2)]), "Line"
 
 
 _KINDS: dict[str, Callable[[Element, str, GlassFrame], tuple[BaseGeometry, RoiKind | None]]] = {

@@ -19,9 +19,10 @@ from darefine_qupath.exchange.documents import Document, documents, first_bytes
 from darefine_qupath.exchange.features import holds_features, read_features
 from darefine_qupath.exchange.halo import is_halo, read_halo
 from darefine_qupath.exchange.labels import read_label_mask
-from darefine_qupath.exchange.ndpa import GlassFrame, is_ndpa, read_ndpa
-from darefine_qupath.exchange.recognition import KNOWN, file_kind, json_kind, text_kind, xml_kind
+from darefine_qupath.exchange.ndpa import is_ndpa, read_ndpa
+from darefine_qupath.exchange.recognition import KNOWN, file_kind, json_kind, slide_kind, text_kind, xml_kind
 from darefine_qupath.exchange.records import Imported, merged
+from darefine_qupath.geometry import GlassFrame
 from darefine_qupath.limits import DATA, naming, parse_json
 
 if TYPE_CHECKING:
@@ -100,6 +101,9 @@ def read_annotations(
             start = first_bytes(path)
         except OSError as error:
             raise ExchangeError(f"the annotation file cannot be opened ({error.strerror})") from error
+        kind = slide_kind(path.name, start)
+        if kind is not None:
+            raise ExchangeError(f"it {kind}: {KNOWN}")
         if start.startswith(_IMAGE_STARTS):
             if class_from:
                 raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-__all__ = ["KNOWN", "archive_kind", "file_kind", "json_kind", "xml_kind"]
+__all__ = ["KNOWN", "archive_kind", "file_kind", "json_kind", "slide_kind", "text_kind", "xml_kind"]
 
 KNOWN = "neither Aperio or ASAP XML, nor HALO's, Hamamatsu NDPA, GeoJSON, COCO JSON or a label mask (PNG, TIFF)"
 
@@ -34,6 +34,8 @@ _STARTS: Sequence[tuple[bytes, str]] = (
     (b"\xfd7zXZ", "is packed by xz; unpack it"),
     (b"version https://git-lfs", "is a pointer of Git LFS; the file itself was not fetched"),
 )
+
+_SLIDES = (".ndpi", ".svs", ".scn", ".bif", ".svslide", ".mrxs", ".czi", ".dcm", ".vms", ".vmu")
 
 _COLUMNS = re.compile(r"[^\r\n]{0,2000}?[,;\t][^\r\n]{0,2000}[\r\n]")
 
@@ -63,6 +65,15 @@ _KEYS: Sequence[tuple[frozenset[str], str]] = (
 def file_kind(data: bytes) -> str | None:
     """Say what a file is by how it begins; None where that is not known."""
     return next((kind for start, kind in _STARTS if data.startswith(start)), None)
+
+
+def slide_kind(name: str, start: bytes) -> str | None:
+    """Say which slide format a file is of; None where it is of none that its name or beginning tells."""
+    suffix = name[name.rfind(".") :].lower()
+    if suffix in _SLIDES or start.startswith(b"ZISRAWFILE") or start[128:132] == b"DICM":
+        beside = f"; NDP.view keeps its shapes in {name}.ndpa" if suffix == ".ndpi" else ""
+        return f"is a slide ({suffix.removeprefix('.') or 'image'}), and no annotation file{beside}"
+    return None
 
 
 def archive_kind(names: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ tissue from glass on a thumbnail.
 """
 
 from darefine_qupath.slides.digest import file_digest
+from darefine_qupath.slides.glass import read_glass_frame
 from darefine_qupath.slides.reading import READERS, PyramidSlide, Reader, Slide, open_slide, resolve_mpp
 from darefine_qupath.slides.tissue import TissueMask, tissue_mask
 
@@ -17,6 +18,7 @@ __all__ = [
     "TissueMask",
     "file_digest",
     "open_slide",
+    "read_glass_frame",
     "resolve_mpp",
     "tissue_mask",
 ]
