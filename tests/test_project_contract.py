@@ -431,3 +431,11 @@ def test_metadata_are_replaced(annotated: Project) -> None:
         assert dict(again.images[1].metadata) == {"split": "test", "größe": "groß"}
         assert again.images[0].metadata == annotated.images[0].metadata
         assert len(again.objects(again.images[0])) == 35
+
+
+def test_metadata_are_added_to(annotated: Project) -> None:
+    first, second = annotated.images[:2]
+    annotated.set_metadata(first, {"kept": "a"})
+    annotated.add_metadata({first.id: {"split": "test"}, second.id: {"split": "train"}})
+    assert annotated.image(first.id).metadata == {"kept": "a", "split": "test"}
+    assert annotated.image(second.id).metadata["split"] == "train"

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -33,9 +34,11 @@ from darefine_qupath.errors import (
     SlideFormatError,
 )
 from darefine_qupath.geometry import Size
+from darefine_qupath.pipeline.parting import note_roles
 from darefine_qupath.project import (
     Changes,
     create_project,
+    embedded,
     imagefile,
     list_backups,
     open_project,
@@ -44,6 +47,7 @@ from darefine_qupath.project import (
     safety,
 )
 from darefine_qupath.project.embedded import EmbeddedProject
+from darefine_qupath.tiles.split import Role
 
 ROOT = Path(__file__).parents[1]
 NEW = Annotation(geometry=shapely.box(10, 10, 60, 40), path_class="Invasive")
@@ -582,6 +586,119 @@ def test_a_damaged_json_file_is_an_error_that_names_it_or_read(project: Embedded
             refused += 1
             assert path.name in str(error)  # noqa: PT017 - the error is one of two right outcomes
     assert refused > 50 or name.endswith("summary.json")
+
+
+# -- many images
+
+
+class Reads:
+    """Counts what is read and staged."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[Path] = []
+        self.staged: list[Path] = []
+        read, stage, opened = safety.read_stamped, safety.Batch.stage, embedded.open_file
+
+        def reads(path: Path, *limits: Any) -> Any:  # noqa: ANN401
+            self.read.append(path)
+            return read(path, *limits)
+
+        def opens(path: Path) -> Any:  # noqa: ANN401
+            self.read.append(path)
+            return opened(path)
+
+        def stages(batch: safety.Batch, target: Path, data: bytes, **more: Any) -> Path:  # noqa: ANN401
+            self.staged.append(target)
+            return stage(batch, target, data, **more)
+
+        monkeypatch.setattr(safety, "read_stamped", reads)
+        monkeypatch.setattr(embedded, "open_file", opens)
+        monkeypatch.setattr(safety.Batch, "stage", stages)
+
+
+def many(project: EmbeddedProject, number: int, *, has_summary: bool = True) -> Path:
+    """Give the project this many images, with data."""
+    document = json.loads(project.path.read_text(encoding="utf-8"))
+    first = document["images"][0]
+    document["images"] = [{**first, "entryID": i, "metadata": {"kept": f"v{i}"}} for i in range(1, number + 1)]
+    project.path.write_text(json.dumps(document), encoding="utf-8")
+    data = project.folder / "data"
+    if not has_summary:
+        (data / "1" / "summary.json").unlink()
+    for i in range(2, number + 1):
+        shutil.rmtree(data / str(i), ignore_errors=True)
+        shutil.copytree(data / "1", data / str(i))
+    return project.path
+
+
+@pytest.mark.parametrize("has_summary", [True, False])
+def test_images_are_listed_with_one_read_each(
+    project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, has_summary: bool
+) -> None:
+    path = many(project, 40, has_summary=has_summary)
+    monkeypatch.setattr(qpdata, "read", None)  # no data is read as a whole
+    reads = Reads(monkeypatch)
+    images = EmbeddedProject(path).images
+    assert {image.image_type for image in images} == {"BRIGHTFIELD_H_E"}
+    assert len(reads.read) == 41
+
+
+def test_roles_of_many_images_are_one_write_and_keep_other_metadata(
+    project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many(project, 40)
+    reads = Reads(monkeypatch)
+    roles: dict[str, Role] = {str(i): "test" if i % 2 else "train" for i in range(1, 41)}
+    assert note_roles(path, roles) == 40
+    assert [target.name for target in reads.staged] == ["project.qpproj.backup", "project.qpproj"]
+    assert len(reads.read) <= 40 + 4
+    assert [dict(image.metadata) for image in EmbeddedProject(path).images] == [
+        {"kept": f"v{i}", "darefine.role": roles[str(i)]} for i in range(1, 41)
+    ]
+    reads.staged.clear()
+    assert note_roles(path, {"1": "test", "99": "train"}) == 0
+    assert not reads.staged
+
+
+def test_metadata_that_others_wrote_meanwhile_stay(project: EmbeddedProject) -> None:
+    EmbeddedProject(project.path).set_metadata(project.images[1], {"theirs": "b"})
+    project.add_metadata({project.images[1].id: {"split": "test"}})
+    assert project.images[1].metadata == {"theirs": "b", "split": "test"}
+    before = listing(project.folder)
+    with pytest.raises(ProjectChangedError, match="Entry 77 was taken out"):
+        project.add_metadata({project.images[0].id: {"split": "test"}, "77": {"split": "test"}})
+    assert listing(project.folder) == before
+
+
+def test_a_write_looks_up_no_other_image(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = EmbeddedProject(many(project, 40))
+    opened.set_metadata(opened.images[3], {})  # the project was moved: now it knows where it is
+    assert len(opened.images) == 40
+    reads = Reads(monkeypatch)
+    opened.apply(opened.images[3], Changes(add=[NEW]))
+    opened.set_metadata(opened.images[3], {"a": "b"})
+    assert len(opened.images) == 40
+    others = {path.parent.name for path in reads.read if path.parent.parent.name == "data"} - {"4"}
+    assert not others
+
+
+def test_an_image_is_found_without_a_walk_over_all(project: EmbeddedProject) -> None:
+    opened = EmbeddedProject(many(project, 40))
+    images = opened.images
+
+    class Walked(tuple[Any, ...]):
+        __slots__ = ()
+
+        def __iter__(self) -> Any:  # noqa: ANN401
+            walks.append(1)
+            return super().__iter__()
+
+    walks: list[int] = []
+    opened._images = Walked(images)
+    assert [opened.image(image.id) for image in images] == list(images)
+    for image in images:
+        opened.backups(image)
+    assert len(walks) <= 2
 
 
 def test_an_object_that_cannot_be_read_keeps_its_bytes(project: EmbeddedProject) -> None:

@@ -204,11 +204,11 @@ def note_roles(project: Path, roles: Mapping[str, Role]) -> int:
     int
         Images whose metadata changed.
     """
-    changed = 0
     with open_project(project, engine="embedded") as opened:
-        for image in opened.images:
-            role = roles.get(image.id)
-            if role is not None and image.metadata.get(ROLE_KEY) != role:
-                opened.set_metadata(image, {**image.metadata, ROLE_KEY: role})
-                changed += 1
-    return changed
+        changed = {
+            image.id: {ROLE_KEY: roles[image.id]}
+            for image in opened.images
+            if image.id in roles and image.metadata.get(ROLE_KEY) != roles[image.id]
+        }
+        opened.add_metadata(changed)
+    return len(changed)

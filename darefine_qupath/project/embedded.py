@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -17,6 +17,7 @@ from darefine_qupath.errors import (
     ClassMapError,
     ConfigError,
     ImageNotFoundError,
+    LimitError,
     ProjectChangedError,
     ProjectError,
     ProjectFormatError,
@@ -26,6 +27,7 @@ from darefine_qupath.errors import (
     SlideError,
 )
 from darefine_qupath.geometry import Size
+from darefine_qupath.limits import open_file
 from darefine_qupath.project import files, qpdata, safety, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
 from darefine_qupath.project.javanodes import no_collection
@@ -41,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 PROJECT_FILE = "project.qpproj"
 _DATA_FILE = "data.qpdata"
+_HEAD_BYTES = 1 << 18
+"""Beginning of a ``data.qpdata`` in which the image type stands, but for the longest descriptions of a server."""
 _UNSET = "UNSET"
 _IMAGE_TYPES = ("BRIGHTFIELD_H_E", "BRIGHTFIELD_H_DAB", "BRIGHTFIELD_OTHER", "FLUORESCENCE", "OTHER", _UNSET)
 
@@ -99,6 +103,7 @@ class EmbeddedProject(Project):
     def __init__(self, path: Path) -> None:
         self.path = project_file(path)
         self._stamps: dict[str, safety.Stamp | None] = {}
+        self._entries: dict[int, tuple[files.EntryRecord, ImageEntry]] = {}
         self._last: tuple[str, _Read] | None = None
         self._classes_stamp: safety.Stamp | None = None
         self._classes_read = False
@@ -161,8 +166,20 @@ class EmbeddedProject(Project):
     def images(self) -> tuple[ImageEntry, ...]:
         """Every image, in the project's order."""
         if self._images is None:
-            self._images = tuple(self._entry(record) for record in self._records.values())
+            self._images = tuple(self._known_entry(record) for record in self._records.values())
         return self._images
+
+    def _known_entry(self, record: files.EntryRecord) -> ImageEntry:
+        """Entry of a record; of an image whose server is what it was, nothing is looked up on the disk again."""
+        known = self._entries.get(record.id)
+        if known is None or known[0].builder != record.builder:
+            entry = self._entry(record)
+        elif known[0] is record:
+            return known[1]
+        else:
+            entry = replace(known[1], name=record.name, metadata=record.metadata, description=record.description)
+        self._entries[record.id] = (record, entry)
+        return entry
 
     def _entry(self, record: files.EntryRecord) -> ImageEntry:
         server = files.server_of(record.builder)
@@ -210,12 +227,14 @@ class EmbeddedProject(Project):
         if not _is_file(path):
             return _UNSET
         summary = path.with_name("summary.json")
-        with contextlib.suppress(ProjectError):
+        with contextlib.suppress(ProjectError, LimitError, OSError):
             if _is_file(summary):
                 found = files.parse_json(safety.read_stamped(summary, files.LIMITS)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
-            return qpdata.read(safety.read_stamped(path)[0], path=path).image_type
+            with open_file(path) as file:
+                stored = qpdata.image_type_of(file.read(_HEAD_BYTES))
+            return stored or qpdata.read(safety.read_stamped(path)[0], path=path).image_type
         return _UNSET
 
     def _data_file(self, entry_id: str) -> Path:
@@ -460,11 +479,12 @@ class EmbeddedProject(Project):
             batch.commit()
         safety.prune_backups(self.folder, entry_id)
         self._stamps[entry_id] = safety.read_stamped(path)[1]
+        del self._entries[int(entry_id)]  # its image type may be another
         self._images = None
         return after, backup
 
     def _size_of(self, entry_id: str) -> Size | None:
-        image = self.image(entry_id)
+        image = self._known_entry(self._records[entry_id])
         return None if image.width is None or image.height is None else Size(image.width, image.height)
 
     def _first_data(self, record: files.EntryRecord, image_type: str) -> bytes:
@@ -623,6 +643,31 @@ class EmbeddedProject(Project):
             batch.commit()
         self._load()
         return self.image(image.id)
+
+    def add_metadata(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
+        """Set keys of the project metadata of images, all with one write; other keys stay as they are.
+
+        Raises
+        ------
+        ProjectChangedError
+            If one of the images is no longer in the project; nothing was written.
+        ConfigError
+            If a key or a value is not text.
+        """
+        for values in metadata.values():
+            _check_image_arguments(None, values, _UNSET)
+        if not metadata:
+            return
+        with self._editing() as (document, batch):
+            records = files.entry_records(document, self.path)
+            entries = {str(record.id): entry for record, entry in zip(records, document["images"], strict=True)}
+            for entry_id, values in metadata.items():
+                if entry_id not in entries:
+                    raise ProjectChangedError(f"Entry {entry_id} was taken out of {self.path} meanwhile")
+                entries[entry_id]["metadata"] = {**(entries[entry_id].get("metadata") or {}), **values}
+            self._stage_project(batch, document)
+            batch.commit()
+        self._load()
 
     @contextlib.contextmanager
     def _editing(self) -> Iterator[tuple[files.JsonObject, safety.Batch]]:

@@ -326,6 +326,18 @@ class Project(ABC):
     def set_metadata(self, image: ImageEntry, metadata: Mapping[str, str]) -> ImageEntry:
         """Replace the project metadata of an image."""
 
+    def add_metadata(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
+        """Set keys of the project metadata of images; other keys stay as they are.
+
+        Parameters
+        ----------
+        metadata : mapping of str to mapping
+            Keys and values by entry id.
+        """
+        for entry_id, values in metadata.items():
+            image = self.image(entry_id)
+            self.set_metadata(image, {**image.metadata, **values})
+
     def image(self, key: str) -> ImageEntry:
         """Find an image by entry id or by name.
 

@@ -62,7 +62,7 @@ from darefine_qupath.project.javanodes import (
 )
 from darefine_qupath.project.javapacked import MAX_NODES, MIN_NODES, PackedObject, Template, template_of
 
-__all__ = ["decode"]
+__all__ = ["decode", "first_of"]
 
 # Objects inside the annotation of a class descriptor inside such an object and so on; Java itself writes none.
 _MAX_ANNOTATION_DEPTH = 16
@@ -121,6 +121,7 @@ class _Decoder:
         self.opened: _Frame | None = None
         """What the reader called last has begun and not finished."""
         self.is_compact = is_compact
+        self.is_enough: Callable[[TopLevel], bool] = lambda _: False
         self.templates: dict[AnyDesc, list[Template]] = {}
         self.attempts: dict[AnyDesc, int] = {}
 
@@ -130,6 +131,8 @@ class _Decoder:
         self.pos = 4
         while self.pos < len(self.data):
             self.stream.contents.append(self._top_level())
+            if self.is_enough(self.stream.contents[-1]):
+                break
         return self.stream
 
     def _top_level(self) -> TopLevel:
@@ -611,3 +614,28 @@ def decode(data: bytes, *, path: Path | None = None, is_compact: bool = False) -
     except ProjectFormatError as error:
         offset = decoder.pos if error.offset is None else error.offset
         raise ProjectFormatError(error.message, path=path, offset=offset) from None
+
+
+def first_of(data: bytes, is_wanted: Callable[[TopLevel], bool]) -> TopLevel:
+    """Decode the beginning of a stream, up to a value that is wanted.
+
+    Parameters
+    ----------
+    data : bytes
+        As much of the stream as there is.
+    is_wanted : callable
+        Told every value at the top.
+
+    Returns
+    -------
+    TopLevel
+        The first one; None where these bytes end before it, or are no stream.
+    """
+    decoder = _Decoder(data, is_compact=True)
+    decoder.is_enough = is_wanted
+    try:
+        with no_collection():
+            found = decoder.run().contents[-1:]
+    except (IndexError, struct.error, ProjectFormatError):
+        return None
+    return found[0] if found and is_wanted(found[0]) else None

@@ -10,7 +10,7 @@ The nodes of the tree are in `javanodes`. A file with tens of thousands of objec
 alike stay bytes until they are looked at (`javapacked`).
 """
 
-from darefine_qupath.project.javadecode import decode
+from darefine_qupath.project.javadecode import decode, first_of
 from darefine_qupath.project.javaencode import encode
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "first_of"]

@@ -6,7 +6,7 @@ file opened to be edited, and `verify` compares what an edit made with what it w
 """
 
 from darefine_qupath.project.qpedit import Document, Edited, edit, verify
-from darefine_qupath.project.qpitems import Opaque, Stains, StainVector, TmaGrid, WorkflowStep
+from darefine_qupath.project.qpitems import Opaque, Stains, StainVector, TmaGrid, WorkflowStep, image_type_of
 from darefine_qupath.project.qpread import ImageData, read
 from darefine_qupath.project.qpwrite import create, expected, stored, stored_geometry, stored_records, summary
 
@@ -22,6 +22,7 @@ __all__ = [
     "create",
     "edit",
     "expected",
+    "image_type_of",
     "read",
     "stored",
     "stored_geometry",

@@ -13,6 +13,7 @@ from uuid import UUID
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.project import javautil
 from darefine_qupath.project.javanodes import Content, JavaEnum, JavaObject, JavaString, Stream
+from darefine_qupath.project.javastream import first_of
 from darefine_qupath.project.javautil import NodeError, list_items, map_items, text, type_name
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "TmaGrid",
     "WorkflowStep",
     "complete_items",
+    "image_type_of",
     "root_of",
     "tma_grid",
 ]
@@ -148,6 +150,12 @@ def _items(stream: Stream) -> Items:
         elif isinstance(item, JavaObject) and item.desc.name in readers:
             readers[item.desc.name](item)
     return items
+
+
+def image_type_of(head: bytes) -> str | None:
+    """Image type of a file whose beginning is given; None where these bytes do not say."""
+    found = first_of(head, lambda item: isinstance(item, JavaEnum) and item.desc.name == _IMAGE_TYPE)
+    return found.constant.text if isinstance(found, JavaEnum) else None
 
 
 def _parse_server(items: Items) -> None:
