@@ -24,6 +24,7 @@ from darefine_qupath.review import (
     RunResult,
     WriteOptions,
     compare,
+    labels,
     manual_annotations,
     reviewed_annotations,
     survey,
@@ -161,6 +162,20 @@ def test_rejected_areas_are_ignored_unless_redrawn(project: FakeProject) -> None
     ignored = [record for record in labels.annotations if record.path_class == "Ignore*"]
     assert ignored[0].geometry is not None
     assert ignored[0].geometry.area == 400**2 - 200**2
+
+
+def test_a_rejected_area_meets_only_what_was_drawn_on_it(project: FakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(project, grid(6))
+    for record in ours(project):
+        project.delete(record.id)
+    for number in range(400):
+        project.draw(square(20 * number + 5, 1300, 10), "Normal")
+    met = []
+    union = shapely.union_all
+    monkeypatch.setattr(labels.shapely, "union_all", lambda shapes: met.append(len(shapes)) or union(shapes))  # type: ignore[func-returns-value]
+    found = reviewed_annotations(project, SLIDE)
+    assert [record.area for record in found.annotations if record.path_class == "Ignore*"] == [400**2 - 20 * 100] * 6
+    assert sum(met) <= 6 * 22
 
 
 def predicted(columns: range, shift: int) -> tuple[ClassPolygon, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import ReviewError
@@ -99,6 +100,37 @@ def test_places_become_annotations_and_go_again(project: FakeProject) -> None:
     assert [record.name for record in manual_annotations(project, SLIDE)] == [None, "Review 04"]
     assert clear_places(project) == 7
     assert [record.id for record in project.objects(SLIDE)] == [*(record.id for record in before), marks[3].id]
+
+
+@pytest.mark.parametrize("change", [{"locked": True}, {"path_class": "Benign"}], ids=["locked", "with a class"])
+@pytest.mark.parametrize("which", [0, 2, 4])
+def test_places_are_marked_again_when_one_is_somebodys(
+    project: FakeProject, change: dict[str, object], which: int
+) -> None:
+    write(project, grid(9))
+    places = next_places(project, count=5)
+    assert mark_places(project, places) == 5
+    kept = next(record for record in project.objects(SLIDE) if record.name == f"Review {which + 1:02d}")
+    project.edit(kept.id, **change)
+    before = project.objects(SLIDE)
+    assert mark_places(project, places) == 4
+    assert project.objects(SLIDE) == before
+    assert mark_places(project, next_places(project, count=9)) >= 4
+    names = [record.name for record in project.objects(SLIDE) if (record.name or "").startswith("Review")]
+    assert len(set(names)) == len(names)
+    assert replace(kept, **change) in project.objects(SLIDE)  # type: ignore[arg-type]
+
+
+def test_a_mark_is_that_of_its_place_whatever_its_rank(project: FakeProject) -> None:
+    write(project, grid(6))
+    places = next_places(project, count=5)
+    mark_places(project, places)
+    first = {record.geometry: record.id for record in project.objects(SLIDE) if "darefine.place" in record.metadata}
+    mark_places(project, places[::-1])
+    marks = [record for record in project.objects(SLIDE) if "darefine.place" in record.metadata]
+    assert {record.geometry: record.id for record in marks} == first
+    by_place = {record.geometry: record.name for record in marks}
+    assert [by_place[shapely.box(*place.box.bounds)] for place in places] == [f"Review 0{n}" for n in range(5, 0, -1)]
 
 
 def test_no_predictions_no_places(project: FakeProject) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -15,6 +16,8 @@ from darefine_qupath.review.giveway import areal
 from darefine_qupath.review.ours import Survey, survey
 
 if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
     from darefine_qupath.project import ImageEntry, Project
 
 __all__ = ["ReviewedLabels", "manual_annotations", "reviewed_annotations"]
@@ -89,15 +92,14 @@ def reviewed_annotations(project: Project, image: ImageEntry) -> ReviewedLabels:
         for record in annotations
         if record.path_class is not None and not is_ignored(record.path_class)
     ]
-    redrawn = shapely.union_all([shape for shape in labelled if shape is not None])
-    ignored: list[Annotation] = []
-    for item in found.rejected:
-        place = areal(item.written.record.geometry)
-        left = None if place is None else areal(shapely.difference(place, redrawn))
-        if left is not None:
-            ignored.append(
-                Annotation(id=item.written.id, geometry=left, path_class="Ignore*", plane=item.written.record.plane)
-            )
+    places = [(item.written.record, areal(item.written.record.geometry)) for item in found.rejected]
+    refused = [(record, place) for record, place in places if place is not None]
+    shapes = [shape for shape in labelled if shape is not None]
+    ignored = [
+        Annotation(id=record.id, geometry=left, path_class="Ignore*", plane=record.plane)
+        for (record, _), left in zip(refused, _without([place for _, place in refused], shapes), strict=True)
+        if left is not None
+    ]
     reviewed = {item.written.id for item in found.adopted}
     return ReviewedLabels(
         annotations=(*annotations, *ignored),
@@ -105,6 +107,16 @@ def reviewed_annotations(project: Project, image: ImageEntry) -> ReviewedLabels:
         reviewed=tuple(record.id for record in annotations if record.id in reviewed),
         rejected=tuple(item.written.id for item in found.rejected),
     )
+
+
+def _without(places: Sequence[BaseGeometry], shapes: Sequence[BaseGeometry]) -> list[BaseGeometry | None]:
+    """Cut shapes out of places; each place meets only the shapes that touch it."""
+    left: list[BaseGeometry | None] = []
+    tree = shapely.STRtree(shapes)
+    for place in places:
+        near = tree.geometries[tree.query(place, predicate="intersects")]
+        left.append(areal(shapely.difference(place, shapely.union_all(near))) if len(near) else place)
+    return left
 
 
 def _annotations(found: Survey, *, taken_over: bool) -> tuple[Annotation, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import UUID, uuid5
 
 import numpy as np
@@ -287,7 +288,9 @@ def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
 def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError | None = None) -> int:
     """Put places into the project as small unclassified annotations, named in order: ``Review 01``, ``Review 02`` ...
 
-    Those of an earlier call go. They train nothing, nothing gives way to them, and `clear_places` removes them.
+    Those of an earlier call go, but for those that were locked or given a class: a place that has such a one gets no
+    other. A place keeps its annotation whatever its rank. They train nothing, nothing gives way to them, and
+    `clear_places` removes them.
 
     Parameters
     ----------
@@ -301,22 +304,61 @@ def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError 
     Returns
     -------
     int
-        Annotations made.
+        Places that have one now by this call.
     """
-    clear_places(project, on_error=on_error)
-    digits = max(2, len(str(len(places))))
-    by_image: dict[str, list[Annotation]] = {}
-    for number, place in enumerate(places, 1):
+    standing = list(for_images(project.images, lambda image: _standing_marks(project, image), on_error))
+    of_image = {image.id: marks for image, marks in standing}
+    names = _names(len(places), {name for _, marks in standing for name in marks.names})
+    wanted: dict[str, list[Annotation]] = {}
+    for place, name in zip(places, names, strict=True):
         record = Annotation(
-            id=uuid5(_NAMESPACE, f"{place.image}/{number}/{place.box}"),
+            id=uuid5(_NAMESPACE, f"{place.image}/{place.box}"),
             geometry=shapely.box(*place.box.bounds),
-            name=f"{_PREFIX} {number:0{digits}d}",
+            name=name,
             metadata={PLACE: f"{place.score:.4f}", "ANNOTATION_DESCRIPTION": _description(place)},
         )
-        by_image.setdefault(place.image, []).append(record)
-    images = [project.image(image) for image in by_image]
-    marked = for_images(images, lambda image: project.apply(image, Changes(add=by_image[image.id])), on_error)
-    return sum(applied.added for _, applied in marked)
+        wanted.setdefault(place.image, []).append(record)
+
+    def mark(image: ImageEntry) -> int:
+        marks = of_image[image.id]
+        new = [record for record in wanted.get(image.id, ()) if record.id not in marks.theirs]
+        ids = {record.id for record in new}
+        changes = Changes(
+            add=[record for record in new if record.id not in marks.ours],
+            replace=[record for record in new if record.id in marks.ours],
+            remove=[identity for identity in marks.ours if identity not in ids],
+        )
+        if not changes.is_empty:
+            project.apply(image, changes, version=marks.version)
+        return len(new)
+
+    images = [image for image, _ in standing]
+    return sum(count for _, count in for_images(images, mark, on_error))
+
+
+class _Marks(NamedTuple):
+    """Marks of an image that may go, identities that are somebody's, and the names of marks among them."""
+
+    ours: tuple[UUID, ...]
+    theirs: frozenset[UUID]
+    names: tuple[str, ...]
+    version: str
+
+
+def _standing_marks(project: Project, image: ImageEntry) -> _Marks:
+    found = survey(project, image)
+    ours = tuple(record.id for record in found.places if not record.locked)
+    theirs = [record for record in found.state.objects if record.id not in set(ours)]
+    names = tuple(record.name for record in theirs if record.name and PLACE in record.metadata)
+    return _Marks(ours, frozenset(record.id for record in theirs), names, found.state.version)
+
+
+def _names(count: int, taken: Collection[str]) -> list[str]:
+    """Names in order; where a mark that somebody kept has one, another after the last."""
+    digits = max(2, len(str(count)))
+    spare = (name for number in itertools.count(count + 1) if (name := f"{_PREFIX} {number:0{digits}d}") not in taken)
+    names = (f"{_PREFIX} {number:0{digits}d}" for number in range(1, count + 1))
+    return [next(spare) if name in taken else name for name in names]
 
 
 def _description(place: Place) -> str:
@@ -347,8 +389,10 @@ def clear_places(
     """
 
     def clear(image: ImageEntry) -> int:
-        gone = [record.id for record in survey(project, image).places if not record.locked]
-        return project.apply(image, Changes(remove=gone)).removed if gone else 0
+        marks = _standing_marks(project, image)
+        if not marks.ours:
+            return 0
+        return project.apply(image, Changes(remove=marks.ours), version=marks.version).removed
 
     chosen = project.images if images is None else images
     return sum(count for _, count in for_images(chosen, clear, on_error))

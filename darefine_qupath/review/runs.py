@@ -30,6 +30,7 @@ import shapely
 
 from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
 from darefine_qupath.errors import DarefineError, ReviewError
+from darefine_qupath.limits import DATA, parse_json, read_file, wording
 from darefine_qupath.project.safety import Batch, write_lock
 
 if TYPE_CHECKING:
@@ -342,7 +343,8 @@ def save_run(project: Project, run: Run) -> Path:
     # Both are JSON objects; they become one.
     text = f"{head[:-2]},\n {with_packed(run).packed.text[1:]}\n"  # type: ignore[union-attr]
     with Batch(project.folder) as batch:
-        batch.stage(path, text.encode("utf-8", "surrogatepass"))
+        # Half a character becomes an escape of JSON.
+        batch.stage(path, text.encode("utf-8", "backslashreplace"))
         batch.commit()
     return path
 
@@ -380,12 +382,6 @@ def list_runs(project: Project, image: ImageEntry | None = None, *, on_error: On
     return tuple(run for run in runs if image is None or run.image == image.id)
 
 
-_DAMAGES = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, zlib.error,
-    shapely.errors.GEOSException,
-)  # fmt: skip
-
-
 def read_run(path: Path) -> Run:
     """Read a run's file.
 
@@ -395,12 +391,12 @@ def read_run(path: Path) -> Run:
         If it is damaged or of another format; the message names it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
-        found = data.get("format") if isinstance(data, dict) else None
-        run = _run_from_json(data) if found in (FORMAT, _FIRST_FORMAT) else None
-    except _DAMAGES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ReviewError(f"{path} is damaged ({reason}); move it away to go on without that run's record") from error
+        with wording(ReviewError):
+            data = parse_json(read_file(path, DATA), DATA, non_finite=True, half_characters=True)
+            found = data.get("format") if isinstance(data, dict) else None
+            run = _run_from_json(data) if found in (FORMAT, _FIRST_FORMAT) else None
+    except DarefineError as error:
+        raise ReviewError(f"{path} is damaged ({error}); move it away to go on without that run's record") from error
     if run is None:
         raise ReviewError(
             f"{path} has the format {found!r}, expected {FORMAT!r}; update darefine or move the file away"
