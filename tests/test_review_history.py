@@ -9,11 +9,12 @@ import math
 import multiprocessing
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from darefine_qupath.review import (
     survey,
     undo,
 )
+from darefine_qupath.review import runs as recording
 from darefine_qupath.review import writeback as writing
 from darefine_qupath.review.ours import _statuses
 from darefine_qupath.review.runs import (
@@ -419,6 +421,35 @@ def test_wrong_types_in_a_run_are_one_line_or_harmless(project: FakeProject, dat
                 run = read_run(target)
                 save_run(project, run)
                 json.dumps(compare(project).to_json())
+
+
+# -- growth
+
+
+def test_a_run_of_one_polygon_lists_no_cells(project: FakeProject) -> None:
+    cell = Annotation(geometry=square(5000, 5000, 10), kind="detection")
+    project.stored[SLIDE.id] = tuple(replace(cell, id=UUID(int=number)) for number in range(20_000))
+    write(project, grid(1))
+    write(project, grid(1, shift=30))
+    assert max(file.path.stat().st_size for file in run_files(project)) < 4000
+
+
+def test_a_write_packs_and_seals_each_object_once(project: FakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    work: Counter[str] = Counter()
+
+    def counted(name: str, size: Callable[..., int]) -> None:
+        function = getattr(recording, name)
+        monkeypatch.setattr(recording, name, lambda *given: (work.update({name: size(*given)}), function(*given))[1])
+
+    counted("_object_to_json", lambda _: 1)
+    counted("_outlines", len)
+    polygons = [polygon(1, square(500 * (number % 50), 500 * (number // 50))) for number in range(300)]
+    write(project, polygons)
+    assert work == {"_object_to_json": 300, "_outlines": 300}
+    work.clear()
+    assert write(project, polygons).kept == 300
+    # The record of the former run is looked through once, to see that it is whole.
+    assert work == {"_object_to_json": 300, "_outlines": 600}
 
 
 # -- objects

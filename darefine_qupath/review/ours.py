@@ -21,7 +21,7 @@ from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.limits import wording
 from darefine_qupath.project import image_titles
 from darefine_qupath.review.history import WITNESS, History, history_of
-from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digest_of, read_run, run_files
+from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digests_of, read_run, run_files
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -266,11 +266,12 @@ class _Origins:
 
     def of(self, strangers: Sequence[Annotation]) -> dict[UUID, RunObject]:
         """Objects as they were written, by identity; copies are not among them."""
-        found = {record.id: self._origin(record) for record in strangers}
+        pairs = zip(strangers, digests_of(strangers), strict=True)
+        found = {record.id: self._origin(record, digest) for record, digest in pairs}
         return {key: item for key, item in found.items() if item is not None}
 
-    def _origin(self, record: Annotation) -> RunObject | None:
-        if digest_of(record) == record.metadata[DIGEST]:
+    def _origin(self, record: Annotation, digest: str) -> RunObject | None:
+        if digest == record.metadata[DIGEST]:
             return _unrecorded(record)
         listed = self._listed(record.metadata[RUN])
         if listed is not None:

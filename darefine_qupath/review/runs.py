@@ -47,6 +47,7 @@ __all__ = [
     "RunObject",
     "call_number",
     "digest_of",
+    "digests_of",
     "list_runs",
     "next_number",
     "now_utc",
@@ -186,10 +187,11 @@ def digest_of(record: Annotation) -> str:
     The outline counts as a set of points at QuPath's precision, so that neither the order of its rings nor where they
     start matters: engines and QuPath versions differ in both.
     """
-    return _digests_of([record])[0]
+    return digests_of([record])[0]
 
 
-def _digests_of(records: Sequence[Annotation]) -> list[str]:
+def digests_of(records: Sequence[Annotation]) -> list[str]:
+    """As `digest_of`, of many objects at once."""
     outlines = _outlines([record.geometry for record in records])
     texts = ("\n".join((str(item.id), item.kind, item.path_class or "", item.name or "")) for item in records)
     pairs = zip(texts, outlines, strict=True)
@@ -522,7 +524,7 @@ def _objects_from_json(data: Mapping[str, Any]) -> dict[str, tuple[RunObject, ..
 
 def _check_digests(items: Iterable[RunObject], written: Iterable[Mapping[str, Any]]) -> None:
     records = [item.record for item in items]
-    for record, digest, stored in zip(records, _digests_of(records), written, strict=True):
+    for record, digest, stored in zip(records, digests_of(records), written, strict=True):
         if digest != stored["digest"]:
             raise ValueError(f"object {record.id} does not have the digest that is written for it")
 

@@ -21,7 +21,7 @@ from darefine_qupath.classes import ClassMap, PathClass, is_ignored
 from darefine_qupath.errors import ProjectChangedError, ReviewError
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import Yielded, areal, give_way
-from darefine_qupath.review.history import history_of, settle, witness_of
+from darefine_qupath.review.history import History, settle, witness_of
 from darefine_qupath.review.ours import (
     CLASS,
     MODEL,
@@ -35,7 +35,7 @@ from darefine_qupath.review.runs import (
     DIGEST,
     Run,
     RunObject,
-    digest_of,
+    digests_of,
     next_number,
     now_utc,
     run_name,
@@ -159,12 +159,15 @@ class WritePlan:
         Classes that the project does not have yet.
     result : RunResult
         What it comes to.
+    past : History
+        The image's runs before.
     """
 
     run: Run
     changes: Changes
     classes: tuple[PathClass, ...]
     result: RunResult
+    past: History
 
 
 def write_back(
@@ -279,6 +282,7 @@ def plan_write(
         changes=_changes(run),
         classes=_new_classes(project, objects, classes),
         result=_result(run, found, yielded, warnings),
+        past=found.past,
     )
 
 
@@ -314,7 +318,7 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
             f"{image.name!r} changed since the prediction was laid out for it (QuPath or another program saved it); "
             f"nothing was written, run it again"
         )
-    settle(project, history_of(project, image, state))
+    settle(project, plan.past)
     plan = _numbered(plan, take_number(project), image)
     run = with_packed(plan.run)
     save_run(project, run)
@@ -477,14 +481,18 @@ class _Maker:
 
     def objects(self, polygons: Sequence[ClassPolygon], found: Survey) -> list[RunObject]:
         taken = {record.id for record in found.theirs} | {item.written.id for item in _adopted(found)}
-        made: list[RunObject] = []
         parent = self._container(polygons, found)
-        if parent is not None and parent.id not in taken:
-            made.append(parent)
-        for polygon in polygons:
-            item = self._region(polygon, taken, None if parent is None else parent.id)
-            taken.add(item.id)
-            made.append(item)
+        made = [] if parent is None or parent.id in taken else [parent]
+        outlines = shapely.to_wkb(shapely.normalize([polygon.geometry for polygon in polygons]), hex=True)
+        regions: list[Annotation] = []
+        for polygon, outline in zip(polygons, outlines, strict=True):
+            record = self._region(polygon, outline, taken, None if parent is None else parent.id)
+            taken.add(record.id)
+            regions.append(record)
+        names = [self.classes.names[polygon.label] for polygon in polygons]
+        made += [
+            RunObject(record=record, training_class=name) for record, name in zip(_sealed(regions), names, strict=True)
+        ]
         return made
 
     def _container(self, polygons: Sequence[ClassPolygon], found: Survey) -> RunObject | None:
@@ -500,19 +508,19 @@ class _Maker:
         record = Annotation(
             id=identity, geometry=shapely.box(*bounds), name=f"DA-RefineNet {self.model}", metadata=self._metadata("")
         )
-        return RunObject(record=_sealed(record), training_class="", role="container")
+        return RunObject(record=_sealed([record])[0], training_class="", role="container")
 
-    def _region(self, polygon: ClassPolygon, taken: set[UUID], parent: UUID | None) -> RunObject:
+    def _region(self, polygon: ClassPolygon, outline: str, taken: set[UUID], parent: UUID | None) -> Annotation:
         name = self.classes.names[polygon.label]
         path_class = name + self.options.class_suffix
         key = f"{self.image.id}/{self.model}/{path_class}/{self.options.kind}/{parent or ''}/"
-        key += shapely.to_wkb(shapely.normalize(polygon.geometry), hex=True)
+        key += outline
         identity, number = uuid5(_NAMESPACE, key), 2
         # An object that was moved away keeps its identity, so what is found again at its place needs another.
         while identity in taken:
             identity, number = uuid5(_NAMESPACE, f"{key}#{number}"), number + 1
         seconds = {} if polygon.runner_up is None else {RUNNER_UP: self.classes.names[polygon.runner_up]}
-        record = Annotation(
+        return Annotation(
             id=identity,
             geometry=polygon.geometry,
             path_class=path_class,
@@ -522,21 +530,22 @@ class _Maker:
             measurements=_measurements(polygon),
             metadata={**self._metadata(name), **seconds},
         )
-        return RunObject(record=_sealed(record), training_class=name)
 
     def _metadata(self, training_class: str) -> dict[str, str]:
         return {RUN: self.run_id, MODEL: self.model, CLASS: training_class}
 
 
-def _sealed(record: Annotation) -> Annotation:
-    return replace(record, metadata={**record.metadata, DIGEST: digest_of(record)})
+def _sealed(records: Sequence[Annotation]) -> list[Annotation]:
+    """Give objects their digests."""
+    pairs = zip(records, digests_of(records), strict=True)
+    return [replace(record, metadata={**record.metadata, DIGEST: digest}) for record, digest in pairs]
 
 
 def cut_to(record: Annotation, polygon: ClassPolygon, identity: UUID) -> Annotation:
     """Return an object of ours with another outline, as an object of its own."""
     area = {} if polygon.area_um2 is None else {f"{_PREFIX}{_AREA}": float(np.float32(polygon.area_um2))}
     measurements = {**record.measurements, **area}
-    return _sealed(replace(record, id=identity, geometry=polygon.geometry, measurements=measurements))
+    return _sealed([replace(record, id=identity, geometry=polygon.geometry, measurements=measurements)])[0]
 
 
 def _measurements(polygon: ClassPolygon) -> dict[str, float]:
