@@ -271,11 +271,11 @@ class FastSlideSource:
 
     def __init__(self, path: Path) -> None:
         if fastslide is None:
-            raise SlideFormatError("fastslide is not installed; pip install fastslide")
+            raise SlideFormatError(f"{path}: fastslide is not installed; pip install fastslide")
         if not fastslide_works_here():
             raise SlideFormatError(
-                "fastslide was used before this process was forked and would wait forever; start workers with 'spawn', "
-                "or use reader='openslide'"
+                f"{path}: fastslide was used before this process was forked and would wait forever; start workers with "
+                f"'spawn', or use reader='openslide'"
             )
         self._path = path
         self._is_stuck = False
