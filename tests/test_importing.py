@@ -179,6 +179,13 @@ def test_an_object_of_the_same_id_is_updated_wherever_its_file_lies(project: Pro
     assert drawn(project) == [("Stroma", C.bounds)]
 
 
+def test_a_class_that_was_read_from_another_field_is_an_update(project: Project, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.geojson", {**feature(A), "properties": {"kind": "Tumor"}})
+    assert "1 objects cannot train: 1 without a class" in take(project, file).file.warnings
+    assert tally(take(project, file, class_from=("kind",))) == (0, 1, 0, 0)
+    assert drawn(project) == [("Tumor", A.bounds)]
+
+
 def test_a_new_name_is_updated_too(project: Project, tmp_path: Path) -> None:
     take(project, write(tmp_path / "a.geojson", feature(A)))
     named = feature(A)

@@ -42,6 +42,12 @@ _READING_OPTIONS = (
     click.option(
         "--label", "labels", multiple=True, metavar="N=CLASS", help="Class of a label of a mask; may be repeated."
     ),
+    click.option(
+        "--class-from",
+        multiple=True,
+        metavar="FIELD",
+        help="Where the class of an object stands: a property, layer or text, say; may be repeated.",
+    ),
     click.option("--stretch", is_flag=True, help="Scale a mask of another aspect ratio to its image all the same."),
     click.option("--annotator", metavar="NAME", help="Whose annotations these are; keeps raters apart."),
 )
@@ -53,12 +59,18 @@ def _reading_options(command: Any) -> Any:  # noqa: ANN401 - click's decorators
     return command
 
 
-def _import_options(*, labels: tuple[str, ...], stretch: bool, annotator: str | None, replaces: bool) -> ImportOptions:
+def _import_options(
+    *, labels: tuple[str, ...], class_from: tuple[str, ...], stretch: bool, annotator: str | None, replaces: bool
+) -> ImportOptions:
     name = None if annotator is None else annotator.strip()
     if name in ("", NOBODY):
         raise click.BadParameter(f"{annotator!r} is no name", param_hint="--annotator")
     return ImportOptions(
-        labels=dict(_label(text) for text in labels) or None, stretch=stretch, annotator=name, replaces=replaces
+        labels=dict(_label(text) for text in labels) or None,
+        class_from=class_from,
+        stretch=stretch,
+        annotator=name,
+        replaces=replaces,
     )
 
 
@@ -253,6 +265,7 @@ def _import_json(item: Import) -> dict[str, Any]:
         "already": item.already,
         "repaired": [str(each) for each in item.file.repaired],
         "refused": [str(each) for each in item.file.refused],
+        "class_notes": list(item.file.class_notes),
         "notes": [str(each) for each in item.notes],
         "warnings": [*item.file.warnings, *item.remarks],
     }
@@ -268,7 +281,7 @@ def _show_imports(imports: tuple[Import, ...]) -> None:
             note(f"  {each}")
         if len(named) > _NAMED:
             note(f"  and {len(named) - _NAMED} more objects; --json names them all")
-        for warning in (*item.file.warnings, *item.remarks):
+        for warning in (*item.file.class_notes, *item.file.warnings, *item.remarks):
             note(f"  {warning}")
 
 

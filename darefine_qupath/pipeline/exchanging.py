@@ -53,6 +53,8 @@ class ImportOptions:
     ----------
     labels : mapping of int to str or None
         Classes of the labels of a mask.
+    class_from : tuple of str
+        Fields that hold the class of an object; those of the format by default.
     stretch : bool
         Scale a mask of another aspect ratio to its image.
     annotator : str or None
@@ -62,6 +64,7 @@ class ImportOptions:
     """
 
     labels: Mapping[int, str] | None = None
+    class_from: tuple[str, ...] = ()
     stretch: bool = False
     annotator: str | None = None
     replaces: bool = False
@@ -164,16 +167,30 @@ def import_files(
     read = []
     for file, image in files:
         size = None if image.width is None or image.height is None else (image.width, image.height)
-        read.append((_read(file, options, classes, mpp=image.mpp, size=size), image))
+        name = image.name if image.path is None else image.path.name
+        read.append((_read(file, options, classes, name=name, mpp=image.mpp, size=size), image))
     return _take_in(project, read, options, dry_run=dry_run)
 
 
 def _read(
-    file: Path, options: ImportOptions, classes: list[str], *, mpp: float | None, size: tuple[int, int] | None
+    file: Path,
+    options: ImportOptions,
+    classes: list[str],
+    *,
+    name: str,
+    mpp: float | None,
+    size: tuple[int, int] | None,
 ) -> Imported:
     """Read a file; its classes join those by which the next file is spelled."""
     found = read_annotations(
-        file, mpp=mpp, classes=classes, labels=options.labels, image_size=size, stretch=options.stretch
+        file,
+        mpp=mpp,
+        classes=classes,
+        labels=options.labels,
+        image_size=size,
+        image_name=name,
+        class_from=options.class_from,
+        stretch=options.stretch,
     )
     found = _storable(found)
     if found.refused and not found.annotations:
@@ -338,7 +355,14 @@ def create_from_slides(
     for file in files:
         with open_slide(file) as slide:
             read[file] = [
-                _read(found, options, classes, mpp=mpp or slide.mpp, size=(slide.size.width, slide.size.height))
+                _read(
+                    found,
+                    options,
+                    classes,
+                    name=file.name,
+                    mpp=mpp or slide.mpp,
+                    size=(slide.size.width, slide.size.height),
+                )
                 for found in found_for.get(file, [])
             ]
     with _nothing_left(path):
