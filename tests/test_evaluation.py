@@ -24,13 +24,14 @@ from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import predicting
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id, trained_on
-from darefine_qupath.pipeline.predicting import PredictRequest, evaluate_project, predict_project
+from darefine_qupath.pipeline.predicting import PolygonOptions, PredictRequest, evaluate_project, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import write_score_map
 from darefine_qupath.project import ImageEntry, open_project
+from darefine_qupath.review import WriteOptions
 from darefine_qupath.slides import TissueMask, file_digest
 from darefine_qupath.tiles import TileSpec
 
@@ -299,6 +300,23 @@ def test_a_dry_run_and_an_evaluation_leave_the_maps_of_another_model_alone(proje
     # A map that is the same is used.
     (same,) = predict_project(replace(request_of(project, model, images=("test-3.tif",)), dry_run=True)).outcomes
     assert same.score_map == read_score_map(project / "darefine" / "maps" / "3")
+
+
+def test_no_written_polygon_is_smaller_than_asked(project: Path, model_of: Model) -> None:
+    model = model_of()
+    polygons, write = PolygonOptions(min_area_um2=60), WriteOptions(min_area_um2=60)
+    request = request_of(project, model, images=("test-3.tif",), polygons=polygons, write=write)
+    predict_project(request)
+    found = read_score_map(project / "darefine" / "maps" / "3")
+    layers = Layers(*(found.read(layer) for layer in ("class", "confidence", "margin", "runner_up")))
+    noise = np.random.default_rng(0).random((found.size.height // 2, found.size.width // 2)) < 0.2
+    layers.label[:] = np.kron(noise, np.ones((2, 2), int))[: found.size.height, : found.size.width]
+    write_score_map(found, [layers])
+    (outcome,) = predict_project(request).outcomes
+    with open_project(project, engine="embedded") as opened:
+        areas = [record.area * 0.25 for record in opened.annotations(outcome.image)]
+    assert outcome.num_polygons == len(areas) > 50
+    assert min(areas) >= 60 - 1e-6
 
 
 def test_context_scores_are_computed_on_the_device_that_was_asked_for(

@@ -16,6 +16,8 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons import GRID, ClassPolygon, vectorise
+from darefine_qupath.polygons.pool import BlockPieces, Pool
+from darefine_qupath.polygons.rings import Rings
 
 Labels = NDArray[np.uint8]
 
@@ -185,6 +187,73 @@ def test_specks_go_to_their_largest_neighbour() -> None:
     polygons = vectorise(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=9 * 16 + 1)
     assert [item.label for item in polygons] == [0, 1]
     assert sum(item.area_um2 or 0 for item in polygons) == 320 * 320 / 4
+
+
+@given(st.data())
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_no_polygon_is_smaller_than_asked_whatever_simplifying_takes(data: st.DataObject) -> None:
+    labels = data.draw(label_maps())
+    box = data.draw(boxes(labels))
+    smallest = data.draw(st.floats(1, 400))
+    options = {"simplify_um": data.draw(st.floats(0, 8)), "max_vertices": None, "block_px": 16}
+    size = (box.right - data.draw(st.integers(0, 3)), box.bottom)
+    found = vectorise(labels, box=box, mpp=0.5, min_area_um2=smallest, image_size=size, **options)  # type: ignore[arg-type]
+    outlines = shapes(found)
+    for item in found:
+        assert item.area_um2 == pytest.approx(item.geometry.area / 4)
+        # Only what touches no other along a line may be smaller: there is nothing that it could go to.
+        if item.area_um2 < smallest * (1 - 1e-6):
+            beside = shapely.intersection(outlines[outlines != item.geometry], item.geometry)
+            assert not shapely.length(beside).any()
+    assert shapely.is_valid(outlines).all()
+    assert overlap(outlines) == 0
+    as_it_was = vectorise(labels, box=box, mpp=0.5, min_area_um2=0, image_size=size, **options)  # type: ignore[arg-type]
+    if not (labels == IGNORE).any() and len(as_it_was):
+        assert shapely.union_all(outlines).equals(shapely.union_all(shapes(as_it_was)))
+
+
+def test_a_region_that_simplifying_makes_small_goes_to_its_neighbor() -> None:
+    labels = np.zeros((40, 40), np.uint8)
+    for row in range(5):
+        labels[10 + row, 10 + row] = labels[10 + row, 11 + row] = 1
+    polygons = vectorise(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=160, simplify_um=8)
+    assert [item.label for item in polygons] == [0]
+    assert polygons[0].area_um2 == 320 * 320 / 4
+    assert not polygons[0].geometry.interiors
+
+
+@pytest.mark.parametrize("block_px", [16, 2048])
+def test_the_work_for_runner_ups_is_that_of_the_classes_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, block_px: int
+) -> None:
+    cells, sums = [], []
+    pool_of, zone_sums = Pool.of, Rings.zone_sums
+
+    def noted(parts: list[BlockPieces]) -> Pool:
+        pool = pool_of(parts)
+        cells.append(pool.seconds.size / len(pool.labels))
+        return pool
+
+    def counted(rings: Rings, layer: NDArray[np.uint8]) -> NDArray[np.float64]:
+        sums.append(layer.size)
+        return zone_sums(rings, layer)
+
+    monkeypatch.setattr(Pool, "of", noted)
+    monkeypatch.setattr(Rings, "zone_sums", counted)
+    labels = np.kron(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3, np.ones((8, 8), np.uint8))
+    seconds = np.where(labels == 0, 254, 3).astype(np.uint8)
+    seconds[:8] = IGNORE
+    options = {"box": Box(0, 0, 256, 256), "min_area_px": 1, "simplify_px": 0, "smooth": False}
+    found = vectorise(labels, runner_up=seconds, block_px=block_px, **options)  # type: ignore[arg-type]
+    assert {(item.label == 0, item.runner_up) for item in found} <= {
+        (True, 254),
+        (False, 3),
+        (True, None),
+        (False, None),
+    }
+    # Two classes are ever second, whatever their labels.
+    assert max(cells) == 2
+    assert sum(sums) <= 2 * labels.size * len(cells)
 
 
 def test_pixel_settings_hold_where_the_pixel_size_is_unknown() -> None:

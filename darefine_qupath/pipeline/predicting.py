@@ -503,7 +503,8 @@ def _polygons(
         runner_up=lambda window: score_map.read("runner_up", window),
     )
     _check_unchanged(score_map)
-    return polygons
+    # Alone among what gets no polygon, a region has no neighbor that it could go to.
+    return tuple(item for item in polygons if item.area_um2 is None or item.area_um2 >= options.min_area_um2)
 
 
 def _check_unchanged(score_map: ScoreMap) -> None:

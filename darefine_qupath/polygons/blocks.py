@@ -88,6 +88,7 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[BlockP
         for quarter in _blocks(block.width, block.height, math.ceil(max(block.size) / 2)):
             yield from _block(sieved, quarter.shift(block.x, block.y), plan)
         return
+    seconds, second_labels = _second_counts(rings, block, plan)
     yield BlockPieces(
         labels=rings.labels,
         outlines=outlines,
@@ -95,7 +96,8 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[BlockP
         bounds=rings.bounds + np.array([block.x, block.y, block.x, block.y]),
         seeds=rings.seeds + np.array([block.y, block.x]),
         sums=_layer_sums(rings, block, plan),
-        seconds=_second_counts(rings, block, plan),
+        seconds=seconds,
+        second_labels=second_labels,
         borders=_borders(rings, block, sieved.shape),
     )
 
@@ -110,18 +112,17 @@ def _layer_sums(rings: Rings, block: Box, plan: Plan) -> dict[str, NDArray[np.fl
     return sums
 
 
-def _second_counts(rings: Rings, block: Box, plan: Plan) -> NDArray[np.int64]:
-    """Pixels per piece and runner-up class."""
+def _second_counts(rings: Rings, block: Box, plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pixels per piece and runner-up class, and which classes these are: no more columns than the block has classes."""
     if plan.runner_up is None:
-        return np.zeros((len(rings.labels), 0), np.int64)
+        return np.zeros((len(rings.labels), 0), np.int64), np.zeros(0, np.int64)
     layer = plan.runner_up.read(block.shift(plan.columns[0], plan.rows[0]))
-    # One more than each label, so that IGNORE becomes 0.
-    num_labels = int((layer + np.uint8(1)).max())
-    counts = np.zeros((len(rings.labels), IGNORE), np.int64)
+    labels = np.flatnonzero(np.bincount(layer.ravel(), minlength=IGNORE + 1)[:IGNORE])
+    counts = np.zeros((len(rings.labels), len(labels)), np.int64)
     here = SCRATCH.room(layer.shape, np.uint8)
-    for label in range(num_labels):
-        counts[:, label] = np.rint(rings.zone_sums(np.equal(layer, label, out=here.view(bool)).view(np.uint8)))
-    return counts
+    for column, label in enumerate(labels.tolist()):
+        counts[:, column] = np.rint(rings.zone_sums(np.equal(layer, label, out=here.view(bool)).view(np.uint8)))
+    return counts, labels
 
 
 def _borders(

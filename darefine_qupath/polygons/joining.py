@@ -12,12 +12,14 @@ from shapely.geometry import Polygon
 
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.polygons.plan import ClassPolygon, Plan
-from darefine_qupath.polygons.pool import Pool, grouped
+from darefine_qupath.polygons.pool import Pool, Sets, grouped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["join", "without_holes"]
+__all__ = ["join", "without_holes", "without_small"]
+
+_ROUNDING = 1e-9
 
 
 def join(pool: Pool, plan: Plan, mpp: float | None, threads: int) -> list[ClassPolygon]:
@@ -45,7 +47,7 @@ def _record(pool: Pool, group: list[int], outline: Polygon, mpp: float | None) -
     pixels = int(pool.pixels[group].sum())
     means = {name: float(sums[group].sum() / pixels) for name, sums in pool.sums.items()}
     seconds = pool.seconds[group].sum(axis=0)
-    second = int(seconds.argmax()) if seconds.any() else None
+    column = int(seconds.argmax()) if seconds.any() else None
     return ClassPolygon(
         label=int(pool.labels[group[0]]),
         geometry=outline,
@@ -53,8 +55,8 @@ def _record(pool: Pool, group: list[int], outline: Polygon, mpp: float | None) -
         confidence=means.get("confidence"),
         margin=means.get("margin"),
         entropy=means.get("entropy"),
-        runner_up=second,
-        runner_up_share=None if second is None else float(seconds[second] / pixels),
+        runner_up=None if column is None else int(pool.second_labels[column]),
+        runner_up_share=None if column is None else float(seconds[column] / pixels),
     )
 
 
@@ -76,3 +78,66 @@ def without_holes(polygons: list[ClassPolygon], smallest: float, mpp: float | No
         area = None if mpp is None else outline.area * mpp * mpp
         filled[index] = replace(polygons[index], geometry=outline, area_um2=area)
     return [filled.get(index, item) for index, item in enumerate(polygons) if index not in gone]
+
+
+def without_small(polygons: list[ClassPolygon], smallest: float, mpp: float | None) -> list[ClassPolygon]:
+    """Give polygons below `smallest` square level-0 pixels to the neighbor with which they share most of their border.
+
+    A region of enough pixels becomes one where simplifying takes from it more than it gives, or where the image ends
+    within its pixels. One without a neighbor (all there is, or beside what gets no polygon) stays as it is.
+    """
+    shapes = np.array([item.geometry for item in polygons], np.object_)
+    areas = shapely.area(shapes)
+    enough = smallest * (1 - _ROUNDING)
+    small = np.flatnonzero(areas < enough)
+    if not len(small):
+        return polygons
+    neighbors = _neighbors(shapes, small)
+    sets = Sets(len(polygons))
+    members = {index: [index] for index in range(len(polygons))}
+    total = areas.tolist()
+    for index in small[np.argsort(areas[small], kind="stable")].tolist():
+        root = sets.root(index)
+        beside = [(length, other) for each in members[root] for other, length in neighbors.get(each, ())]
+        beside = [(length, other) for length, other in beside if sets.root(other) != root]
+        if total[root] >= enough or not beside:
+            continue
+        other = sets.root(max(beside)[1])
+        sets.unite(root, other)
+        kept, gone = sets.root(root), root + other - sets.root(root)
+        members[kept] = members[kept] + members.pop(gone)
+        total[kept] += total[gone]
+    return [_merged(polygons, sorted(group, key=lambda index: -areas[index]), mpp) for group in members.values()]
+
+
+def _neighbors(shapes: NDArray[np.object_], small: NDArray[np.int64]) -> dict[int, list[tuple[int, float]]]:
+    """By index of a small shape, the shapes that have edges of its border, and the length of these edges."""
+    rings, owners = shapely.get_rings(shapes, return_index=True)
+    points, ring = shapely.get_coordinates(rings, return_index=True)
+    is_edge = ring[1:] == ring[:-1]
+    ends = np.concatenate([points[:-1], points[1:]], axis=1)[is_edge]
+    owner = owners[ring[:-1][is_edge]]
+    # An edge goes one way in one polygon and the other way in its neighbor.
+    turned = (ends[:, 0] > ends[:, 2]) | ((ends[:, 0] == ends[:, 2]) & (ends[:, 1] > ends[:, 3]))
+    ends[turned] = ends[turned][:, [2, 3, 0, 1]]
+    order = np.lexsort(ends.T)
+    ends, owner = ends[order], owner[order]
+    same = np.flatnonzero((ends[1:] == ends[:-1]).all(axis=1))
+    lengths = np.hypot(*(ends[same, 2:] - ends[same, :2]).T)
+    shared: dict[int, dict[int, float]] = {int(index): {} for index in small}
+    for first, second, length in zip(owner[same].tolist(), owner[same + 1].tolist(), lengths.tolist(), strict=True):
+        for one, other in ((first, second), (second, first)):
+            if one in shared and one != other:
+                shared[one][other] = shared[one].get(other, 0.0) + length
+    return {index: list(found.items()) for index, found in shared.items()}
+
+
+def _merged(polygons: list[ClassPolygon], group: list[int], mpp: float | None) -> ClassPolygon:
+    """Largest polygon of a group with the ground of the others; what is said of it is of its own pixels."""
+    largest = polygons[group[0]]
+    if len(group) == 1:
+        return largest
+    outline = shapely.union_all([polygons[index].geometry for index in group])
+    if outline.geom_type != "Polygon":
+        return largest
+    return replace(largest, geometry=outline, area_um2=None if mpp is None else outline.area * mpp * mpp)

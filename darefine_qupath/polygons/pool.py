@@ -34,7 +34,9 @@ class _Pieces:
     sums: Mapping[str, NDArray[np.float64]]
     """Layer to sums over the map pixels."""
     seconds: NDArray[np.int64]
-    """Map pixels per runner-up class."""
+    """Map pixels per runner-up class, of those that there are."""
+    second_labels: NDArray[np.int64]
+    """Those classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Pool(_Pieces):
     def of(cls, parts: Sequence[BlockPieces]) -> Pool:
         """Pieces of all blocks, and which of them share a cut."""
         labels = np.concatenate([part.labels for part in parts])
+        second_labels = np.unique(np.concatenate([part.second_labels for part in parts]))
         return cls(
             labels=labels,
             outlines=np.concatenate([part.outlines for part in parts]),
@@ -63,9 +66,17 @@ class Pool(_Pieces):
             bounds=np.concatenate([part.bounds for part in parts]),
             seeds=np.concatenate([part.seeds for part in parts]),
             sums={name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
-            seconds=np.concatenate([part.seconds for part in parts]),
+            seconds=np.concatenate([_spread(part, second_labels) for part in parts]),
+            second_labels=second_labels,
             pairs=_pairs(parts, labels),
         )
+
+
+def _spread(part: BlockPieces, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Put the counts of a block's runner-up classes in columns for those of all blocks."""
+    seconds = np.zeros((len(part.labels), len(labels)), np.int64)
+    seconds[:, np.searchsorted(labels, part.second_labels)] = part.seconds
+    return seconds
 
 
 def _pairs(parts: Sequence[BlockPieces], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons.blocks import work_through
-from darefine_qupath.polygons.joining import join, without_holes
+from darefine_qupath.polygons.joining import join, without_holes, without_small
 from darefine_qupath.polygons.plan import GRID, ClassPolygon, Layer, Plan, Source
 from darefine_qupath.polygons.sieve import without_specks
 
@@ -60,7 +60,8 @@ def vectorise(
         Detail that is left out: square root of the area of a bump, in micrometres, or in map pixels where
         `simplify_um` is None.
     min_area_um2, min_area_px : float, optional
-        Smaller regions go to their largest neighbour; in um^2, or in map pixels where `min_area_um2` is None.
+        Smaller regions go to their largest neighbor; in um^2, or in map pixels where `min_area_um2` is None. Square
+        micrometers are those of the polygon that is given back, of which only one without any neighbor may be smaller.
     min_hole_um2, min_hole_px : float, optional
         Smaller holes of a region are filled, whatever is in them. As large as the smallest region by default, and
         never smaller: a region that is left out leaves no hole.
@@ -123,6 +124,8 @@ def vectorise(
     polygons = join(pool, plan, mpp, threads)
     if polygons and hole_px > plan.min_area_px:
         polygons = without_holes(polygons, hole_px * scale[0] * scale[1], mpp)
+    if polygons and mpp is not None and min_area_um2 is not None:
+        polygons = without_small(polygons, min_area_um2 / mpp**2, mpp)
     return tuple(sorted(polygons, key=lambda item: (item.label, item.geometry.bounds[1], item.geometry.bounds[0])))
 
 
