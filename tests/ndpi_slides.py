@@ -15,9 +15,9 @@ _ASCII, _SHORT, _LONG, _RATIONAL, _SIGNED, _FLOAT = 2, 3, 4, 5, 9, 11
 def write_ndpi(path: Path, size: tuple[int, int], *, center_nm: tuple[int, int], mpp: float = 0.5) -> Path:
     buffer = io.BytesIO()
     Image.fromarray(np.full((size[1], size[0], 3), 200, np.uint8)).save(buffer, "JPEG")
-    jpeg = buffer.getvalue() + b"\0" * (len(buffer.getvalue()) % 2)
+    jpeg = buffer.getvalue()
     start = 12
-    resolution = start + len(jpeg)
+    resolution = start + len(jpeg) + len(jpeg) % 2
     maker = resolution + 8
     lens = struct.unpack("<I", struct.pack("<f", 20.0))[0]
     tags = [
@@ -28,7 +28,7 @@ def write_ndpi(path: Path, size: tuple[int, int], *, center_nm: tuple[int, int],
         (65422, _SIGNED, 1, center_nm[0] % 2**32), (65423, _SIGNED, 1, center_nm[1] % 2**32),
         (65424, _SIGNED, 1, 0), (65427, _ASCII, 1, 0),
     ]  # fmt: skip
-    body = jpeg + struct.pack("<II", round(10_000_000 / mpp), 1000) + b"Hamamatsu\0"
+    body = jpeg + b"\0" * (len(jpeg) % 2) + struct.pack("<II", round(10_000_000 / mpp), 1000) + b"Hamamatsu\0"
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
     # After a directory come the offset of the next one and the upper halves of its values.
     path.write_bytes(b"II*\0" + struct.pack("<II", start + len(body), 0) + body + directory + bytes(8 + 4 * len(tags)))

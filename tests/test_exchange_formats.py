@@ -20,9 +20,12 @@ from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import coco, read_annotations
 from darefine_qupath.exchange.records import ellipse
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
+from darefine_qupath.pipeline.exchanging import ImportOptions, create_from_slides, import_files
+from darefine_qupath.project import create_project
 from darefine_qupath.slides import read_glass_frame
 from tests.ndpi_slides import write_ndpi
 from tests.test_exchange import SQUARE, aperio, asap, asap_item, qupath_feature, region, write
+from tests.tile_slides import ramps, write_pyramid
 
 __all__ = ["write"]
 
@@ -185,6 +188,39 @@ def test_the_scanner_says_where_an_image_lies(tmp_path: Path) -> None:
     path = write_ndpi(tmp_path / "a.ndpi", (400, 300), center_nm=(1_000_000, -2_000_000))
     assert read_glass_frame(path) == GlassFrame((1_000_000, -2_000_000), Size(400, 300), PixelSize(0.5, 0.5))
     assert read_glass_frame(tmp_path / "none.ndpi") is None
+
+
+def test_ndpa_into_a_project_of_its_slide(tmp_path: Path) -> None:
+    slide = write_ndpi(tmp_path / "a.ndpi", (400, 300), center_nm=(1_000_000, -2_000_000))
+    # From the center of the image 50 um to the right, and from there 50 um down: 100 px each.
+    corners = [(1_000_000, -2_000_000), (1_050_000, -2_000_000), (1_050_000, -1_950_000)]
+    points = "".join(f"<point><x>{x}</x><y>{y}</y></point>" for x, y in corners)
+    shape = f'<annotation type="freehand"><closed>1</closed><pointlist>{points}</pointlist></annotation>'
+    (tmp_path / "a.ndpi.ndpa").write_text(ndpa(state(shape)))
+    project, _ = create_from_slides(tmp_path / "p", [slide], annotations=tmp_path, engine="embedded")
+    with project:
+        (annotation,) = project.annotations(project.images[0])
+    assert annotation.geometry.equals(Polygon([(200, 150), (300, 150), (300, 250)]))
+    assert annotation.path_class == "Tumor"
+
+
+def test_ndpa_beside_a_slide_of_another_scanner_makes_no_project(tmp_path: Path) -> None:
+    slide = write_pyramid(tmp_path / "a.tif", ramps(200, 200))
+    (tmp_path / "a.ndpa").write_text(ndpa(state(freehand(SQUARE))))
+    with pytest.raises(ExchangeError, match=r"a\.ndpa: NDPA counts in nanometres .*XOffsetFromSlideCentre"):
+        create_from_slides(tmp_path / "p", [slide], annotations=tmp_path, engine="embedded")
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(("fields", "name"), [((), "Tumor"), (("text",), "ask")])
+def test_class_from_goes_through_import(tmp_path: Path, fields: tuple[str, ...], name: str) -> None:
+    slide = write_pyramid(tmp_path / "a.tif", ramps(200, 200))
+    (tmp_path / "a.xml").write_text(aperio(region(SQUARE, Text="ask"), name="Tumor"))
+    with create_project(tmp_path / "p", engine="embedded") as project:
+        image = project.add_image(slide)
+        (done,) = import_files(project, [(tmp_path / "a.xml", image)], ImportOptions(class_from=fields))
+        assert [record.path_class for record in project.annotations(image)] == [name]
+    assert done.file.class_notes[0] == f"class from {fields[0] if fields else 'layer'} (1), of 1 objects"
 
 
 # COCO

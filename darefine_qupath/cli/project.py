@@ -81,7 +81,7 @@ def _import_options(
     "--annotations",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of files named like the slides: Aperio or ASAP XML, GeoJSON, label masks.",
+    help="Folder of files named like the slides: XML of Aperio, HALO or ASAP, NDPA, GeoJSON, COCO, label masks.",
 )
 @_reading_options
 @mpp_option
@@ -233,7 +233,10 @@ def import_(
     as_json: bool,
     **reading: Any,  # noqa: ANN401 - see the options above
 ) -> None:
-    """Add the annotations of FILES to PROJECT: Aperio ImageScope or ASAP XML, GeoJSON, label masks (PNG, TIFF).
+    """Add the annotations of FILES to PROJECT.
+
+    Read are XML of Aperio ImageScope, HALO and ASAP, Hamamatsu NDPA, GeoJSON and COCO JSON, each also in gzip or zip,
+    and label masks (PNG, TIFF).
 
     What is there already, by class and outline, stays as it is. What the file has changed is updated where only one
     object can be meant; all else is added. What was edited in QuPath since it was imported is never changed.
@@ -249,7 +252,7 @@ def import_(
 
 def _label(text: str) -> tuple[int, str]:
     value, equals, name = text.partition("=")
-    if not equals or not value.strip().isdigit() or not name.strip():
+    if not equals or not (value.strip().isascii() and value.strip().isdigit()) or not name.strip():
         raise click.BadParameter(f"{text!r} is not N=CLASS", param_hint="--label")
     return int(value), name.strip()
 
@@ -354,7 +357,8 @@ def restore(project: Path, image: str, list_only: bool, which: str, as_json: boo
         else:
             click.echo("\n".join(names) or "There are no backups.")
         return
-    applied = restore_backup(project, image, int(which) if len(which) < 4 and which.isdigit() else which)
+    is_number = len(which) < 4 and which.isascii() and which.isdigit()
+    applied = restore_backup(project, image, int(which) if is_number else which)
     if as_json:
         echo_json({"objects": applied.num_objects, "backup": applied.backup, "warnings": list(applied.warnings)})
         return

@@ -1,8 +1,9 @@
 """Annotation files of other programs, in and out.
 
-`read_annotations` tells Aperio ImageScope XML, ASAP XML, QuPath's GeoJSON and label masks apart by what they hold, and
-gives annotation records in level-0 pixels together with what was repaired and refused. `write_geojson` and
-`write_label_tiff` write what QuPath and other programs read.
+`read_annotations` tells Aperio ImageScope, HALO and ASAP XML, Hamamatsu's NDPA, QuPath's GeoJSON, COCO JSON and label
+masks apart by what they hold, whatever they are packed and encoded in, and gives annotation records in level-0 pixels
+together with what was repaired and refused. `write_geojson` and `write_label_tiff` write what QuPath and other programs
+read.
 """
 
 from darefine_qupath.exchange.features import write_geojson

@@ -207,8 +207,7 @@ def _positions(value: Any) -> NDArray[np.float64]:  # noqa: ANN401 - JSON is any
     try:
         corners = np.array(value, np.float64)
     except ValueError:
-        # Some positions have a height, and some none.
-        corners = np.array([position[:2] for position in value], np.float64)
+        corners = _ragged(value)
     if len(value) == 0:
         return np.empty((0, 2))
     if corners.ndim != 2 or corners.shape[1] < 2:
@@ -216,6 +215,14 @@ def _positions(value: Any) -> NDArray[np.float64]:  # noqa: ANN401 - JSON is any
     if not np.isfinite(corners).all():
         raise ExchangeError("has a coordinate that is not a number")
     return corners[:, :2]
+
+
+def _ragged(value: list[Any]) -> NDArray[np.float64]:
+    """Corners of positions of which some have a height, and some none."""
+    try:
+        return np.array([position[:2] for position in value], np.float64)
+    except ValueError:
+        raise ValueError(f"{_short(value)} of other things than pairs of numbers") from None
 
 
 def _polygon(rings: Any) -> Polygon:  # noqa: ANN401 - JSON is any value

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Literal
@@ -30,7 +31,7 @@ from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project, create_project
 from darefine_qupath.project.qpdata import stored_records
 from darefine_qupath.review import OnError, for_images
-from darefine_qupath.slides import open_slide
+from darefine_qupath.slides import open_slide, read_glass_frame
 
 __all__ = [
     "Import",
@@ -168,7 +169,7 @@ def import_files(
     for file, image in files:
         size = None if image.width is None or image.height is None else (image.width, image.height)
         name = image.name if image.path is None else image.path.name
-        read.append((_read(file, options, classes, name=name, mpp=image.mpp, size=size), image))
+        read.append((_read(file, options, classes, name=name, path=image.path, mpp=image.mpp, size=size), image))
     return _take_in(project, read, options, dry_run=dry_run)
 
 
@@ -178,6 +179,7 @@ def _read(
     classes: list[str],
     *,
     name: str,
+    path: Path | None,
     mpp: float | None,
     size: tuple[int, int] | None,
 ) -> Imported:
@@ -191,6 +193,7 @@ def _read(
         image_name=name,
         class_from=options.class_from,
         stretch=options.stretch,
+        glass=None if path is None else partial(read_glass_frame, path),
     )
     found = _storable(found)
     if found.refused and not found.annotations:
@@ -360,6 +363,7 @@ def create_from_slides(
                     options,
                     classes,
                     name=file.name,
+                    path=file,
                     mpp=mpp or slide.mpp,
                     size=(slide.size.width, slide.size.height),
                 )
