@@ -167,6 +167,7 @@ class Checkpoint:
             network = build_model(self.model)
         network = network.to_empty(device="cpu")
         network.load_state_dict(dict(self.state))
+        network.expect(self.normalisation)
         return network.eval()
 
 
@@ -278,7 +279,7 @@ def describe(source: Checkpoint | CheckpointHeader | Path | str) -> str:
         ("weights", f"{header.num_parameters / 1e6:.2f} million values, sha256 {header.weights_sha256[:16]}"),
         ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(header.classes.names))),
         ("tiles", _tiles_text(header.tiles)),
-        ("input", f"mean {_numbers(header.normalisation.mean)}, std {_numbers(header.normalisation.std)}"),
+        ("input", _normalisation_text(header.normalisation)),
         *((key, _value_text(value)) for key, value in header.provenance.items()),
     ]
     width = max(len(key) for key, _ in lines)
@@ -300,8 +301,9 @@ def environment() -> dict[str, str | None]:
 def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
     """Write the network as ONNX, with the tile sizes of the model and any batch size.
 
-    Inputs are ``slice`` and, where the network has a context, ``context`` (normalised, float32, (B, 3, size, size)) and
-    for ``aligned`` fusion ``box`` (B, 4); the output is ``logits``. The header of the model file is in the metadata.
+    Inputs are ``slice`` and, where the network has a context, ``context`` (float32, (B, 3, size, size), normalised as
+    ``normalisation`` in the metadata says, which has a ``context`` of its own where that differs) and for ``aligned``
+    fusion ``box`` (B, 4); the output is ``logits``. The header of the model file is in the metadata.
 
     Parameters
     ----------
@@ -436,6 +438,12 @@ def _tiles_text(tiles: TileSpec) -> str:
     shown = "slice {:g}, context {:g}, stride {:g}".format(*sides)
     fed = f"{tiles.size_px} and {tiles.context_size_px or tiles.size_px} px"
     return f"{shown} {unit if unit == 'um' else 'level-0 px'}, fed as {fed}, {tiles.placement}"
+
+
+def _normalisation_text(normalisation: Normalisation) -> str:
+    shown = f"mean {_numbers(normalisation.mean)}, std {_numbers(normalisation.std)}"
+    context = normalisation.context
+    return shown if context is None else f"slice {shown}; context {_normalisation_text(context)}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -603,6 +604,37 @@ def test_normalisation_takes_pixels_in_either_layout() -> None:
     torch.testing.assert_close(found[0, 1, 4, 6], (pixels[0, 4, 6, 1] / 255 - 0.25) / 0.25)
     assert torch.equal(normalisation.apply(pixels.permute(0, 3, 1, 2)), found)
     assert normalisation.apply(pixels, torch.bfloat16).dtype == torch.bfloat16
+
+
+MIXED = {"slice_encoder": "resnet18", "context_encoder": "efficientnet-lite0"}
+IMAGENET, LITE = Normalisation(), Normalisation(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slices", "contexts"),
+    [
+        (MIXED, IMAGENET, LITE),
+        ({**MIXED, "input": "multisize"}, IMAGENET, LITE),
+        ({"slice_encoder": "efficientnet-lite0", "context_encoder": "resnet18"}, LITE, IMAGENET),
+        ({"slice_encoder": "resnet18", "context_encoder": "resnet50"}, IMAGENET, IMAGENET),
+        ({**MIXED, "input": "single"}, IMAGENET, IMAGENET),
+        ({**MIXED, "network": "refinenet"}, IMAGENET, IMAGENET),
+        ({**MIXED, "network": "unet"}, IMAGENET, IMAGENET),
+    ],
+)
+def test_each_encoder_has_the_normalisation_of_its_weights(
+    changes: dict[str, str], slices: Normalisation, contexts: Normalisation
+) -> None:
+    found = Normalisation.of(ModelConfig(**changes))
+    assert (found.mean, found.std) == (slices.mean, slices.std)
+    assert (found.of_context.mean, found.of_context.std) == (contexts.mean, contexts.std)
+    assert Normalisation.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_model_file_of_one_normalisation_keeps_it_for_its_context() -> None:
+    old = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert Normalisation.from_json(old).of_context == IMAGENET
+    assert Normalisation(context=IMAGENET).to_json() == old
 
 
 def test_normalisation_survives_json_and_refuses_nonsense() -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, read_header
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model, encoder_parameters
+from darefine_qupath.prediction.forward import Engine, EngineSettings
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import Batch, Draw
 from darefine_qupath.training.distributed import World
+from darefine_qupath.training.evaluation import evaluate
 from darefine_qupath.training.initial import FrozenNorms
 from darefine_qupath.training.stepping import Stepper
-from tests.training_toy import toy_config, toy_model, toy_train
+from tests.training_toy import CLASSES, toy_config, toy_data, toy_model, toy_spec, toy_train
 
 LIGHT = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
 DUAL = ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
@@ -40,11 +45,16 @@ def batch_of(num_tiles: int, seed: int, size: int = 32) -> Batch:
     return Batch(slices=images[0], contexts=images[1], masks=masks, boxes=torch.tensor([[0, 0, 1, 1]] * num_tiles))
 
 
-def stepper_of(config: TrainConfig, model: ModelConfig = LIGHT, trained: tuple[str, ...] | None = None) -> Stepper:
+def stepper_of(
+    config: TrainConfig,
+    model: ModelConfig = LIGHT,
+    trained: tuple[str, ...] | None = None,
+    normalisation: Normalisation = Normalisation(),  # noqa: B008 - frozen
+) -> Stepper:
     """Stepper of a network whose encoders count as trained elsewhere unless said otherwise."""
     network = build_model(model, seed=0)
     norms = FrozenNorms(network, config, tuple(network.encoders) if trained is None else trained)
-    return Stepper(network, config, world=World(), normalisation=Normalisation(), norms=norms)
+    return Stepper(network, config, world=World(), normalisation=normalisation, norms=norms)
 
 
 def change(config: TrainConfig, batch: Batch, model: ModelConfig = LIGHT) -> torch.Tensor:
@@ -126,6 +136,61 @@ def test_freezing_what_is_random_or_not_there_is_told(caplog: pytest.LogCaptureF
         "encoder_lr = 0 keeps the slice encoder at random weights",
         "encoder_lr = 0 freezes nothing: U-Net, width 16 has no encoder that stands alone",
     ]
+
+
+def shown_to(network: SegmentationNetwork, *, during: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """What each encoder sees."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        encoder.register_forward_pre_hook(lambda _, given, role=role: seen.update({role: given[0].detach()}))
+        for role, encoder in network.encoders.items()
+    ]
+    during()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["dual", "multisize"])
+def test_each_encoder_sees_what_it_was_trained_on(mode: str) -> None:
+    """Grey 127 is zero for EfficientNet-lite0; training, validation and prediction show the same."""
+    model = replace(DUAL, context_encoder="efficientnet-lite0", input=mode)
+    data, normalisation = toy_data(1), Normalisation.of(model)
+    item = data[0]
+    batch = Batch(
+        slices=item.slice[None], contexts=item.context[None], masks=item.mask[None], boxes=torch.tensor([[0, 0, 1, 1]])
+    )
+    pixels = torch.nn.functional.avg_pool2d(batch.slices.float(), 2) if mode == "multisize" else batch.contexts.float()
+    stepper = stepper_of(toy_config(), model, normalisation=normalisation)
+    stepper.network.eval()  # a single value per channel is nothing to take statistics of
+    trained = shown_to(stepper.network, during=lambda: stepper.loss_of(batch, torch.ones(2)))
+    network = build_model(model, seed=0)
+    validated = shown_to(network, during=lambda: evaluate(network, data, normalisation=normalisation))
+    checkpoint = Checkpoint(
+        state=network.state_dict(), model=model, tiles=toy_spec(), classes=CLASSES, normalisation=normalisation
+    )
+    built = checkpoint.build()
+    engine = Engine(built, normalisation, EngineSettings(device="cpu", precision="fp32", batch_size=1))
+    images = [image[0].permute(1, 2, 0).numpy() for image in (batch.slices, batch.contexts)]
+    predicted = shown_to(
+        built,
+        during=lambda: engine.score(
+            images[:1], engine.encode(images[1:]), [0], np.array([[0, 0, 1, 1]], "f4"), [(0, 0)]
+        ),
+    )
+    for seen in (trained, validated, predicted):
+        torch.testing.assert_close(seen["context"], (pixels - 127) / 128, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen["slice"], Normalisation().apply(batch.slices), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_goes_on_with_the_normalisation_of_the_model_it_starts_from(tmp_path: Path) -> None:
+    model, other = replace(DUAL, context_encoder="efficientnet-lite0"), Normalisation(mean=(0.5,) * 3)
+    config = toy_config(epochs=1, samples_per_epoch=4)
+    first = toy_train(tmp_path / "a", config, model=model, val_data=None, normalisation=other).last
+    second = toy_train(tmp_path / "b", config, model=model, val_data=None, init_from=first).last
+    assert read_header(first).normalisation == read_header(second).normalisation == other
+    assert toy_train(tmp_path / "b", config, model=model, val_data=None, init_from=first, resume=True).epochs == 1
+    assert load_checkpoint(first).build().normalisation == other
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -124,10 +125,13 @@ class Normalisation:
     ----------
     mean, std : tuple of float
         For red, green and blue; ImageNet's by default.
+    context : Normalisation or None
+        Of what the context encoder sees; None where it is the same.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    context: Normalisation | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -135,15 +139,27 @@ class Normalisation:
             if len(values) != 3:
                 raise ModelError(f"Normalisation {name} = {list(values)} needs three numbers, for red, green and blue")
             object.__setattr__(self, name, values)
-        if min(self.std) <= 0:
+        if not all(map(math.isfinite, self.mean)):
+            raise ModelError(f"Normalisation mean = {list(self.mean)} must be finite numbers")
+        if not all(0 < value < math.inf for value in self.std):
             raise ModelError(f"Normalisation std = {list(self.std)} must be positive")
+        if self.context is not None and (self.context.mean, self.context.std) == (self.mean, self.std):
+            object.__setattr__(self, "context", None)
 
     @classmethod
     def of(cls, config: ModelConfig) -> Normalisation:
-        """Normalisation with which the weights of the slice encoder were trained on ImageNet."""
-        if config.network != "unet" and config.slice_encoder == "efficientnet-lite0":
-            return cls(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-        return cls()
+        """Normalisation with which the weights of the encoders, each of its own, were trained on ImageNet."""
+        if config.network == "unet":
+            return cls()
+        values = _IMAGENET.get(config.slice_encoder, {})
+        if config.network == "refinenet" or config.input == "single":
+            return cls(**values)
+        return cls(**values, context=cls(**_IMAGENET.get(config.context_encoder, {})))
+
+    @property
+    def of_context(self) -> Normalisation:
+        """What the context encoder's pixels are taken through."""
+        return self if self.context is None else self.context
 
     def apply(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Turn pixels into the input of a network.
@@ -174,17 +190,33 @@ class Normalisation:
         )
         return ((image_B3HW.to(torch.float32) - mean_311) / scale_311).to(dtype)
 
+    def slice_to_context(self, slice_B3HW: Tensor) -> Tensor:
+        """Turn normalised pixels of a slice into what the context encoder wants of the same pixels."""
+        if self.context is None:
+            return slice_B3HW
+        mean_311, std_311, other_mean_311, other_std_311 = (
+            sent(torch.tensor(values, dtype=torch.float32)[:, None, None], slice_B3HW.device)
+            for values in (self.mean, self.std, self.context.mean, self.context.std)
+        )
+        return (slice_B3HW * std_311 + (mean_311 - other_mean_311)) / other_std_311
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` gives the same back."""
-        return {"mean": list(self.mean), "std": list(self.std)}
+        context = {} if self.context is None else {"context": self.context.to_json()}
+        return {"mean": list(self.mean), "std": list(self.std), **context}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Normalisation:
         """Rebuild what `to_json` wrote."""
         try:
-            return cls(mean=tuple(data["mean"]), std=tuple(data["std"]))
-        except (KeyError, TypeError, ValueError) as error:
+            context = None if data.get("context") is None else cls.from_json(data["context"])
+            return cls(mean=tuple(data["mean"]), std=tuple(data["std"]), context=context)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"Not a normalisation: {data!r} ({error})") from None
+
+
+# Weights of ResNets want the default.
+_IMAGENET: Mapping[str, Mapping[str, Any]] = {"efficientnet-lite0": {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from darefine_qupath.errors import ModelError
 from darefine_qupath.geometry import Box
-from darefine_qupath.models.config import ModelConfig
+from darefine_qupath.models.config import ModelConfig, Normalisation
 
 __all__ = ["ContextFeatures", "SegmentationNetwork", "box_within"]
 
@@ -74,6 +74,9 @@ class SegmentationNetwork(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+
+    def expect(self, normalisation: Normalisation) -> None:
+        """Take note of how the pixels will come: a network that makes its context of the slice must convert them."""
 
     @property
     @abstractmethod

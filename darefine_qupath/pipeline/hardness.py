@@ -54,9 +54,8 @@ def hard_weights(
     weights: dict[str, float] = {}
     for loaded in load_batches(data, _in_order(len(data)), workers=workers):
         batch = loaded.batch.to(torch.device(device))
-        logits = network(
-            former.normalisation.apply(batch.slices), former.normalisation.apply(batch.contexts), batch.boxes
-        )
+        contexts = former.normalisation.of_context.apply(batch.contexts)
+        logits = network(former.normalisation.apply(batch.slices), contexts, batch.boxes)
         masks = batch.masks.long()
         counted = masks != IGNORE
         wrong = ((logits.argmax(dim=1) != masks) & counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2)).clamp(min=1)

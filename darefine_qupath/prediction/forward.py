@@ -313,7 +313,7 @@ class Engine:
 
     def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[EncodedContext]:
         with torch.inference_mode(), self._autocast():
-            image_N3HW = self._upload(contexts)
+            image_N3HW = self._upload(contexts, self._normalisation.of_context)
             turned = [self._encode(_turn(image_N3HW, symmetry)) for symmetry in self._symmetries]
         return [
             EncodedContext(tuple(_row(features, index) for features in turned), pixels)
@@ -383,7 +383,7 @@ class Engine:
         index_B = sent(torch.tensor(index), self.device)
         box_B4 = sent(torch.from_numpy(np.stack(boxes)), self.device)
         with torch.inference_mode():
-            slice_B3HW = self._upload(slices)
+            slice_B3HW = self._upload(slices, self._normalisation)
             scores: list[Tensor] = []
             finite_B = torch.ones(len(jobs), dtype=torch.bool, device=self.device)
             for number, symmetry in enumerate(self._symmetries):
@@ -399,8 +399,8 @@ class Engine:
                 scores.append(pooled_BKhw.softmax(1))
             return (torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]), finite_B
 
-    def _upload(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        image_B3HW = self._normalisation.apply(sent(torch.from_numpy(np.stack(images)), self.device))
+    def _upload(self, images: Sequence[NDArray[np.uint8]], normalisation: Normalisation) -> Tensor:
+        image_B3HW = normalisation.apply(sent(torch.from_numpy(np.stack(images)), self.device))
         return image_B3HW.contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> Any:  # noqa: ANN401 - one of two context managers

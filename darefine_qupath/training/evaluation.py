@@ -46,7 +46,7 @@ def evaluate(
     data : TileData
         Tiles with their masks.
     normalisation : Normalisation, optional
-        As the network was trained with; without it, the one its encoders ask for.
+        As the network was trained with; without it, the one its encoders ask for, each its own.
     device : torch.device or str
         Where to compute.
     context : {"normal", "blank", "shuffled"}
@@ -84,6 +84,7 @@ def evaluate(
     num_classes = model.config.num_classes
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
+    model.expect(normalisation)
     planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
     with world.together():
         for loaded in load_batches(data, planned, workers=workers, pin=pin):
@@ -92,7 +93,8 @@ def evaluate(
             batch = loaded.batch.to(device)
             context_B3HW = _contexts(batch.contexts, context)
             with autocast(device, dtype):
-                logits_BKHW = model(normalisation.apply(batch.slices), normalisation.apply(context_B3HW), batch.boxes)
+                context_B3HW = normalisation.of_context.apply(context_B3HW)
+                logits_BKHW = model(normalisation.apply(batch.slices), context_B3HW, batch.boxes)
             counts[:-1] += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
             counts[-1] += (~logits_BKHW.isfinite()).any(dim=1).sum()
     model.train(was_training)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darefine_qupath.checkpoint import Checkpoint, environment, save_checkpoint
+from darefine_qupath.checkpoint import Checkpoint, environment, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
@@ -38,7 +38,7 @@ from darefine_qupath.training.interrupt import StopRequest, stop_on_signals
 from darefine_qupath.training.losses import inverse_frequency
 from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
 from darefine_qupath.training.recipe import TrainConfig
-from darefine_qupath.training.runfolder import RunFolder, RunSettings
+from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 from darefine_qupath.training.schedule import learning_rate_factor
 from darefine_qupath.training.state import Counters, load_state, read_trained, save_state
 from darefine_qupath.training.stepping import StepOutcome, Stepper, memory_advice
@@ -121,7 +121,8 @@ def train(
     tile_spec : TileSpec
         Geometry of the tiles; goes into the model file.
     normalisation : Normalisation, optional
-        How pixels become input; without it, as the slice encoder's pretrained weights want it.
+        How pixels become input; without it, as the run or the model it goes on from has it, else as the pretrained
+        weights of each encoder want it.
     provenance : mapping, optional
         Where the tiles come from, as JSON values; goes into the model file.
     progress : callable, optional
@@ -150,7 +151,7 @@ def train(
         train=config,
         tiles=tile_spec,
         classes=class_map,
-        normalisation=normalisation or Normalisation.of(model),
+        normalisation=normalisation or _normalisation(model, out if resume else None, init_from),
         provenance={**(provenance or {}), **({"started_from": str(init_from)} if init_from else {})},
         data={"train": _digest(train_data), "validation": _digest(val_data)},
     )
@@ -583,6 +584,13 @@ def _weights(tiles: TileIndex, config: TrainConfig, hard: Mapping[str, float] | 
     weights = np.zeros(len(tiles))
     weights[labelled] = tile_weights(tiles.subset(labelled), balance=config.balance, hard=hard)
     return weights
+
+
+def _normalisation(model: ModelConfig, begun: Path | None, init_from: Path | None) -> Normalisation:
+    """How pixels become input where nobody says: as weights were trained that are there already."""
+    if begun is not None:
+        return read_run(begun).normalisation
+    return Normalisation.of(model) if init_from is None else read_header(init_from).normalisation
 
 
 def _class_weights(tiles: TileIndex, config: TrainConfig, weights: NDArray[np.float64] | None) -> Tensor | None:

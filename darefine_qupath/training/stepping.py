@@ -156,6 +156,7 @@ class Stepper:
         self.num_steps, self.step = num_steps, 0
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.network: SegmentationNetwork = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.network.expect(normalisation)
         self.dtype = resolve_precision(config, world.device)
         self.optimiser = build_optimiser(self.network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
@@ -233,7 +234,7 @@ class Stepper:
     def loss_of(self, batch: Batch, normalisers_2: Tensor) -> Tensor:
         """Loss of tiles that are on the device; see `SegmentationLoss`."""
         slice_B3HW = self.normalisation.apply(batch.slices).contiguous(memory_format=self.memory_format)
-        context_B3HW = self.normalisation.apply(batch.contexts).contiguous(memory_format=self.memory_format)
+        context_B3HW = self.normalisation.of_context.apply(batch.contexts).contiguous(memory_format=self.memory_format)
         with autocast(self.world.device, self.dtype):
             logits_BKHW = self._forward(slice_B3HW, context_B3HW, batch.boxes)
         loss: Tensor = self.loss(logits_BKHW, batch.masks, normalisers_2)
