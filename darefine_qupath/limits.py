@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -51,6 +51,7 @@ __all__ = [
     "parse_toml",
     "proper_text",
     "read_file",
+    "require_finite",
     "spoken",
     "whole_text",
     "wording",
@@ -373,6 +374,32 @@ def check_values(value: object, limits: Limits) -> None:
             raise ValueError(f"{item} where a finite number should be")
         if isinstance(item, str):
             proper_text(item)
+
+
+def require_finite(settings: object, error: type[DarefineError], where: str = "") -> None:
+    """Refuse NaN and infinity in a record of settings, wherever they come from.
+
+    NaN passes every comparison that is asked the wrong way round, and infinity every lower bound.
+
+    Parameters
+    ----------
+    settings : dataclass
+        Its fields may be numbers, or lists of them.
+    error : type of DarefineError
+        What is raised.
+    where : str, optional
+        Stands before the name of the field.
+
+    Raises
+    ------
+    DarefineError
+        Of the type given; says the name and the value.
+    """
+    for item in fields(settings):  # type: ignore[arg-type]  # every caller gives a dataclass
+        value = getattr(settings, item.name)
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise error(f"{where}{item.name} = {value} must be finite")
 
 
 def proper_text(text: str) -> str:

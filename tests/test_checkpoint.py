@@ -180,6 +180,9 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return path
 
 
+SIDES = {"slice_px": 100, "context_px": 500, "stride_px": 100}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,6 +192,10 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
         ({"model": {"network": "segnet"}}, "damaged header: network = 'segnet' is not one of"),
         ({"model": {"depth": 1}}, r"damaged header: Unknown network setting \['depth'\]"),
         ({"model": []}, "damaged header"),
+        ({"model": TINY.to_json() | {"width": 10**7}}, "damaged header: width = 10000000 must be .* at most 1024"),
+        ({"tiles": SIDES | {"size_px": 10**7}}, r"damaged header: size_px = 1e\+07 is too large; .* at most 8,192"),
+        ({"tiles": SIDES | {"context_px": 10**7}}, r"damaged header: context_px = 1e\+07 is too large"),
+        ({"tiles": SIDES | {"context_size_px": float("inf")}}, "damaged header: context_size_px = inf must be finite"),
         ({"tiles": {"size_px": 5}}, "damaged header: Give slice, context and stride"),
         ({"classes": {}}, "damaged header: Not a class map"),
         ({"normalisation": {}}, "damaged header: Not a normalisation"),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import typing
 from pathlib import Path
 
 import pytest
 
 from darefine_qupath.classes import Colour, PathClass
-from darefine_qupath.errors import ClassMapError, ConfigError, ModelError, TileError
-from darefine_qupath.models import ModelConfig
+from darefine_qupath.errors import ClassMapError, ConfigError, DarefineError, ModelError, TileError
+from darefine_qupath.models import ModelConfig, Normalisation
+from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
 from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.prediction import PredictOptions
+from darefine_qupath.review.writeback import WriteOptions
 from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.screening import Screening
+from darefine_qupath.training import TrainConfig
 
 LIST = (
     PathClass("Normal", Colour(1, 2, 3)),
@@ -184,7 +191,43 @@ def test_a_tile_setting_of_another_kind_is_refused(tmp_path: Path, text: str, me
         _read(tmp_path, f"[tiles]\n{text}").tile_spec(TileSpec.paper())
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "true", "0", "'x'"])
+KINDS = {
+    TrainConfig: {},
+    ModelConfig: {},
+    TileSpec: {"slice_um": 100.0, "context_um": 500.0, "stride_um": 50.0},
+    Screening: {},
+    SplitSpec: {},
+    SamplingSpec: {},
+    PredictOptions: {},
+    WriteOptions: {},
+    Normalisation: {},
+}
+FLOATS = [
+    (kind, name)
+    for kind in KINDS
+    for name, hint in typing.get_type_hints(kind, localns={"BaseGeometry": object}).items()
+    if "float" in str(hint)
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("kind", "name"), FLOATS, ids=lambda given: getattr(given, "__name__", given))
+def test_no_setting_is_infinite_or_no_number(kind: type, name: str, value: float) -> None:
+    default = getattr(kind(**KINDS[kind]), name)
+    given = (value, *default[1:]) if isinstance(default, tuple) else value
+    with pytest.raises(DarefineError, match=rf"\b{name}\b.*{value}"):
+        kind(**{**KINDS[kind], name: given})
+
+
+@pytest.mark.parametrize(
+    "text", ["[train]\nencoder_lr = inf", "[tiles]\nslice_um = nan", "[train]\nscale = [0.5, 1e999]"]
+)
+def test_a_file_with_an_infinite_setting_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"darefine.toml: (inf|nan) where a finite number should be"):
+        _read(tmp_path, text)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "true", "0", "1e300", "'x'"])
 def test_a_pixel_size_that_is_no_size_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ConfigError, match=r"must be a positive number|where a finite number should be"):
         _ = _read(tmp_path, f"[images]\nmpp = {value}").mpp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -44,6 +45,35 @@ def test_a_spec_that_makes_no_sense_is_refused(arguments: dict[str, object], mes
 def test_pixel_specs_are_checked_too() -> None:
     with pytest.raises(TileError, match="stride_px must be at least 1 pixel, got 0"):
         PixelSpec(slice_px=1, context_px=1, stride_px=0, size_px=1, context_size_px=1)
+
+
+TRIPLE = ("slice", "context", "stride")
+
+
+@pytest.mark.parametrize("unit", ["px", "um"])
+@pytest.mark.parametrize("field", [*TRIPLE, "size_px", "context_size_px"])
+@pytest.mark.parametrize("value", [10**7, float("nan"), float("inf")])
+def test_sides_beyond_any_slide_are_refused_by_name(unit: str, field: str, value: float) -> None:
+    field = field if field.endswith("px") else f"{field}_{unit}"
+    sides = {f"{name}_{unit}": 10**7 if value == 10**7 else 100 for name in TRIPLE}
+    arguments = {**sides, field: value} if field in sides else {**dict.fromkeys(sides, 100), field: value}
+    with pytest.raises(TileError, match=rf"(_{unit}|{field}) = .*(too large|finite)"):
+        TileSpec(**arguments)
+    with pytest.raises(TileError, match=rf"(_{unit}|{field}) = .*(too large|finite)"):
+        TileSpec.from_json(arguments)
+
+
+@pytest.mark.parametrize("mpp", [1e300, -1.0, 0.0, float("nan"), float("inf")])
+def test_a_pixel_size_that_cannot_be_is_refused_in_pixels_too(mpp: float) -> None:
+    with pytest.raises(
+        MissingMppError, match=rf"pixel size of the slide is {re.escape(str(mpp))}; it must be 0.001 to 1000 um"
+    ):
+        TileSpec(slice_px=100, context_px=500, stride_px=50).at(mpp)
+
+
+def test_a_tiny_pixel_size_does_not_make_tiles_of_millions_of_pixels() -> None:
+    with pytest.raises(TileError, match=r"slice_px = 2e\+06 is too large; it must be at most 1,000,000"):
+        TileSpec(slice_um=2000, context_um=2000, stride_um=2000).at(0.001)
 
 
 @pytest.mark.parametrize("mpp", [None, 0.0, float("nan")])

@@ -40,9 +40,9 @@ __all__ = ["onnx", "show", "tiles", "train"]
 
 _TILE_OPTIONS = (
     click.option("--size-px", type=int, help="Pixels of slice and context as the network sees them."),
-    click.option("--slice-um", type=float, help="Side of a slice in micrometres."),
-    click.option("--context-um", type=float, help="Side of a context in micrometres."),
-    click.option("--stride-um", type=float, help="Step between slices in micrometres."),
+    click.option("--slice-um", type=FiniteRange(0, min_open=True), help="Side of a slice in micrometres."),
+    click.option("--context-um", type=FiniteRange(0, min_open=True), help="Side of a context in micrometres."),
+    click.option("--stride-um", type=FiniteRange(0, min_open=True), help="Step between slices in micrometres."),
     click.option("--slice-px", type=int, help="Side of a slice in level-0 pixels, instead of micrometres."),
     click.option("--context-px", type=int, help="Side of a context in level-0 pixels."),
     click.option("--stride-px", type=int, help="Step between slices in level-0 pixels."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from darefine_qupath.errors import ModelError
+from darefine_qupath.limits import require_finite
 from darefine_qupath.models.devices import sent
 
 __all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalisation"]
@@ -22,6 +22,7 @@ InputMode = Literal["dual", "single", "multisize"]
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0")
 """Names of the encoders, in the order of their publication."""
 
+_WIDEST = 1024
 _TITLES: dict[str, str] = {"da-refinenet": "DA-RefineNet", "refinenet": "RefineNet", "unet": "U-Net"}
 
 
@@ -66,8 +67,10 @@ class ModelConfig:
         _check_choice("context_encoder", self.context_encoder, ENCODERS)
         if not _is_int(self.num_classes) or not 1 <= self.num_classes <= 255:
             raise ModelError(f"num_classes = {self.num_classes!r} must be a whole number from 1 to 255")
-        if not _is_int(self.width) or self.width < 4 or self.width % 4:
-            raise ModelError(f"width = {self.width!r} must be a positive multiple of 4 (256 in the paper)")
+        if not _is_int(self.width) or not 4 <= self.width <= _WIDEST or self.width % 4:
+            raise ModelError(
+                f"width = {self.width!r} must be a positive multiple of 4 and at most {_WIDEST} (256 in the paper)"
+            )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout = {self.dropout!r} must be at least 0 and below 1")
 
@@ -139,9 +142,8 @@ class Normalisation:
             if len(values) != 3:
                 raise ModelError(f"Normalisation {name} = {list(values)} needs three numbers, for red, green and blue")
             object.__setattr__(self, name, values)
-        if not all(map(math.isfinite, self.mean)):
-            raise ModelError(f"Normalisation mean = {list(self.mean)} must be finite numbers")
-        if not all(0 < value < math.inf for value in self.std):
+        require_finite(self, ModelError, "Normalisation ")
+        if min(self.std) <= 0:
             raise ModelError(f"Normalisation std = {list(self.std)} must be positive")
         if self.context is not None and (self.context.mean, self.context.std) == (self.mean, self.std):
             object.__setattr__(self, "context", None)

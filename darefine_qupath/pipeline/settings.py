@@ -24,7 +24,6 @@ A key that nothing reads is an error: a typing mistake must not pass for a setti
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any, TypeVar
 
 from darefine_qupath.classes import ClassMap, Colour, PathClass, is_ignored
 from darefine_qupath.errors import ConfigError
+from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
@@ -82,8 +82,11 @@ class Settings:
         _refuse_unknown(self.images, ("mpp",), "images", self.path)
         value = self.images.get("mpp")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 < value < math.inf):
-            raise ConfigError(f"{self.path}: [images] mpp = {value!r} must be a positive number")
+        least, largest = MPP_LIMITS
+        if value is not None and not (is_number and least <= value <= largest):
+            raise ConfigError(
+                f"{self.path}: [images] mpp = {value!r} must be a positive number, {least:g} to {largest:g} um"
+            )
         return value
 
     def class_map(self, project_classes: Iterable[PathClass], used: Mapping[str, int]) -> ClassMap:

@@ -19,6 +19,7 @@ import shapely
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap, PathClass, is_ignored
 from darefine_qupath.errors import ProjectChangedError, ReviewError
+from darefine_qupath.limits import require_finite
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import Yielded, areal, give_way
 from darefine_qupath.review.history import History, settle, witness_of
@@ -90,6 +91,7 @@ class WriteOptions:
     min_area_px2: float = 4096.0
 
     def __post_init__(self) -> None:
+        require_finite(self, ReviewError, "Option ")
         if any(sign in self.class_suffix for sign in ":\n\r") or self.class_suffix.endswith("*"):
             raise ReviewError(
                 f"Class suffix {self.class_suffix!r}: QuPath allows no ':' and no new line, and '*' ignores"

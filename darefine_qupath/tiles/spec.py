@@ -8,12 +8,17 @@ from typing import Any, Literal
 
 from darefine_qupath.errors import MissingMppError, TileError
 from darefine_qupath.geometry import MPP_LIMITS
+from darefine_qupath.limits import require_finite
 
 __all__ = ["PixelSpec", "Placement", "TileSpec"]
 
 Placement = Literal["parent", "centred"]
 
 _PLACEMENTS = ("parent", "centred")
+_LARGEST_FED = 8192
+"""Side in pixels of what a network is fed; a batch of them must fit into memory."""
+_LARGEST = 1_000_000
+"""Side on the slide, in level-0 pixels or micrometres; no slide is larger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,7 @@ class PixelSpec:
             value = getattr(self, field.name)
             if field.name != "placement" and value < 1:
                 raise TileError(f"{field.name} must be at least 1 pixel, got {value}")
+        _check_room(self)
         _check_order(self.slice_px, self.context_px, self.stride_px, "px")
 
     @property
@@ -97,6 +103,7 @@ class TileSpec:
         for name, size in (("size_px", self.size_px), ("context_size_px", self.context_size_px)):
             if size is not None and size < 1:
                 raise TileError(f"{name} must be at least 1 pixel, got {size}")
+        _check_room(self)
         micrometres, pixels = self._triple("um"), self._triple("px")
         given = [triple for triple in (micrometres, pixels) if any(value is not None for value in triple)]
         if len(given) != 1 or None in given[0]:
@@ -148,20 +155,27 @@ class TileSpec:
         Raises
         ------
         MissingMppError
-            If the spec is in micrometres and `mpp` is None or outside `MPP_LIMITS`.
+            If `mpp` is outside `MPP_LIMITS`, or None where the spec is in micrometres.
+        TileError
+            If the sides in pixels are too large.
         """
-        if self.slice_um is None or self.context_um is None or self.stride_um is None:
+        if self.is_physical or mpp is not None:
+            self._check_mpp(mpp)
+        if self.slice_um is None or self.context_um is None or self.stride_um is None or mpp is None:
             # __post_init__ has seen to it that the other triple is there.
             return self._pixels(self.slice_px or 0, self.context_px or 0, self.stride_px or 0)
-        least, largest = MPP_LIMITS
-        if mpp is None or not least <= mpp <= largest:
-            raise MissingMppError(
-                f"The tiles are {self.slice_um:g} um wide and the pixel size of the slide is {mpp}; it must be "
-                f"{least:g} to {largest:g}: give it with --mpp or set the pixel size of the image in QuPath"
-            )
         stride = max(1, round(self.stride_um / mpp))
         side = _multiple(self.slice_um, self.stride_um, stride)
         return self._pixels(side, _multiple(self.context_um, self.slice_um, side), stride)
+
+    def _check_mpp(self, mpp: float | None) -> None:
+        least, largest = MPP_LIMITS
+        if mpp is None or not least <= mpp <= largest:
+            tiles = "The" if self.slice_um is None else f"The tiles are {self.slice_um:g} um wide and the"
+            raise MissingMppError(
+                f"{tiles} pixel size of the slide is {mpp}; it must be {least:g} to {largest:g} um: give it with --mpp "
+                f"or set the pixel size of the image in QuPath"
+            )
 
     def _pixels(self, side: int, context: int, stride: int) -> PixelSpec:
         return PixelSpec(
@@ -184,6 +198,18 @@ class TileSpec:
             return cls(**data)
         except TypeError as error:
             raise TileError(f"Not a tile spec: {error}") from None
+
+
+def _check_room(spec: PixelSpec | TileSpec) -> None:
+    """Refuse sides that no slide and no memory has room for, whoever wrote them."""
+    require_finite(spec, TileError)
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name == "placement" or value is None:
+            continue
+        largest = _LARGEST_FED if field.name.endswith("size_px") else _LARGEST
+        if value > largest:
+            raise TileError(f"{field.name} = {value:g} is too large; it must be at most {largest:,}")
 
 
 def _check_order(side: float, context: float, stride: float, unit: str) -> None:

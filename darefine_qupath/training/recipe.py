@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from darefine_qupath.errors import ConfigError
+from darefine_qupath.limits import require_finite
 
 __all__ = ["PRESETS", "TrainConfig"]
 
@@ -116,6 +117,7 @@ class TrainConfig:
         object.__setattr__(self, "stage_factors", tuple(float(value) for value in self.stage_factors))
         object.__setattr__(self, "scale", tuple(float(value) for value in self.scale))
         _check_ranges(self)
+        require_finite(self, ConfigError, "Training setting ")
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> TrainConfig:  # noqa: ANN401 - any field
