@@ -16,23 +16,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from torch import distributed
 from torch._dynamo.exc import TorchDynamoException
 
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError, TileError, TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
+from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
 from darefine_qupath.tiles.index import TileRecord
 from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.sampling import expected_shares
-from darefine_qupath.tiles.sources import TilePixels
+from darefine_qupath.tiles.sources import TilePixels, TileSource
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
+from darefine_qupath.training import batches as batches_module
 from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
 from darefine_qupath.training.batches import load_batches, num_workers, plan_epoch, plan_run
@@ -691,6 +697,34 @@ def test_every_tile_comes_and_the_last_batch_is_filled_up() -> None:
     assert [len(placed.tiles) for placed in planned] == [4, 4, 4]
     assert sorted(tiles[:10]) == list(range(10))
     assert tiles[10:] == tiles[:2]
+
+
+@pytest.mark.parametrize("among_several", [True, False])
+def test_workers_of_several_processes_do_not_fork_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, among_several: bool
+) -> None:
+    """NCCL does not outlive a fork; tiles of a dataset on disk are read as those of slides are."""
+    if among_several:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(distributed.destroy_process_group)
+    contexts = []
+    loader = batches_module.DataLoader
+
+    def noted(*given: object, multiprocessing_context: object, **named: object) -> object:
+        contexts.append(multiprocessing_context)
+        return loader(*given, multiprocessing_context=multiprocessing_context, **named)
+
+    monkeypatch.setattr(batches_module, "DataLoader", noted)
+    image = Image.fromarray(np.full((64, 64, 3), 200, np.uint8))
+    image.save(tmp_path / "a.tif")
+    drawn = Annotation(geometry=shapely.box(0, 0, 64, 64), path_class="Normal")
+    sources = [TileSource(id="a", name="a", path=tmp_path / "a.tif", annotations=(drawn,))]
+    spec = TileSpec(size_px=32, slice_px=32, context_px=64, stride_px=32)
+    data = TileDataset(build_dataset(sources, spec, CLASSES, tmp_path / "tiles"), DatasetReader(tmp_path / "tiles"))
+    planned = plan_epoch(data.tiles, TrainConfig(batch_size=4), None, 0)
+    assert sum(len(loaded.ids) for loaded in load_batches(data, planned, workers=1)) == len(data) == 4
+    methods = [context and context.get_start_method() for context in contexts]
+    assert methods == (["forkserver"] if among_several else [None])
 
 
 def test_plan_goes_on_where_it_was() -> None:

@@ -17,7 +17,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
@@ -222,13 +222,19 @@ def _workers_like(data: TileData) -> BaseContext | None:
     """How workers start; None for the platform's own way.
 
     Workers that read slides do not fork from this process: handles, and the threads of a reader that has been used
-    here, must not follow. They fork from a server that has loaded the libraries and nothing else.
+    here, must not follow. Nor do those of one process among several, whatever they read: NCCL and gloo have threads and
+    locks that do not outlive a fork. They fork from a server that has loaded the libraries and nothing else.
     """
-    if not isinstance(getattr(data, "reader", None), SlideReader) or "forkserver" not in get_all_start_methods():
+    must_not_fork = isinstance(getattr(data, "reader", None), SlideReader) or _is_among_several()
+    if not must_not_fork or "forkserver" not in get_all_start_methods():
         return None
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, SlideReader.__module__])
     return context
+
+
+def _is_among_several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 class _AsDataset(Dataset[_Boxed | DarefineError]):
