@@ -193,6 +193,31 @@ def test_a_run_goes_on_with_the_normalisation_of_the_model_it_starts_from(tmp_pa
     assert load_checkpoint(first).build().normalisation == other
 
 
+def test_float32_is_never_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU these settings decide; cuDNN's is on by default. They are looked at while the network runs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("medium")
+    network, seen = build_model(LIGHT, seed=0), []
+
+    def look(*_: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+
+    network.slice_encoder.register_forward_hook(look)
+    next(network.slice_encoder.parameters()).register_hook(look)
+    config = toy_config(precision="fp32")
+    norms = FrozenNorms(network, config, ())
+    Stepper(network, config, world=World(), normalisation=Normalisation(), norms=norms).train_on(
+        batch_of(4, 0), [Draw()] * 4, 1.0
+    )
+    evaluate(network, toy_data(1))
+    engine = Engine(network, Normalisation(), EngineSettings(device="cpu", precision="fp32", batch_size=1))
+    image = np.zeros((32, 32, 3), np.uint8)
+    engine.score([image], engine.encode([image]), [0], np.array([[0, 0, 1, 1]], "f4"), [(0, 0)])
+    after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    assert (seen, after) == ([(False, "highest")] * 4, (True, "medium"))
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_gradients_are_clipped_without_the_loss_scale(scale: float) -> None:
     """In half precision the loss is scaled up; what is clipped are the gradients of the loss itself."""

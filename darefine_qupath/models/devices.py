@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-__all__ = ["is_out_of_memory", "sent"]
+__all__ = ["full_float32", "is_out_of_memory", "sent"]
 
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 as float32: left alone, GPUs convolve it as TF32, with 10 bits of mantissa for its 23."""
+    former = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = former[0]
+        torch.set_float32_matmul_precision(former[1])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

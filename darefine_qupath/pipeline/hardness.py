@@ -10,6 +10,7 @@ import torch
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import TrainingError
+from darefine_qupath.models.devices import full_float32
 from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.batches import Placed, load_batches
@@ -55,7 +56,8 @@ def hard_weights(
     for loaded in load_batches(data, _in_order(len(data)), workers=workers):
         batch = loaded.batch.to(torch.device(device))
         contexts = former.normalisation.of_context.apply(batch.contexts)
-        logits = network(former.normalisation.apply(batch.slices), contexts, batch.boxes)
+        with full_float32():
+            logits = network(former.normalisation.apply(batch.slices), contexts, batch.boxes)
         masks = batch.masks.long()
         counted = masks != IGNORE
         wrong = ((logits.argmax(dim=1) != masks) & counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2)).clamp(min=1)

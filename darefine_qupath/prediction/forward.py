@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalisation
 from darefine_qupath.models.blocks import fold_batch_norms
-from darefine_qupath.models.devices import is_out_of_memory, sent
+from darefine_qupath.models.devices import full_float32, is_out_of_memory, sent
 from darefine_qupath.models.winograd import WinogradConv2d, use_winograd
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
@@ -405,7 +404,7 @@ class Engine:
 
     def _autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
         if self._dtype is torch.float32:
-            return nullcontext()
+            return full_float32()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
     def _within_memory(self, run: Callable[[Sequence[Any]], Result], items: Sequence[Any]) -> list[Result]:

@@ -24,7 +24,7 @@ class PredictOptions:
     device : str
         ``"auto"`` (CUDA, else MPS, else CPU) or what torch calls it.
     precision : {"auto", "fp32", "bf16", "fp16"}
-        ``"auto"`` takes the fastest that the device computes natively.
+        ``"auto"`` takes the fastest that the device computes natively. ``"fp32"`` is float32, never TF32.
     batch_size : int or None
         Slices at once; None chooses. Halved when memory runs out.
     overlap : float or None

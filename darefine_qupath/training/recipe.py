@@ -100,7 +100,8 @@ class TrainConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """``auto``: bf16 on a CUDA device that has it, fp16 on an older one, else fp32."""
+    """``auto``: bf16 on a CUDA device that has it, fp16 on an older one, else fp32. ``fp32`` is float32
+    throughout, never TF32."""
     channels_last: bool = True
     """Memory format of weights and images; faster on tensor cores and on most CPUs."""
     compile: bool = False

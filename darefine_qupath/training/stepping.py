@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import Normalisation, SegmentationNetwork
-from darefine_qupath.models.devices import is_out_of_memory
+from darefine_qupath.models.devices import full_float32, is_out_of_memory
 from darefine_qupath.training.augment import Batch, Draw, apply_augmentation
 from darefine_qupath.training.distributed import World
 from darefine_qupath.training.initial import FrozenNorms
@@ -62,8 +62,8 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Context in which convolutions compute in `dtype`."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    """Context in which convolutions compute in `dtype`; float32 is float32, not TF32."""
+    return full_float32() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager
@@ -201,7 +201,8 @@ class Stepper:
         batch = apply_augmentation(batch.to(self.world.device), draws)
         own = self.loss.normalisers(batch.masks)
         shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop), float(save)])]))
-        with compile_advice():
+        # Backward too, where autocast must not be.
+        with compile_advice(), full_float32() if self.dtype == torch.float32 else nullcontext():
             own_loss = self._backward(batch, shared[:2])
         self._update()
         self.step += 1
