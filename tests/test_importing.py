@@ -44,6 +44,8 @@ from darefine_qupath.pipeline.exchanging import (
     match_files,
 )
 from darefine_qupath.pipeline.inspection import check_project
+from darefine_qupath.pipeline.learning import TileRequest, TrainRequest, make_tiles
+from darefine_qupath.pipeline.lineage import Learnt
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import Changes, Project, create_project, open_project
 from darefine_qupath.project.embedded import EmbeddedProject
@@ -229,6 +231,15 @@ def test_what_was_edited_in_the_project_is_never_changed(
     assert (kept.path_class, kept.geometry.bounds) == (edited.path_class, edited.geometry.bounds)
 
 
+def test_what_holds_cells_is_not_taken_out(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A), feature(B)))
+    (holder,) = (record for record in project.objects(project.images[0]) if record.geometry.bounds == A.bounds)
+    cell = Annotation(geometry=box(20, 20, 30, 30), kind="detection", parent=holder.id)
+    project.apply(project.images[0], Changes(add=[cell]))
+    assert tally(take(project, write(tmp_path / "a.geojson", feature(C)), replaces=True)) == (1, 0, 1, 0)
+    assert drawn(project) == [("Tumor", A.bounds), ("Tumor", C.bounds)]
+
+
 def test_what_was_drawn_in_the_project_is_never_changed(project: Project, tmp_path: Path) -> None:
     project.apply(project.images[0], Changes(add=[Annotation(id=ID, geometry=A, path_class="Tumor")]))
     assert tally(take(project, write(tmp_path / "a.geojson", feature(B, id=str(ID))), replaces=True)) == (1, 0, 0, 0)
@@ -290,6 +301,25 @@ def test_export_chooses_by_annotator_and_keeps_it(project: Project, tmp_path: Pa
     assert len(by_annotators(records, ["Anna"])) == 1
     with pytest.raises(ProjectError, match=r"No annotation is by 'Ana'; there are -, Anna, Bert"):
         export_labels(project, Settings(), tmp_path / "labels", downsample=4, annotators=["Ana"])
+
+
+@pytest.mark.parametrize("labels", ["manual", "reviewed"])
+def test_training_learns_from_the_chosen_annotators(project: Project, tmp_path: Path, labels: str) -> None:
+    for name, shape in (("Anna", A), ("Bert", B)):
+        take(project, write(tmp_path / "in.geojson", feature(shape)), annotator=name)
+    learnt = Learnt(labels, ["Bert"])  # type: ignore[arg-type]
+    (record,) = learnt(project, project.images[0])
+    assert record.geometry.bounds == B.bounds
+    assert learnt.objects["1"]["drawn"] == (str(record.id),)
+    with pytest.raises(ProjectError, match="No annotation is by 'Cara'"):
+        make_tiles(TileRequest(project=project.path, annotators=("Cara",)), None)
+
+
+def test_runs_noted_before_there_were_annotators_are_read(tmp_path: Path) -> None:
+    request = TrainRequest(tiles=TileRequest(project=tmp_path), out=tmp_path)
+    noted = request.to_json()
+    del noted["tiles"]["annotators"]
+    assert TrainRequest.from_json(noted) == TrainRequest.from_json(request.to_json())
 
 
 # One bad object, and all or nothing
@@ -371,7 +401,11 @@ def test_create_that_fails_leaves_nothing_and_can_be_run_again(
         with pytest.raises(ProjectWriteError, match="the disk is full"):
             create_from_slides(target, [slide], annotations=tmp_path / "notes", engine="embedded")
     assert sorted(path.name for path in (tmp_path / "deep").rglob("*")) == (["notes.txt", "p"] if before else [])
+    with pytest.raises(ProjectError, match="no QuPath project at"):
+        open_project(target)
     made, _ = create_from_slides(target, [slide], annotations=tmp_path / "notes", engine="embedded")
+    with pytest.raises(ProjectError, match="There is a project already"):
+        create_from_slides(target, [slide], engine="embedded")
     assert drawn(made) == [("Tumor", A.bounds)]
 
 

@@ -8,7 +8,7 @@ what a person changed since is known, and never changed by a later import.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -141,10 +141,10 @@ class _Known:
         return annotator_of(self.record)
 
 
-def _known(record: Annotation, content: str) -> _Known:
+def _known(record: Annotation, content: str, used: Collection[UUID | None]) -> _Known:
     parts = record.metadata.get(_ORIGIN, "").split(".")
     imported, details, place = parts if len(parts) == 3 else (None, None, None)
-    is_touched = (imported, details) != (content, _details(record))
+    is_touched = (imported, details) != (content, _details(record)) or record.id in used
     return _Known(record, content, imported, is_touched, (record.metadata.get(_FILE), place))
 
 
@@ -166,9 +166,10 @@ class _Matching:
 
     def among(self, objects: Sequence[Annotation]) -> None:
         """Match with the objects of an image: by content, by id, by outline."""
-        self.known = {
-            record.id: _known(record, content) for record, content in zip(objects, contents(objects), strict=True)
-        }
+        # What holds cells, say, that QuPath found in it.
+        used = {item.parent for item in objects if item.kind != "annotation" and _ORIGIN not in item.metadata}
+        found = zip(objects, contents(objects), strict=True)
+        self.known = {record.id: _known(record, content, used) for record, content in found}
         self.free = dict(self.known)
         self._same(lambda item: item.content)
         # What a person edited since it was imported is there all the same.

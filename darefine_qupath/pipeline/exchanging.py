@@ -29,6 +29,7 @@ from darefine_qupath.limits import naming
 from darefine_qupath.pipeline.selection import check_annotators, choose_images, every_annotation, say_what_cannot_train
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project, create_project
+from darefine_qupath.project.embedded import PROJECT_FILE
 from darefine_qupath.project.qpdata import stored_records
 from darefine_qupath.review import OnError, for_images
 from darefine_qupath.slides import open_slide, read_glass_frame
@@ -383,7 +384,11 @@ def create_from_slides(
 @contextmanager
 def _nothing_left(path: Path) -> Iterator[None]:
     """Remove what was made of a project when something stops it, so that it can be tried again."""
-    folder = path.parent if path.suffix == ".qpproj" else path
+    folder, file = (path.parent, path) if path.suffix == ".qpproj" else (path, path / PROJECT_FILE)
+    if file.exists():
+        # It is somebody's project, and refused.
+        yield
+        return
     was_there = set(folder.iterdir()) if folder.is_dir() else set()
     made = [above for above in (folder, *folder.parents) if not above.exists()]
     try:
