@@ -304,7 +304,7 @@ def test_a_dry_run_and_an_evaluation_leave_the_maps_of_another_model_alone(proje
 
 def test_no_written_polygon_is_smaller_than_asked(project: Path, model_of: Model) -> None:
     model = model_of()
-    polygons, write = PolygonOptions(min_area_um2=60), WriteOptions(min_area_um2=60)
+    polygons, write = PolygonOptions(min_area_um2=1000), WriteOptions(min_area_um2=1000)
     request = request_of(project, model, images=("test-3.tif",), polygons=polygons, write=write)
     predict_project(request)
     found = read_score_map(project / "darefine" / "maps" / "3")
@@ -315,8 +315,8 @@ def test_no_written_polygon_is_smaller_than_asked(project: Path, model_of: Model
     (outcome,) = predict_project(request).outcomes
     with open_project(project, engine="embedded") as opened:
         areas = [record.area * 0.25 for record in opened.annotations(outcome.image)]
-    assert outcome.num_polygons == len(areas) > 50
-    assert min(areas) >= 60 - 1e-6
+    assert outcome.num_polygons == len(areas) > 2
+    assert min(areas) >= 1000 - 1e-6
 
 
 def test_context_scores_are_computed_on_the_device_that_was_asked_for(
