@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from hypothesis import strategies as st
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import read_annotations, records
 from darefine_qupath.exchange.documents import Document
+from tests.exchange_samples import SAMPLES, try_exchange
+from tests.fuzzing import damaged
 from tests.test_exchange import SQUARE, aperio, qupath_feature, region, write
 
 __all__ = ["write"]
@@ -149,7 +154,7 @@ def test_crossings_are_those_that_pairs_of_segments_have(data: st.DataObject) ->
     lines = shapely.linestrings(np.stack([corners, ends], axis=1))
     pairs = [(i, j) for i in range(len(lines)) for j in range(i + 1, len(lines))]
     meeting = sum(bool(shapely.intersects(lines[i], lines[j])) for i, j in pairs)
-    assert records._crossings(polygon, 10**6) == meeting - len(lines)
+    assert records.crossings(polygon, 10**6) == meeting - len(lines)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
@@ -187,3 +192,28 @@ def test_any_bytes_are_read_or_refused_in_one_line(
 def test_codecs_that_are_no_text_are_not_used(name: str) -> None:
     with pytest.raises(ExchangeError, match="which is not known; save it as UTF-8"):
         _ = Document(None, f'<?xml version="1.0" encoding="{name}"?><a/>'.encode()).text
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_are_read_and_damaged_ones_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    assert try_exchange(name, SAMPLES[name], tmp_path).startswith("read")
+    rng = random.Random(name)
+    for _ in range(100):
+        try_exchange(name, damaged(SAMPLES[name], rng), tmp_path)
+
+
+def test_what_is_packed_is_damaged_too(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    outcomes = {
+        try_exchange("a.geojson.gz", gzip.compress(damaged(SAMPLES["a.geojson"], rng)), tmp_path) for _ in range(100)
+    }
+    assert "refused" in outcomes
+    assert len(outcomes) > 1
+
+
+def test_a_large_file_is_read_in_pieces_of_its_own_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"[]")
+    tracemalloc.start()
+    read_annotations(tmp_path / "a")
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()

@@ -19,7 +19,7 @@ from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from darefine_qupath.annotations import RoiKind
 from darefine_qupath.exchange.layers import Hole, Region, add_regions, layers, line_colour, vertices
-from darefine_qupath.exchange.records import Collector, Note, ellipse, snapped
+from darefine_qupath.exchange.records import Collector, Note, crossings, ellipse, snapped
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -145,7 +145,7 @@ def _without_overshoot(collector: Collector, item: str, drawn: BaseGeometry, geo
 
     ImageScope counts such a loop as negative. A larger one stays: somebody drew an eight.
     """
-    if drawn.is_valid:
+    if drawn.is_valid or crossings(drawn, _MAX_LOOPS) > _MAX_LOOPS:
         return geometry
     loops = shapely.get_parts(shapely.polygonize([shapely.node(drawn.exterior)]))
     if not 1 < len(loops) <= _MAX_LOOPS:

@@ -177,7 +177,9 @@ class _Reader:
         if not isinstance(entry, dict):
             raise ExchangeError(f"{item} is no object but a {type(entry).__name__}")
         drawn = self._geometry(entry, item)
-        geometry = self._collector.shape(item, shapely.transform(drawn, lambda points: points * self._scale))
+        with np.errstate(over="ignore"):
+            scaled = shapely.transform(drawn, lambda points: points * self._scale)
+        geometry = self._collector.shape(item, scaled)
         if geometry is None:
             return
         category = self._categories.get(_key(entry.get("category_id")), {})

@@ -24,6 +24,7 @@ _GZIP = b"\x1f\x8b"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _MAX_MEMBERS = 1000
 _FREE_BYTES = 16 << 20
+_PIECE = 8 << 20
 _MAX_RATIO = 60
 """Bytes out of one packed byte, beyond the first few: drawn shapes give 5 to 20, a file made to burst 1,000."""
 
@@ -136,9 +137,12 @@ def _is_hidden(name: str) -> bool:
 def _unpacked(file: IO[bytes] | gzip.GzipFile, packed: int) -> bytes:
     most = max(_FREE_BYTES, packed * _MAX_RATIO)
     try:
-        data = file.read(most + 1)
+        pieces = [file.read(_PIECE)]
+        while pieces[-1] and sum(map(len, pieces)) <= most:
+            pieces.append(file.read(_PIECE))
     except (OSError, EOFError, zlib.error) as error:
         raise ExchangeError(f"it is damaged where it is packed ({error})") from error
+    data = b"".join(pieces)
     if len(data) > most:
         raise ExchangeError(f"it unpacks to more than {_MAX_RATIO} times its size, as no drawn shapes do; unpack it")
     return data

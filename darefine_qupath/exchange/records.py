@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Collector", "Imported", "Note", "ellipse", "merged", "number", "on_grid", "snapped"]
+__all__ = ["Collector", "Imported", "Note", "crossings", "ellipse", "merged", "number", "on_grid", "snapped"]
 
 _ELLIPSE_CORNERS = 100
 _PRECISION = 0.01
@@ -216,7 +216,7 @@ def _with_length(lines: BaseGeometry) -> BaseGeometry | None:
     return parts[0] if len(parts) == 1 else MultiLineString(parts)
 
 
-def _crossings(geometry: BaseGeometry, most: int) -> float:
+def crossings(geometry: BaseGeometry, most: int) -> float:
     """How often the rings of a shape meet, other than from corner to corner; stops counting beyond `most`.
 
     Pairs of segments that only lie near each other count for the time that it takes to look at them.
@@ -386,7 +386,7 @@ class Collector:
         if not _polygons(geometry) or geometry.is_valid:
             return False
         if self._crossings > 0:
-            count = _crossings(geometry, _MAX_CROSSINGS)
+            count = crossings(geometry, _MAX_CROSSINGS)
             self._crossings -= count
             if count > _MAX_CROSSINGS:
                 self.refuse(item, f"crosses itself more than {_MAX_CROSSINGS:,} times; draw it again")
