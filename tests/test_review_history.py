@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import zlib
 from collections import Counter
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import DarefineError, ProjectChangedError, ReviewError
+from darefine_qupath.project import Project, open_project, paquo
 from darefine_qupath.review import (
     apply_plan,
     compare,
@@ -33,6 +35,7 @@ from darefine_qupath.review import (
     run_states,
     survey,
     undo,
+    write_back,
 )
 from darefine_qupath.review import runs as recording
 from darefine_qupath.review import writeback as writing
@@ -482,3 +485,86 @@ def test_an_outline_that_moved_by_more_than_rounding_is_reshaped(length: float, 
     points[slice(None) if whole else 0] += length * np.array([math.cos(angle), math.sin(angle)])
     moved = replace(written.record, geometry=shapely.Polygon(np.roll(points, 2, axis=0)))
     assert _statuses([(written, moved)], set()) == ["reshaped" if length > 0.01 else "untouched"]
+
+
+# -- a real QuPath opens and saves
+
+
+needs_qupath = pytest.mark.skipif(
+    not os.environ.get("PAQUO_QUPATH_DIR"), reason="PAQUO_QUPATH_DIR is not set: there is no QuPath to save with"
+)
+
+
+class InQuPath:
+    """An image as QuPath's window holds it: read once, and saved as a whole."""
+
+    def __init__(self, project: Path) -> None:
+        paquo.start_qupath()
+        import jpype  # noqa: PLC0415
+
+        java = jpype.JClass
+        reader = java("qupath.lib.projects.ProjectIO")
+        opened = reader.loadProject(java("java.io.File")(str(project)), java("java.awt.image.BufferedImage").class_)
+        # QuPath's window asks for the new places of the images; here they are given.
+        images = project.parent.parent.parent / "images"
+        self.entry = opened.getImageList().get(0)
+        moved = java("java.util.HashMap")()
+        for uri in self.entry.getURIs():
+            name = str(uri.toString()).rpartition("/")[2]
+            moved.put(uri, java("java.net.URI")((images / name).as_uri()))
+        self.entry.updateURIs(moved)
+        self.data = self.entry.readImageData()
+
+    def delete(self, *gone: UUID) -> None:
+        hierarchy = self.data.getHierarchy()
+        for item in list(hierarchy.getAnnotationObjects()):
+            if UUID(str(item.getID().toString())) in gone:
+                hierarchy.removeObject(item, True)
+
+    def save(self) -> None:
+        self.data.setChanged(True)
+        self.entry.saveImageData(self.data)
+
+
+def in_project(project: Project, count: int = 3) -> list[Annotation]:
+    image = project.images[0]
+    polygons = [polygon(1, square(100 + 500 * number, 1000, 300)) for number in range(count)]
+    write_back(project, image, polygons, model="m", classes=CLASSES)
+    return [item.current for item in survey(project, image).ours if item.current is not None]
+
+
+@pytest.fixture(params=["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
+def annotated(request: pytest.FixtureRequest, place: Callable[[str], Path]) -> Path:
+    return place(f"qupath-{request.param}/annotated") / "project.qpproj"
+
+
+@pytest.mark.qupath
+@needs_qupath
+@pytest.mark.parametrize("engine", ["embedded", "paquo"])
+@pytest.mark.parametrize("deleted", [0, 1, 3])
+def test_qupath_keeps_the_witness_through_open_and_save(annotated: Path, engine: str, deleted: int) -> None:
+    with open_project(annotated, engine=engine) as project:
+        written = in_project(project)
+        window = InQuPath(annotated)
+        window.delete(*(record.id for record in written[:deleted]))
+        window.save()
+        found = survey(project, project.images[0])
+        assert found.past.is_seen
+        assert [item.status for item in found.ours].count("rejected") == deleted
+        assert [item.status for item in found.ours].count("untouched") == 3 - deleted
+        assert len(in_project(project)) == 3 - deleted
+
+
+@pytest.mark.qupath
+@needs_qupath
+@pytest.mark.parametrize("engine", ["embedded", "paquo"])
+def test_qupaths_save_over_an_image_that_was_open_overwrites_the_run(annotated: Path, engine: str) -> None:
+    with open_project(annotated, engine=engine) as project:
+        image = project.images[0]
+        window = InQuPath(annotated)
+        in_project(project)
+        window.save()
+        found = survey(project, image)
+        assert (found.ours, len(found.past.overwritten)) == ((), 1)
+        assert len(in_project(project)) == 3
+        assert not survey(project, image).rejected
