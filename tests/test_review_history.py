@@ -30,6 +30,7 @@ from darefine_qupath.review import (
     apply_plan,
     compare,
     list_runs,
+    manual_annotations,
     plan_write,
     reviewed_annotations,
     run_states,
@@ -72,7 +73,9 @@ def statuses(project: FakeProject) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("drawn", [0, 1])
-def test_what_a_save_over_it_took_away_is_overwritten_and_written_again(project: FakeProject, drawn: int) -> None:
+def test_what_a_save_over_it_took_away_is_overwritten_and_written_again(
+    project: FakeProject, drawn: int, caplog: pytest.LogCaptureFixture
+) -> None:
     mine = project.draw(square(0, 5000), "Benign")
     former = project.state(SLIDE)
     first = write(project, grid(3))
@@ -85,6 +88,7 @@ def test_what_a_save_over_it_took_away_is_overwritten_and_written_again(project:
     assert states(project) == ["overwritten"]
     with pytest.raises(ReviewError, match="There is no run to undo"):
         undo(project)
+    assert f"slide.svs: run {first.run} is left out, it is not in the image any more" in caplog.text
     with pytest.raises(ReviewError, match=f"Run '{first.run}' is not in the image any more"):
         undo(project, first.run)
     again = write(project, grid(3))
@@ -474,6 +478,16 @@ def test_an_object_that_was_duplicated_counts_as_drawn(project: FakeProject, rec
     write(project, grid(3, shift=30), model="m2")
     assert copy in project.objects(SLIDE)
     assert survey(project, SLIDE).theirs == (copy,)
+
+
+def test_an_object_that_was_pasted_into_another_image_counts_as_drawn_there(project: FakeProject) -> None:
+    write(project, grid(1))
+    (first,) = ours(project)
+    other = project.images[1]
+    pasted = replace(first, id=uuid4())
+    project.stored[other.id] = (pasted,)
+    assert survey(project, other).theirs == (pasted,)
+    assert manual_annotations(project, other, taken_over=False) == (pasted,)
 
 
 @settings(deadline=None, max_examples=60)

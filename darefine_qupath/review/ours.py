@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
 from uuid import UUID
 
@@ -191,7 +192,7 @@ def survey(project: Project, image: ImageEntry, *, state: ImageState | None = No
     used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
     written = {} if run is None else {item.id: item for item in (*run.objects, *run.adopted)}
     strangers = [record for record in objects if _is_ours(record) and record.id not in written]
-    written |= _Origins(project, image, past, now).of(strangers)
+    written |= _Origins(project, past, now).of(strangers)
     pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or past.is_seen]
     found = [
         Reviewed(item, current, status) for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
@@ -253,8 +254,8 @@ class _Origins:
     Duplicating an object in QuPath copies its metadata: such a copy is nobody's but the pathologist's.
     """
 
-    def __init__(self, project: Project, image: ImageEntry, past: History, now: Mapping[UUID, Annotation]) -> None:
-        self._files = {file.id: file for file in run_files(project, image)}
+    def __init__(self, project: Project, past: History, now: Mapping[UUID, Annotation]) -> None:
+        self._project = project
         self._runs = {run.id: run for run in (*past.undone, *past.overwritten)}
         if past.current is not None:
             self._runs[past.current.id] = past.current
@@ -263,6 +264,11 @@ class _Origins:
         for run in self._runs.values():
             holders.update({item.id: item.record for item in (*run.objects, *run.rejected, *run.replaced)})
         self._holders = Counter(record.metadata.get(DIGEST) for record in holders.values())
+
+    @cached_property
+    def _files(self) -> dict[str, RunFile]:
+        """Runs of all images: a copy may come from another one."""
+        return {file.id: file for file in run_files(self._project)}
 
     def of(self, strangers: Sequence[Annotation]) -> dict[UUID, RunObject]:
         """Objects as they were written, by identity; copies are not among them."""

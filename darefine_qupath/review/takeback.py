@@ -172,6 +172,8 @@ def _last_call(
     for run in sorted(runs, key=lambda run: run.order, reverse=True):
         current = stand.current(run.image)
         if current is None or current.id != run.id:
+            if stand.state(run) == "overwritten":
+                _log.warning("%s: run %s is left out, it %s", run.image_name, run.id, _OVERWRITTEN)
             continue
         for file in files.values():
             later = file.order > run.order and file.call != call_number(run)
@@ -180,8 +182,8 @@ def _last_call(
                 raise ReviewError(f"The last run cannot be undone: {error}; or name the run to undo") from error
         call = [other for other in runs if other.batch == run.batch]
         for other in call:
-            if stand.state(other) == "overwritten":
-                _log.warning("%s: run %s is left out, %s", other.image_name, other.id, _OVERWRITTEN)
+            if other.order < run.order and stand.state(other) == "overwritten":
+                _log.warning("%s: run %s is left out, it %s", other.image_name, other.id, _OVERWRITTEN)
         return tuple(other for other in call if stand.state(other) == "done" and stand.current(other.image))
     raise next(iter(damaged.values()), ReviewError(f"There is no run to undo in {project.path}"))
 
