@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import read_annotations
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
 
-__all__ = ["SAMPLES", "try_exchange"]
+__all__ = ["SAMPLES", "packed_mutant", "try_exchange"]
 
 _RING = [[0, 0], [100, 0], [100, 100], [40, 60], [0, 100], [0, 0]]
 _BOWTIE = [[0, 0], [100, 100], [100, 0], [0, 100], [0, 0]]
@@ -120,6 +122,20 @@ SAMPLES: dict[str, bytes] = {
     "a.zip": _zip(),
     "utf16.xml": _aperio().decode().encode("utf-16"),
 }
+
+
+def packed_mutant(name: str, rng: random.Random, damaged: Callable[[bytes, random.Random], bytes]) -> bytes:
+    """Damage a sample, or half the time what is packed in it, where it is an archive."""
+    data = SAMPLES[name]
+    if rng.random() < 0.5 and name.endswith(".gz"):
+        return gzip.compress(damaged(gzip.decompress(data), rng))
+    if rng.random() < 0.5 and name.endswith(".zip"):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as copy:
+            for member in archive.namelist():
+                copy.writestr(member, damaged(archive.read(member), rng))
+        return buffer.getvalue()
+    return damaged(data, rng)
 
 
 def try_exchange(name: str, data: bytes, folder: Path) -> str:

@@ -421,6 +421,8 @@ def test_archives_of_other_things(tmp_path: Path) -> None:
     sheet = zipped(tmp_path, **{"[Content_Types].xml": b"", "xl__workbook.xml": b""})
     with pytest.raises(ExchangeError, match="document or table of Office"):
         read_annotations(sheet)
+    with pytest.raises(ExchangeError, match="label mask in an archive; unpack it"):
+        read_annotations(zipped(tmp_path, mask=b"\x89PNG\r\n\x1a\n"))
     with pytest.raises(ExchangeError, match="zip of 0 files"):
         read_annotations(zipped(tmp_path))
 

@@ -17,6 +17,9 @@ _QPDATA = "is the data.qpdata of a QuPath project; open the project itself, or e
 
 _STARTS: Sequence[tuple[bytes, str]] = (
     (b"\xac\xed\x00\x05", _QPDATA),
+    (b"\x89PNG", "is a label mask in an archive; unpack it"),
+    (b"II*\x00", "is a TIFF in an archive; unpack it"),
+    (b"MM\x00*", "is a TIFF in an archive; unpack it"),
     (b"\xff\xd8\xff", "is a JPEG picture; label masks are PNG or TIFF, whose pixels stay as they are"),
     (b"GIF8", "is a GIF picture; label masks are PNG or TIFF"),
     (b"BM", "is a BMP picture; label masks are PNG or TIFF"),
