@@ -6,6 +6,7 @@ covers them; where ``Region*`` annotations exist, only their inside counts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ REGION = "Region*"
 
 UNLABELLED_IGNORE = "ignore"
 
+_HEX_COLOUR = re.compile("#?[0-9a-fA-F]{6}")
+
 
 class Colour(NamedTuple):
     """Red, green and blue, 0 to 255."""
@@ -46,13 +49,9 @@ class Colour(NamedTuple):
     @classmethod
     def from_hex(cls, text: str) -> Colour:
         """Colour of ``#rrggbb``."""
-        digits = text.removeprefix("#")
-        try:
-            if len(digits) != 6:
-                raise ValueError(digits)
-            return cls(*bytes.fromhex(digits))
-        except ValueError:
-            raise ClassMapError(f"{text!r} is not a colour; write it as #rrggbb") from None
+        if not _HEX_COLOUR.fullmatch(text):
+            raise ClassMapError(f"{text!r} is not a colour; write it as #rrggbb")
+        return cls(*bytes.fromhex(text.removeprefix("#")))
 
     @property
     def argb(self) -> int:
@@ -260,6 +259,9 @@ class ClassMap:
     def from_json(cls, data: Mapping[str, Any]) -> ClassMap:
         """Class map of what `to_json` gave."""
         try:
+            texts = [*data["names"], *data["sources"], *data["sources"].values()]
+            if not all(isinstance(text, str) for text in texts) or isinstance(data["names"], str):
+                raise TypeError("its names are not all texts")
             return cls(
                 names=tuple(data["names"]),
                 colours=tuple(Colour.from_hex(text) for text in data["colours"]),
@@ -267,5 +269,5 @@ class ClassMap:
                 unlabelled=data["unlabelled"],
                 region_unlabelled=data["region_unlabelled"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ClassMapError(f"Not a class map: {error}") from None

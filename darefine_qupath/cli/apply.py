@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from darefine_qupath.cli.options import (
+    COUNT,
     FiniteRange,
     annotators_option,
     engine_option,
@@ -16,6 +17,7 @@ from darefine_qupath.cli.options import (
     mpp_option,
     project_argument,
     settings_option,
+    whole_number,
 )
 from darefine_qupath.cli.output import (
     Failures,
@@ -26,6 +28,7 @@ from darefine_qupath.cli.output import (
     number,
     percent,
     progress_bar,
+    say,
     table,
 )
 from darefine_qupath.metrics import ConfusionMatrix
@@ -73,9 +76,10 @@ def _vertices(_context: click.Context, _option: click.Parameter, value: str) -> 
     """Read a number of vertices from which a region is split, or the word never."""
     if value == "never":
         return None
-    if not value.isdecimal() or int(value) < FEWEST_VERTICES:
+    number_of = whole_number(value)
+    if number_of is None or number_of < FEWEST_VERTICES:
         raise click.BadParameter(f"{value!r} is neither a number from {FEWEST_VERTICES} nor 'never'")
-    return int(value)
+    return number_of
 
 
 model_option = click.option(
@@ -90,11 +94,11 @@ _NETWORK_OPTIONS = (
         show_default=True,
         help="auto takes the fastest the device computes natively.",
     ),
-    click.option("--batch-size", type=click.IntRange(1), help="Slices at once; chosen by itself."),
+    click.option("--batch-size", type=COUNT, help="Slices at once; chosen by itself."),
     click.option("--overlap", type=FiniteRange(0, 0.9), help="Part of a slice its neighbour sees too."),
     click.option("--tta", is_flag=True, help="Average over the eight symmetries; about eight times slower."),
     click.option("--compile", is_flag=True, help="Use torch.compile; worth its start-up time on many slides."),
-    click.option("--workers", type=click.IntRange(1), help="Threads that read ahead."),
+    click.option("--workers", type=COUNT, help="Threads that read ahead."),
     click.option("--all-glass", is_flag=True, help="Predict glass too, not only tissue."),
     click.option("--within", metavar="CLASS", help="Only inside annotations of this class, for instance 'Region*'."),
     click.option("--strict", is_flag=True, help="Make warnings about a slide errors."),
@@ -257,7 +261,7 @@ def _show_prediction(prediction: Prediction, *, dry_run: bool) -> None:
             note(f"Error: {titles[outcome.image.id]}: {outcome.error}")
     wrote = any(o.written is not None and not o.written.is_dry for o in prediction.outcomes)
     if wrote:
-        note(f"Written by the {prediction.engine} engine into {prediction.project}\n{_OPEN_IN_QUPATH}")
+        note(f"Written by the {prediction.engine} engine into {prediction.project}", _OPEN_IN_QUPATH)
 
 
 def _written(result: RunResult | None) -> str:
@@ -443,7 +447,7 @@ def undo(project: Path, run: str | None, dry_run: bool, engine: Engine, as_json:
 @image_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write one line per object.")
 @click.option("--page", type=click.Path(path_type=Path), help="Write a page (HTML).")
-@click.option("--next", "count", type=click.IntRange(1), metavar="N", help="The N places where a look helps most.")
+@click.option("--next", "count", type=COUNT, metavar="N", help="The N places where a look helps most.")
 @click.option("--mark", is_flag=True, help="With --next: put them into QuPath as annotations Review 01, 02 ...")
 @click.option("--clear", is_flag=True, help="Remove those annotations again.")
 @engine_option
@@ -551,5 +555,5 @@ def overlay(project: Path, out: Path | None, truth: Path | None, images: tuple[s
         echo_json({"pictures": paths, **failures.to_json()})
     else:
         for path in paths:
-            click.echo(path)
+            say(path)
     failures.end()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from darefine_qupath import __version__
+from darefine_qupath.cli.lines import LogFormatter, note
 from darefine_qupath.errors import DarefineError, TrainingStoppedError
 
 __all__ = ["main"]
@@ -83,7 +84,9 @@ def darefine(verbose: int) -> None:
     darefine review PROJECT
     """  # noqa: D301 - click wants the backspace
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     if not verbose:
         # Libraries that speak of their own affairs at WARNING; ours do not.
         for name in ("rasterio", "tifffile", "PIL", "distributed", "paquo"):
@@ -100,7 +103,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         # Without its standalone mode click gives the exit code back instead of ending the process.
         code = darefine.main(args=args, prog_name="darefine", standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        note(*text.getvalue().rstrip("\n").split("\n"))
         sys.exit(2)
     except click.exceptions.Abort:
         _fail("Stopped.", 130)
@@ -127,5 +132,5 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> NoRetu
     if error is not None and os.environ.get("DAREFINE_TRACEBACK"):
         raise error
     # A path may hold a newline; the line must stay one line.
-    click.echo(f"Error: {' '.join(message.split())}" if code == 2 else message, err=True)
+    note(f"Error: {' '.join(message.split())}" if code == 2 else message)
     sys.exit(code)

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from darefine_qupath.checkpoint import describe, export_onnx, load_checkpoint, read_header
 from darefine_qupath.cli.options import (
+    WHOLE,
     FiniteRange,
     annotators_option,
     image_option,
@@ -19,7 +20,7 @@ from darefine_qupath.cli.options import (
     setting,
     settings_option,
 )
-from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, table
+from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, say, table
 from darefine_qupath.models import ENCODERS
 from darefine_qupath.pipeline.learning import (
     Folds,
@@ -39,13 +40,13 @@ from darefine_qupath.training import Progress, TrainResult
 __all__ = ["onnx", "show", "tiles", "train"]
 
 _TILE_OPTIONS = (
-    click.option("--size-px", type=int, help="Pixels of slice and context as the network sees them."),
+    click.option("--size-px", type=WHOLE, help="Pixels of slice and context as the network sees them."),
     click.option("--slice-um", type=FiniteRange(0, min_open=True), help="Side of a slice in micrometres."),
     click.option("--context-um", type=FiniteRange(0, min_open=True), help="Side of a context in micrometres."),
     click.option("--stride-um", type=FiniteRange(0, min_open=True), help="Step between slices in micrometres."),
-    click.option("--slice-px", type=int, help="Side of a slice in level-0 pixels, instead of micrometres."),
-    click.option("--context-px", type=int, help="Side of a context in level-0 pixels."),
-    click.option("--stride-px", type=int, help="Step between slices in level-0 pixels."),
+    click.option("--slice-px", type=WHOLE, help="Side of a slice in level-0 pixels, instead of micrometres."),
+    click.option("--context-px", type=WHOLE, help="Side of a context in level-0 pixels."),
+    click.option("--stride-px", type=WHOLE, help="Step between slices in level-0 pixels."),
     click.option(
         "--placement",
         type=click.Choice(["parent", "centred"]),
@@ -185,8 +186,8 @@ def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_t
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder; the model is its model.safetensors.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
 @click.option("--preset", type=click.Choice(["paper", "modern"]), help="Recipe that the other settings start from.")
-@click.option("--epochs", type=int, help="Passes over the tiles.")
-@click.option("--batch-size", type=int, help="Tiles per step.")
+@click.option("--epochs", type=WHOLE, help="Passes over the tiles.")
+@click.option("--batch-size", type=WHOLE, help="Tiles per step.")
 @click.option("--encoder", type=click.Choice(ENCODERS), help="Encoder of the slice and, unless given, of the context.")
 @click.option("--context-encoder", type=click.Choice(ENCODERS), help="Encoder of the context.")
 @click.option(
@@ -196,10 +197,10 @@ def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_t
 @click.option(
     "--input", type=click.Choice(["dual", "single", "multisize"]), help="With a context, without, or the slice twice."
 )
-@click.option("--width", type=int, help="Decoder channels; 256 in the paper, twice that at 1/32.")
+@click.option("--width", type=WHOLE, help="Decoder channels; 256 in the paper, twice that at 1/32.")
 @click.option("--encoder-weights", metavar="FILE", help="imagenet, none, or a file of pretrained weights.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--seed", type=int, help="The same seed gives the same model on a CPU.")
+@click.option("--seed", type=WHOLE, help="The same seed gives the same model on a CPU.")
 @click.option("--set", "extra", multiple=True, callback=setting, metavar="KEY=VALUE", help="Any other key of [train].")
 @click.option(
     "--labels",
@@ -215,10 +216,10 @@ def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_t
     metavar="MODEL",
     help="Start from this model; with --labels reviewed from the one that predicted, unless this is none.",
 )
-@click.option("--folds", type=int, help="Cross-validation: so many models, each case validating once.")
-@click.option("--fold", type=int, help="Train only this one of the folds, from 1.")
-@click.option("--max-per-image", type=int, help="Most training tiles of an image.")
-@click.option("--max-per-class", "max_per_image_class", type=int, help="Most training tiles of an image and class.")
+@click.option("--folds", type=WHOLE, help="Cross-validation: so many models, each case validating once.")
+@click.option("--fold", type=WHOLE, help="Train only this one of the folds, from 1.")
+@click.option("--max-per-image", type=WHOLE, help="Most training tiles of an image.")
+@click.option("--max-per-class", "max_per_image_class", type=WHOLE, help="Most training tiles of an image and class.")
 @click.option("--hard", metavar="RUN", help="Show what the model of this run gets wrong more often.")
 @click.option(
     "--dataset", type=click.Path(path_type=Path), metavar="DIR", help="Keep the tiles there, for several runs."
@@ -356,7 +357,7 @@ def show_result(result: TrainResult | Folds, *, as_json: bool) -> None:
         note("There was no validation; the model is that of the last epoch.")
     if result.context_miou is not None:
         note(_worth_of_context(*result.context_miou))
-    note(f"Model: {result.best}\nCurves and everything else: {result.folder}")
+    note(f"Model: {result.best}", f"Curves and everything else: {result.folder}")
 
 
 def _worth_of_context(miou: float, blank: float) -> str:
@@ -399,7 +400,7 @@ def show(model: Path, as_json: bool) -> None:
     if as_json:
         echo_json({**header.to_json(), "model_id": header.model_id})
     else:
-        click.echo(describe(header))
+        say(*describe(header).splitlines())
 
 
 @click.command(short_help="Write a model as ONNX, for programs without torch.")
@@ -417,4 +418,4 @@ def onnx(model: Path, out: Path, as_json: bool) -> None:
     if as_json:
         echo_json({"onnx": out, "model_id": checkpoint.model_id})
     else:
-        click.echo(f"{out}: {checkpoint.header.model.title}")
+        say(f"{out}: {checkpoint.header.model.title}")

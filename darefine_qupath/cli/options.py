@@ -11,6 +11,8 @@ import click
 from darefine_qupath.geometry import MPP_LIMITS
 
 __all__ = [
+    "COUNT",
+    "WHOLE",
     "FiniteRange",
     "annotators_option",
     "engine_option",
@@ -19,6 +21,7 @@ __all__ = [
     "project_argument",
     "setting",
     "settings_option",
+    "whole_number",
 ]
 
 
@@ -32,6 +35,11 @@ class FiniteRange(click.FloatRange):
             self.fail(f"{number} is not a finite number.", param, ctx)
         return number
 
+
+WHOLE = click.IntRange(max=(1 << 31) - 1)
+"""A whole number that fits the columns of any library; its owner knows the least and the most that make sense."""
+COUNT = click.IntRange(1, WHOLE.max)
+"""Such a number from 1."""
 
 project_argument = click.argument("project", type=click.Path(path_type=Path))
 """A project file or its folder; the engine says what is wrong with it."""
@@ -63,6 +71,11 @@ settings_option = click.option(
 )
 
 
+def whole_number(text: str) -> int | None:
+    """Read a number of at most nine digits, 0 to 9 and no others; None where the text is none."""
+    return int(text) if len(text) <= 9 and text.isascii() and text.isdigit() else None
+
+
 def setting(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     """Turn ``key=value`` words into a table, numbers and true/false into what they mean."""
     table: dict[str, Any] = {}
@@ -77,11 +90,14 @@ def setting(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
 def _value(text: str) -> Any:  # noqa: ANN401 - what TOML would make of it
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
+    for kind in (int, float) if text.isascii() else ():
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
+        if not math.isfinite(number):
+            raise click.BadParameter(f"{text!r} is not a finite number")
+        return number
     if "," in text:
         return [_value(part) for part in text.split(",") if part]
     return text

@@ -18,9 +18,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from darefine_qupath.cli.lines import UNSEEN, note, say, visible
 from darefine_qupath.errors import DarefineError
 
-__all__ = ["Failures", "Report", "echo_json", "json_option", "note", "number", "percent", "progress_bar", "table"]
+__all__ = [
+    "Failures",
+    "Report",
+    "echo_json",
+    "json_option",
+    "note",
+    "number",
+    "percent",
+    "progress_bar",
+    "say",
+    "table",
+]
 
 _stderr = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 15.0
@@ -34,6 +46,8 @@ Report = Callable[[int, int, str], None]
 def echo_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Print one JSON object; a NaN becomes null, for strict readers."""
     text = json.dumps(_plain(value), ensure_ascii=False, indent=2)
+    # Line ends are ours: inside of texts they are escapes already. All others are the same JSON as escapes.
+    text = "\n".join(UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", line) for line in text.split("\n"))
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -52,11 +66,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def note(text: str) -> None:
-    """Say something to the person, apart from the result."""
-    click.echo(text, err=True)
 
 
 class Failures:
@@ -86,11 +95,12 @@ class Failures:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table; a column of numbers is right-aligned, all but the first."""
     if title is not None:
-        click.echo(title)
+        say(title)
+    rows = [[visible(cell) for cell in row] for row in rows]
     grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for index, column in enumerate(columns):
         is_text = index == 0 or any(cell[:1].isalpha() for cell in (row[index] for row in rows))
-        grid.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        grid.add_column(visible(column), justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     # A pipe has no width; a table must not be cut there.
@@ -121,13 +131,13 @@ def progress_bar(title: str) -> Iterator[Report]:
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=_stderr, transient=True) as bar:
         task = bar.add_task(title, total=1, text="")
 
         def report(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=max(1, total), text=text)
+            bar.update(task, completed=done, total=max(1, total), text=visible(text))
 
         yield report
 
@@ -140,6 +150,6 @@ def _plain_reporter(title: str) -> Report:
         now = time.monotonic()
         if now - last >= _QUIET_SECONDS:
             last = now
-            click.echo(f"{title}: {done}/{total} {text}".rstrip(), err=True)
+            note(f"{title}: {done}/{total} {text}".rstrip())
 
     return report

@@ -9,14 +9,16 @@ import click
 
 from darefine_qupath.annotations import NOBODY
 from darefine_qupath.cli.options import (
+    COUNT,
     annotators_option,
     engine_option,
     image_option,
     mpp_option,
     project_argument,
     settings_option,
+    whole_number,
 )
-from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, table
+from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, say, table
 from darefine_qupath.pipeline.exchanging import (
     Import,
     ImportOptions,
@@ -202,7 +204,7 @@ def check(project: Path, mpp: float | None, settings: Path | None, as_json: bool
         echo_json({"findings": [vars(finding) for finding in findings]})
     elif findings:
         for found in findings:
-            click.echo(f"{found.level}: {f'{found.image}: ' if found.image else ''}{found.message}")
+            say(f"{found.level}: {f'{found.image}: ' if found.image else ''}{found.message}")
     else:
         note("Nothing found.")
     if any(finding.level == "error" for finding in findings):
@@ -250,11 +252,18 @@ def import_(
         _show_imports(imports)
 
 
+def _which(text: str) -> int | str:
+    """Rank of a backup, or the beginning of its name, which is a date and so has more digits."""
+    rank = whole_number(text) if len(text) < 4 else None
+    return text if rank is None else rank
+
+
 def _label(text: str) -> tuple[int, str]:
-    value, equals, name = text.partition("=")
-    if not equals or not (value.strip().isascii() and value.strip().isdigit()) or not name.strip():
+    value, _, name = text.partition("=")
+    label = whole_number(value.strip())
+    if label is None or not name.strip():
         raise click.BadParameter(f"{text!r} is not N=CLASS", param_hint="--label")
-    return int(value), name.strip()
+    return label, name.strip()
 
 
 def _import_json(item: Import) -> dict[str, Any]:
@@ -278,7 +287,7 @@ def _show_imports(imports: tuple[Import, ...]) -> None:
     for item in imports:
         counts = [f"{item.added} added", f"{item.updated} updated" if item.updated else ""]
         counts += [f"{item.removed} taken out" if item.removed else "", f"{item.already} there already"]
-        click.echo(f"{item.file} -> {item.image.name}: {', '.join(count for count in counts if count)}")
+        say(f"{item.file} -> {item.image.name}: {', '.join(count for count in counts if count)}")
         named = (*item.file.repaired, *item.file.refused, *item.notes)
         for each in named[:_NAMED]:
             note(f"  {each}")
@@ -292,7 +301,7 @@ def _show_imports(imports: tuple[Import, ...]) -> None:
 @project_argument
 @click.option("--geojson", type=click.Path(path_type=Path), metavar="DIR", help="One FeatureCollection per image.")
 @click.option("--labels", type=click.Path(path_type=Path), metavar="DIR", help="One label TIFF per annotated image.")
-@click.option("--downsample", type=click.IntRange(1), default=8, show_default=True, help="Of the label images.")
+@click.option("--downsample", type=COUNT, default=8, show_default=True, help="Of the label images.")
 @annotators_option
 @image_option
 @settings_option
@@ -333,9 +342,9 @@ def export(
         failures.end()
         return
     for entry, count in found.get("geojson", {}).items():
-        click.echo(f"{geojson}/{entry}.geojson: {count} features")
+        say(f"{geojson}/{entry}.geojson: {count} features")
     for entry, size in found.get("labels", {}).items():
-        click.echo(f"{labels}/{entry}.tif: {size[0]} x {size[1]}")
+        say(f"{labels}/{entry}.tif: {size[0]} x {size[1]}")
     failures.end()
 
 
@@ -355,13 +364,12 @@ def restore(project: Path, image: str, list_only: bool, which: str, as_json: boo
         if as_json:
             echo_json({"backups": names})
         else:
-            click.echo("\n".join(names) or "There are no backups.")
+            say(*(names or ["There are no backups."]))
         return
-    is_number = len(which) < 4 and which.isascii() and which.isdigit()
-    applied = restore_backup(project, image, int(which) if is_number else which)
+    applied = restore_backup(project, image, _which(which))
     if as_json:
         echo_json({"objects": applied.num_objects, "backup": applied.backup, "warnings": list(applied.warnings)})
         return
-    click.echo(f"{image} has {applied.num_objects} objects now; what was there is in {applied.backup}")
+    say(f"{image} has {applied.num_objects} objects now; what was there is in {applied.backup}")
     for warning in applied.warnings:
         note(f"Warning: {warning}")

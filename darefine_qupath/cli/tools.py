@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, table
+from darefine_qupath.cli.options import COUNT, WHOLE
+from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, say, table
 from darefine_qupath.demo import make_project
 from darefine_qupath.doctor import diagnose
 from darefine_qupath.review import install_scripts
@@ -16,10 +17,12 @@ __all__ = ["demo", "doctor", "qupath_scripts"]
 
 @click.command(short_help="Make a QuPath project of generated slides.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--train", "num_train", type=click.IntRange(1), default=4, show_default=True, help="Annotated slides.")
-@click.option("--test", "num_test", type=click.IntRange(0), default=1, show_default=True, help="Slides to predict.")
+@click.option("--train", "num_train", type=COUNT, default=4, show_default=True, help="Annotated slides.")
+@click.option(
+    "--test", "num_test", type=click.IntRange(0, 10_000), default=1, show_default=True, help="Slides to predict."
+)
 @click.option("--side", type=click.IntRange(1600, 40_000), default=6144, show_default=True, help="Side in pixels.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the first slide; the next ones count up.")
+@click.option("--seed", type=WHOLE, default=1, show_default=True, help="Of the first slide; the next ones count up.")
 @json_option
 def demo(folder: Path, num_train: int, num_test: int, side: int, seed: int, as_json: bool) -> None:
     """Make a QuPath project of generated slides in FOLDER: annotated ones to learn from, bare ones to predict.
@@ -41,7 +44,7 @@ def demo(folder: Path, num_train: int, num_test: int, side: int, seed: int, as_j
     if as_json:
         echo_json({"project": made.path, "truth": made.truth, "train": list(made.train), "test": list(made.test)})
         return
-    click.echo(made.path)
+    say(made.path)
     note(f"{num_train} annotated slides and {num_test} to predict; their truth is in {made.truth}")
 
 
@@ -70,4 +73,4 @@ def qupath_scripts(folder: Path, force: bool) -> None:
     In QuPath: Automate > User scripts > Set script directory.
     """
     for script in install_scripts(folder, overwrite=force):
-        click.echo(script)
+        say(script)

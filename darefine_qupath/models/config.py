@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -114,8 +115,8 @@ class ModelConfig:
             If a key is not known or a value cannot be used.
         """
         known = [item.name for item in fields(cls)]
-        unknown = sorted(set(data) - set(known))
-        if unknown:
+        unknown = sorted(set(map(str, data)) - set(known))
+        if unknown or not isinstance(data, Mapping):
             raise ModelError(f"Unknown network setting {unknown}; known are {known}")
         return cls(**data)
 
@@ -213,7 +214,7 @@ class Normalisation:
         try:
             context = None if data.get("context") is None else cls.from_json(data["context"])
             return cls(mean=tuple(data["mean"]), std=tuple(data["std"]), context=context)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ModelError(f"Not a normalisation: {data!r} ({error})") from None
 
 

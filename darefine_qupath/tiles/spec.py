@@ -100,6 +100,7 @@ class TileSpec:
     def __post_init__(self) -> None:
         if self.placement not in _PLACEMENTS:
             raise TileError(f"placement is {self.placement!r}; it must be one of {list(_PLACEMENTS)}")
+        self._check_types()
         for name, size in (("size_px", self.size_px), ("context_size_px", self.context_size_px)):
             if size is not None and size < 1:
                 raise TileError(f"{name} must be at least 1 pixel, got {size}")
@@ -112,6 +113,14 @@ class TileSpec:
                 f"slice/context/stride_um = {micrometres}, _px = {pixels}"
             )
         _check_order(*given[0], "um" if self.is_physical else "px")
+
+    def _check_types(self) -> None:
+        """Refuse what a file may hold in the place of a number."""
+        for name, value in asdict(self).items():
+            kinds = (int, float) if name.endswith("_um") else (int,)
+            is_left_out = value is None and name != "size_px"
+            if name != "placement" and not is_left_out and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise TileError(f"{name} = {value!r} must be a {'' if float in kinds else 'whole '}number")
 
     def _triple(self, unit: str) -> tuple[Any, Any, Any]:
         return (getattr(self, f"slice_{unit}"), getattr(self, f"context_{unit}"), getattr(self, f"stride_{unit}"))
