@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor
 from darefine_qupath import __version__
 from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import CheckpointError, ClassMapError, ModelError, TileError
+from darefine_qupath.errors import CheckpointError
+from darefine_qupath.limits import NOTES, naming, parse_json, spoken
 from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
 from darefine_qupath.models.onnx import export_network
 from darefine_qupath.tiles import TileSpec
@@ -55,6 +56,8 @@ VERSION = 1
 _KEY = "darefine"
 _ID_LENGTH = 12
 _MAX_LISTED = 6
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,12 +340,10 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CheckpointError(f"There is no model file {path}; {expected}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file, naming(path, CheckpointError):
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is {_kind(path)} ({error}); {expected}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is {_kind(path)} ({spoken(error)}); {expected}") from error
 
 
 def _kind(path: Path) -> str:
@@ -363,28 +364,41 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
         raise CheckpointError(
             f"{path} holds weights of another program; {expected}. Weights for an encoder go with --encoder-weights"
         )
-    try:
-        data = json.loads(text)
+    damaged = f"{path} has a damaged header"
+    with naming(damaged, CheckpointError):
+        data = parse_json(text, NOTES)
         kind, version = data["format"], data["version"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} has a damaged header; {expected}") from None
     if kind != FORMAT or version != VERSION:
         hint = "; a newer darefine wrote it, upgrade" if isinstance(version, int) and version > VERSION else ""
         raise CheckpointError(f"{path} is {kind} version {version}; {expected}{hint}")
-    try:
+    with naming(damaged, CheckpointError):
         return CheckpointHeader(
             model=ModelConfig.from_json(data["model"]),
             tiles=TileSpec.from_json(data["tiles"]),
             classes=ClassMap.from_json(data["classes"]),
             normalisation=Normalisation.from_json(data["normalisation"]),
-            provenance=data["provenance"],
-            weights_sha256=data["weights_sha256"],
-            num_parameters=data["num_parameters"],
+            provenance=_provenance(data["provenance"]),
+            weights_sha256=_of_kind(str, "weights_sha256", data["weights_sha256"]),
+            num_parameters=_of_kind(int, "num_parameters", data["num_parameters"]),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{path} has a damaged header: {error} is missing; {expected}") from None
-    except (ModelError, TileError, ClassMapError, TypeError) as error:
-        raise CheckpointError(f"{path} has a damaged header: {error}; {expected}") from None
+
+
+def _provenance(data: object) -> Mapping[str, Any]:
+    """Return where a model comes from, as far as anything is decided by it, of the types it was written with."""
+    found = _of_kind(dict, "provenance", data)
+    kinds: dict[str, type] = {"project": str, "images": dict, "split": dict, "stain": dict}
+    for key, kind in kinds.items():
+        if found.get(key) is not None:
+            _of_kind(kind, f"provenance.{key}", found[key])
+    if (found.get("split") or {}).get("images") is not None:
+        _of_kind(dict, "provenance.split.images", found["split"]["images"])
+    return found
+
+
+def _of_kind(kind: type[T], name: str, value: object) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__} and no {kind.__name__}")
+    return value
 
 
 def _misfits(config: ModelConfig, state: Mapping[str, Tensor]) -> str:

@@ -62,6 +62,13 @@ _log = logging.getLogger(__name__)
 _BOM = b"\xef\xbb\xbf"
 _MAX_WORDS = 300
 _MAX_DIGITS = 400
+# Nobody writes that many settings, and the reader takes the square of a key's parts.
+_LARGEST_TOML = 1 << 20
+_MOST_KEY_PARTS = 16
+_TOML_TEXTS = re.compile(
+    rb'''"""(?:[^\\]|\\.)*?(?:"""|\Z)|\'{3}.*?(?:\'{3}|\Z)|"(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|\#[^\n]*''', re.DOTALL
+)
+_TOML_ENDS = re.compile(rb"[=,\n{}\[\]]")
 _BRACKETS = b"[{]}"
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 _MAY_BE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -345,9 +352,13 @@ def parse_toml(data: bytes, limits: Limits) -> dict[str, Any]:
     ------
     ValueError
         If it is not TOML, or goes beyond the limits.
-    RecursionError
-        If it is nested too deeply.
     """
+    if len(data) > _LARGEST_TOML:
+        raise LimitError(f"it is larger than {_LARGEST_TOML:,} bytes")
+    bare = _TOML_TEXTS.sub(b"", data)
+    _check_brackets(bare, limits)
+    if any(key.count(b".") > _MOST_KEY_PARTS for key in _TOML_ENDS.split(bare)):
+        raise LimitError(f"it has a key of more than {_MOST_KEY_PARTS} parts")
     tables = tomllib.loads(data.removeprefix(_BOM).decode())
     check_values(tables, limits)
     return tables
@@ -460,7 +471,11 @@ def check_depth(data: bytes, limits: Limits) -> None:
         return
     # Escapes pair up from the left, so what is left of a quote after these two is a quote that begins or ends a string.
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = b"".join(bare.split(b'"')[::2]).translate(None, _OTHERS)
+    _check_brackets(b"".join(bare.split(b'"')[::2]), limits)
+
+
+def _check_brackets(bare: bytes, limits: Limits) -> None:
+    brackets = bare.translate(None, _OTHERS)
     # Upwards for [ and {, downwards for ] and }: "[" is 0x5B, "]" 0x5D, and the braces are 32 further.
     steps = 1 - (np.frombuffer(brackets, np.uint8) & 0x07 == 5) * np.int8(2)
     if steps.cumsum(dtype=np.int32).max(initial=0) > limits.depth:

@@ -1,9 +1,12 @@
-"""Damage for the files of a project: the same for a seeded slice in the tests and for ``scripts/fuzz``."""
+"""Damage for files of all kinds: the same for a seeded slice in the tests and for ``scripts/fuzz``."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 EXTREMES = (
     b"\x00" * 4,
@@ -31,6 +34,34 @@ JSON_PARTS = (
     b"\xff",
     b"\\ud800",
 )
+
+NASTY = (
+    "null",
+    "true",
+    "0",
+    "-1",
+    "2147483648",
+    "10000000",
+    "1e308",
+    "-1e300",
+    "NaN",
+    "Infinity",
+    "9" * 5000,
+    '""',
+    '"x"',
+    '"\\ud800"',
+    '"\\u001b]0;owned\\u0007\\u202e"',
+    '"\u00b2"',
+    '"' + "a" * 70_000 + '"',
+    "[]",
+    "{}",
+    "[[[[1]]]]",
+    "[" * 900 + "]" * 900,
+    '{"a":' * 900 + "1" + "}" * 900,
+)
+"""What may stand in the place of any JSON value, as it is spelled."""
+
+_PLACE = "\ue000here\ue000"
 
 
 def _set_byte(data: bytearray, at: int, rng: random.Random) -> None:
@@ -100,3 +131,92 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         if copy:
             rng.choice(ways)(copy, rng.randrange(len(copy)), rng)
     return bytes(copy)
+
+
+# -- structure
+
+
+def json_mutants(value: Any, rng: random.Random) -> Iterator[str]:  # noqa: ANN401 - any JSON value
+    """Spellings of a JSON value that is `NASTY` in one place, or lacks one; some for every place."""
+    for way in _ways(value):
+        yield from _spelled(value, way, (*rng.sample(NASTY, 4),))
+        if way:
+            copy = json.loads(json.dumps(value))
+            holder = _at(copy, way[:-1])
+            del holder[way[-1]]
+            yield json.dumps(copy)
+
+
+def json_mutant(data: bytes, rng: random.Random) -> bytes:
+    """JSON with one to five of its values, or keys, made nasty; bytes that are no JSON are `damaged`."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return damaged(data, rng)
+    text = data.decode()
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        ways = list(_ways(value, limit=2000))
+        way = rng.choice(ways)
+        kind = rng.random()
+        if kind < 0.75 or not way:
+            text = next(_spelled(value, way, (rng.choice(NASTY),)))
+        else:
+            holder = _at(value, way[:-1])
+            if kind < 0.85:
+                del holder[way[-1]]
+            elif isinstance(holder, list):
+                holder[way[-1] : way[-1]] = [holder[way[-1]]] * rng.choice((1, 3, 50))
+            else:
+                holder[rng.choice(("", "x", "type", "\x1b[2J", "a" * 70_000))] = holder.pop(way[-1])
+            text = json.dumps(value)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+    return text.encode("utf-8", "surrogatepass")
+
+
+def xml_mutant(data: bytes, rng: random.Random) -> bytes:
+    """XML with one to five attributes made nasty, or elements left out, doubled or put into themselves."""
+    text = data.decode("utf-8", "replace")
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        attributes = list(re.finditer(r'="([^"]*)"', text))
+        elements = list(re.finditer(r"<(\w+)\b[^<>]*(?:/>|>[^<>]*</\1>)|<(\w+)\b[^<>]*>", text))
+        if attributes and rng.random() < 0.6:
+            found = rng.choice(attributes)
+            word = rng.choice(NASTY).strip('"').replace("<", "").replace("&", "").replace('"', "'")
+            text = f'{text[: found.start()]}="{word}"{text[found.end() :]}'
+        elif elements:
+            found = rng.choice(elements)
+            name = found[1] or found[2]
+            times = rng.choice((0, 2, 30, 900))
+            middle = f"<{name}>" * times + found[0] + f"</{name}>" * times if rng.random() < 0.4 else found[0] * times
+            text = text[: found.start()] + middle + text[found.end() :]
+    return text.encode("utf-8", "replace")
+
+
+def _ways(value: Any, limit: int = 1 << 30) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401
+    """Ways from the outside in to the values of a JSON value."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while waiting and limit:
+        way, item = waiting.pop(0)
+        limit -= 1
+        yield way
+        pairs = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+        waiting.extend(((*way, key), part) for key, part in pairs)
+
+
+def _at(value: Any, way: tuple[Any, ...]) -> Any:  # noqa: ANN401
+    for key in way:
+        value = value[key]
+    return value
+
+
+def _spelled(value: Any, way: tuple[Any, ...], nasty: tuple[str, ...]) -> Iterator[str]:  # noqa: ANN401
+    copy = json.loads(json.dumps(value))
+    if way:
+        _at(copy, way[:-1])[way[-1]] = _PLACE
+    else:
+        copy = _PLACE
+    text = json.dumps(copy, ensure_ascii=False)
+    return (text.replace(f'"{_PLACE}"', each) for each in nasty)

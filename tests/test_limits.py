@@ -82,8 +82,10 @@ def test_what_qupath_writes_may_be_asked_for() -> None:
     ("text", "said"),
     [
         (b"a = " + b"[" * 900 + b"]" * 900, "nested"),
-        (b"[" + b".".join([b"a"] * 900) + b"]", "nested more than 100 levels"),
+        (b"[" + b".".join([b"a"] * 900) + b"]", "key of more than 16 parts"),
         (b"a = " + b"9" * 5000, "digits"),
+        (b"\n".join([b'\'a.b\' . "c\\".d"' + b".e" * 15 + b" = 1"]), "key of more than 16 parts"),
+        (b"a = " + b'"\\' * 100_000, "not valid TOML"),
         (b"a = nan", "finite"),
         (b"a = [1, -inf]", "finite"),
         (b"a = ", "not valid TOML"),

@@ -16,6 +16,8 @@ __all__ = ["UNSEEN", "LogFormatter", "note", "say", "visible"]
 UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 """Control characters of both ranges, marks and overrides of the writing direction, line ends, half characters."""
 
+_LONGEST = 4000
+
 
 def visible(text: str) -> str:
     r"""Write `UNSEEN` characters as escapes: ``\x1b``, ``\u202e``."""
@@ -29,9 +31,10 @@ def say(*lines: object) -> None:
 
 
 def note(*lines: object) -> None:
-    """Say something to the person, apart from the result."""
+    """Say something to the person, apart from the result; what is longer than any of our sentences is cut."""
     for line in lines:
-        click.echo(visible(str(line)), err=True)
+        text = visible(str(line))
+        click.echo(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...", err=True)
 
 
 class LogFormatter(logging.Formatter):

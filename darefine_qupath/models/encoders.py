@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from darefine_qupath.errors import ModelError
+from darefine_qupath.limits import spoken
 from darefine_qupath.models.efficientnet_lite import EfficientNetLite0, imagenet_weights_file
 from darefine_qupath.models.network import SegmentationNetwork
 from darefine_qupath.models.resnet import RESNETS, ResNet
@@ -132,10 +133,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"There is no file {path} to load encoder weights from")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_without_code(path)
-    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(
-            f"{path} holds no weights that can be read safely ({reason}); save a plain state_dict, best as .safetensors"
+            f"{path} holds no weights that can be read safely ({spoken(error)}); save a plain state_dict, best as "
+            f".safetensors"
         ) from error
     for key in ("state_dict", "model", "model_state_dict", "teacher", "student"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -17,6 +17,7 @@ import torch
 from darefine_qupath.atomic import replacing
 from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.errors import ConfigError, DarefineError, TileError, TrainingError
+from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.hardness import hard_weights
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of
@@ -156,16 +157,18 @@ class TrainRequest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainRequest:
         """Request of what `to_json` gave."""
-        tiles = dict(data["tiles"])
+        tables = {key: dict(data[key]) for key in ("tiles", "model", "train", "split", "sampling")}
+        tiles = tables["tiles"]
         tiles.update(
             project=Path(tiles["project"]),
             settings=None if tiles["settings"] is None else Path(tiles["settings"]),
             images=tuple(tiles["images"]),
             annotators=tuple(tiles.get("annotators", ())),
         )
-        split = {key: tuple(value) if isinstance(value, list) else value for key, value in data["split"].items()}
+        split = {key: tuple(value) if isinstance(value, list) else value for key, value in tables["split"].items()}
         paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}
-        return cls(**{**data, **paths, "tiles": TileRequest(**tiles), "split": split, "out": Path(data["out"])})
+        changed = {**tables, **paths, "tiles": TileRequest(**tiles), "split": split, "out": Path(data["out"])}
+        return cls(**{**data, **changed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,10 +388,9 @@ def resume_training(
     file = folder / _REQUEST
     if not file.is_file():
         raise TrainingError(f"{folder} holds no run to go on with (no {_REQUEST}); give the folder of darefine train")
-    try:
-        request = TrainRequest.from_json(json.loads(file.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{file} is damaged ({error}); the run cannot go on") from None
+    data = _read_json(file)
+    with naming(f"{file} is damaged; the run cannot go on", TrainingError):
+        request = TrainRequest.from_json(data)
     # Whatever stands in the project's settings now, the run goes on with those that it began with.
     tiles = replace(request.tiles, settings=folder / _SETTINGS)
     request = replace(request, out=folder, tiles=tiles, train={**request.train, **(changes or {})})
@@ -578,10 +580,10 @@ def _note(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); the run cannot go on") from None
+    with naming(f"{path} is damaged; the run cannot go on", TrainingError):
+        data = parse_json(read_file(path, NOTES), NOTES)
+        if not isinstance(data, dict):
+            raise TypeError("it holds no JSON object")
     return data
 
 

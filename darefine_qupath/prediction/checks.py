@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from darefine_qupath.errors import SlideError
+from darefine_qupath.errors import PredictionError, SlideError
+from darefine_qupath.geometry import MPP_LIMITS
+from darefine_qupath.limits import naming
 from darefine_qupath.prediction.scoremap import SlideWarning
 from darefine_qupath.tiles.reading import read_slice
 
@@ -152,7 +154,9 @@ def _unreadable(boxes: Sequence[Box], num_probes: int) -> SlideWarning:
 def _check_mpp(tiles: TileSpec, mpp: float | None, trained: Any) -> SlideWarning | None:  # noqa: ANN401 - JSON
     if mpp is None:
         return None
-    known = [float(value) for value in (trained if isinstance(trained, list | tuple) else [trained]) if value]
+    values = trained if isinstance(trained, list | tuple) else [trained]
+    least, largest = MPP_LIMITS
+    known = [float(value) for value in values if isinstance(value, int | float) and least <= value <= largest]
     if known:
         ratio = min((mpp / value for value in known), key=lambda ratio: abs(math.log(ratio)))
         if max(ratio, 1 / ratio) <= _MPP_LIMIT:
@@ -173,7 +177,9 @@ def _check_stain(images: Iterable[NDArray[np.uint8]], trained: object) -> SlideW
     found = stain_statistics(images)
     if found is None or not isinstance(trained, Mapping):
         return None
-    distance = stain_distance(found, StainStatistics.from_json(trained))
+    with naming("The stain in the model's header", PredictionError):
+        known = StainStatistics.from_json(trained)
+    distance = stain_distance(found, known)
     if distance <= _STAIN_LIMIT:
         return None
     message = f"the stain is {distance:.2f} standard deviations from that of training (more than {_STAIN_LIMIT:g})"

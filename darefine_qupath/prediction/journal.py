@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import PredictionError
+from darefine_qupath.limits import NOTES, naming, open_file, parse_json, read_file
 from darefine_qupath.locks import open_lock, try_lock
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.forward import EngineSettings
@@ -135,16 +133,16 @@ class Journal:
             None when there is nothing to go on with: nothing was begun, it was another prediction, or it is damaged.
         """
         path = self.folder / "journal.json"
+        if not path.exists():
+            return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            state = JournalState.from_json(data)
+            with naming(path, PredictionError):
+                state = JournalState.from_json(parse_json(read_file(path, NOTES), NOTES))
             if state.fingerprint != fingerprint or state.format != _FORMAT:
                 _log.info("%s belongs to another model, image or options: starting over", path)
                 return None
             self._check(state, bottoms, width)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (PredictionError, OSError, ValueError, TypeError, KeyError) as error:
+        except (PredictionError, ValueError) as error:
             _log.warning("%s cannot be gone on with (%s): starting over", path, error)
             return None
         return state
@@ -211,10 +209,11 @@ def _write_array(path: Path, values: NDArray[Any]) -> None:
 
 
 def _read_array(path: Path) -> NDArray[Any]:
-    try:
-        # Opened here: numpy leaves a file open whose zip it cannot read, and Windows would not remove it.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            values: NDArray[Any] = stored["values"]
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-        raise PredictionError(f"{path} is damaged ({error}); predict again, it starts over") from error
+    # Opened here: numpy leaves a file open whose zip it cannot read, and Windows would not remove it.
+    with (
+        naming(f"{path} is damaged; predict again, it starts over", PredictionError),
+        open_file(path) as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
+        values: NDArray[Any] = stored["values"]
     return values

@@ -19,7 +19,8 @@ from rasterio.windows import Window
 from darefine_qupath.atomic import followed, keep_attributes, put_in_place, replacing
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import PredictionError
-from darefine_qupath.geometry import Box, Size
+from darefine_qupath.geometry import MPP_LIMITS, Box, Size
+from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,6 +36,7 @@ _SIDECAR = "scoremap.json"
 _TILE = 256
 _ROWS = 2 * _TILE
 _CACHE_MB = 64
+_LARGEST_DOWNSAMPLE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,22 +259,20 @@ def read_score_map(folder: Path) -> ScoreMap:
         If there is none, or it is unfinished or damaged.
     """
     path = folder / _SIDECAR
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise PredictionError(f"No finished score map in {folder}; run darefine predict") from None
-    except OSError as error:
-        raise PredictionError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
+    damaged = f"{path} is damaged; delete it and predict again"
+    with naming(damaged, PredictionError):
+        try:
+            data = parse_json(read_file(path, NOTES), NOTES)
+        except (FileNotFoundError, NotADirectoryError):
+            data = None
+    if data is None:
+        raise PredictionError(f"No finished score map in {folder}; run darefine predict")
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
         raise PredictionError(f"{path} has format {found!r}, expected {FORMAT!r}; predict again")
-    try:
+    with naming(damaged, PredictionError):
         score_map = _from_json(folder, data)
         lengths = {layer: int(length) for layer, length in data.get("bytes", {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PredictionError(f"{path} is damaged ({error}); delete it and predict again") from None
     missing = [layer for layer in _LAYERS if not score_map.path(layer).is_file()]
     if missing:
         raise PredictionError(f"{folder} lacks the layers {missing}; predict again")
@@ -286,12 +286,14 @@ def read_score_map(folder: Path) -> ScoreMap:
 
 
 def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
+    least, largest = MPP_LIMITS
+    mpp = None if data["mpp"] is None else float(data["mpp"])
     score_map = ScoreMap(
         folder=folder,
         size=Size(*map(int, data["size"])),
         box=Box(*map(int, data["box"])),
         downsample=float(data["downsample"]),
-        mpp=None if data["mpp"] is None else float(data["mpp"]),
+        mpp=mpp,
         classes=ClassMap.from_json(data["classes"]),
         model_id=data["model"],
         fingerprint=data["fingerprint"],
@@ -305,6 +307,8 @@ def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
         # The box is rounded outwards.
         if abs(pixels * score_map.downsample - length) > 1:
             raise ValueError(f"{pixels} map pixels of {score_map.downsample} are not {length} level-0 pixels")
+    if not 0 < score_map.downsample < _LARGEST_DOWNSAMPLE or not (mpp is None or least <= mpp <= largest):
+        raise ValueError(f"a downsample of {score_map.downsample} and {mpp} um per pixel cannot be")
     if len(score_map.class_pixels) != score_map.classes.num_classes:
         raise ValueError(f"it counts {len(score_map.class_pixels)} classes of {score_map.classes.num_classes}")
     return score_map

@@ -24,6 +24,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, SlideError, SlideNotFoundError, TileError
+from darefine_qupath.limits import DATA, NOTES, naming, parse_json, read_file
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
 from darefine_qupath.tiles.screening import (
     Finder,
@@ -144,18 +145,15 @@ def load_index(folder: Path) -> TileIndex:
         If there is no finished dataset, or it is damaged or of another version.
     """
     manifest = _manifest(folder)
-    try:
+    with naming(f"The dataset {folder} is damaged; build it again", TileError):
         spec, classes = TileSpec.from_json(manifest["spec"]), ClassMap.from_json(manifest["classes"])
         images = tuple(TileImage.from_json(data) for data in manifest["images"])
         numbers = {image.id: number for number, image in enumerate(images)}
-        with (folder / _TILES).open(encoding="utf-8") as lines:
-            rows = np.array([_row(json.loads(line), numbers) for line in lines], np.int64)
-        index = TileIndex.of_rows(spec, classes, images, rows)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise TileError(f"The dataset {folder} is damaged ({error!r}); build it again") from error
-    if len(index) != manifest["num_tiles"]:
-        raise TileError(f"The dataset {folder} has {len(index)} of {manifest['num_tiles']} tiles; build it again")
-    return index
+        lines = read_file(folder / _TILES, DATA).splitlines()
+        if len(lines) != manifest["num_tiles"]:
+            raise TileError(f"it has {len(lines)} of {manifest['num_tiles']} tiles")
+        rows = np.array([_row(parse_json(line, NOTES), numbers) for line in lines], np.int64)
+        return TileIndex.of_rows(spec, classes, images, rows)
 
 
 def dataset_digest(folder: Path) -> str:
@@ -179,11 +177,12 @@ class DatasetReader:
 
     def __init__(self, folder: Path) -> None:
         manifest = _manifest(folder)
-        self._files = PixelFolder(
-            root=folder / _PIXELS,
-            storage=Storage(**manifest["storage"]),
-            classes=ClassMap.from_json(manifest["classes"]),
-        )
+        with naming(folder / _MANIFEST, TileError):
+            self._files = PixelFolder(
+                root=folder / _PIXELS,
+                storage=Storage(**manifest["storage"]),
+                classes=ClassMap.from_json(manifest["classes"]),
+            )
 
     def read(self, record: TileRecord) -> TilePixels:
         """Read one tile.
@@ -311,10 +310,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        data: dict[str, Any] = json.loads(line)
+        data = parse_json(line, NOTES)
     except ValueError:
         return None
-    return data
+    return data if isinstance(data, dict) else None
 
 
 class _Journal:
@@ -436,13 +435,11 @@ def _write_manifest(out: Path, index: TileIndex, request: Mapping[str, Any], sta
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not path.exists():
+        raise TileError(f"{folder} holds no finished dataset; build it with darefine tiles")
+    with naming(f"{path} is damaged; build the dataset again", TileError):
+        manifest = parse_json(read_file(path, NOTES), NOTES)
         kind, version = manifest["format"], manifest["version"]
-    except FileNotFoundError:
-        raise TileError(f"{folder} holds no finished dataset; build it with darefine tiles") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TileError(f"{path} is damaged ({error!r}); build the dataset again") from error
     if (kind, version) != (FORMAT, VERSION):
         raise TileError(f"{path} is {kind!r} version {version}, not {FORMAT!r} version {VERSION}; build it again")
     return dict(manifest)

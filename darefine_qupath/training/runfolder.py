@@ -12,7 +12,8 @@ from PIL import Image
 
 from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import DarefineError, TrainingError
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.models import ModelConfig, Normalisation
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.recipe import TrainConfig
@@ -172,7 +173,11 @@ class RunFolder:
         """Lines of the metrics, oldest first; a last line that was cut off does not count."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines(keepends=True) if _whole(line)]
+        with naming(f"{self.metrics} is damaged; move it away to go on without it", TrainingError):
+            lines = read_file(self.metrics, NOTES).splitlines(keepends=True)
+            found = [parse_json(line, NOTES) for line in lines if line.endswith(b"}\n")]
+            # What every reader asks of a line.
+            return [{**record, "step": int(record["step"])} for record in found]
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of epochs that ended after `step`: they are about to be trained again."""
@@ -209,21 +214,14 @@ def read_run(path: Path) -> RunSettings:
     file = RunFolder(path).settings
     if not file.is_file():
         raise TrainingError(f"{path} holds no training run (no {file.name}); give the folder that darefine train wrote")
-    try:
-        data = json.loads(file.read_text("utf-8"))
-        if (data["format"], data["version"]) != (FORMAT, VERSION):
-            raise TrainingError(
-                f"{file} is {data['format']} version {data['version']}; expected {FORMAT} version {VERSION}"
-            )
+    damaged = f"{file} is damaged; start a new run"
+    with naming(damaged, TrainingError):
+        data = parse_json(read_file(file, NOTES), NOTES)
+        kind, version = data["format"], data["version"]
+    if (kind, version) != (FORMAT, VERSION):
+        raise TrainingError(f"{file} is {kind} version {version}; expected {FORMAT} version {VERSION}")
+    with naming(damaged, TrainingError):
         return RunSettings.from_json(data)
-    except TrainingError:
-        raise
-    except (ValueError, KeyError, TypeError, DarefineError) as error:
-        raise TrainingError(f"{file} is damaged ({error}); start a new run") from error
-
-
-def _whole(line: str) -> bool:
-    return line.endswith("}\n")
 
 
 def _readme(settings: RunSettings) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import TrainingError
+from darefine_qupath.limits import NOTES, naming, parse_json, spoken
 from darefine_qupath.training.stepping import Stepper
 
 __all__ = ["Counters", "load_state", "read_trained", "save_state"]
@@ -57,6 +58,21 @@ class Counters:
     best_epoch: int | None = None
     num_stale: int = 0
     is_finished: bool = False
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Counters:
+        """Counters as they stand in a state.
+
+        Raises
+        ------
+        TypeError
+            If one is no number.
+        """
+        known = cls(**data)
+        wrong = [key for key, value in data.items() if not isinstance(value, (int, float)) and value is not None]
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} should be numbers")
+        return known
 
 
 def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
@@ -139,6 +155,7 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
         If the file is damaged, of another version, or belongs to another network or recipe.
     """
     with _opened(path) as (header, file):
+        counters, step = Counters.from_json(header["counters"]), int(header["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     try:
         stepper.network.load_state_dict(_under("network/", tensors))
@@ -147,11 +164,13 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
         _restore_optimiser(stepper, _under("optimiser/", tensors))
         if header["scaler"]:  # empty where the run had no need of one; fp16 may have been chosen since
             stepper.scaler.load_state_dict(header["scaler"])
-    except (RuntimeError, KeyError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"{path} does not belong to this network and recipe ({reason}); train afresh") from error
-    stepper.step = header["step"]
-    return Counters(**header["counters"])
+    except Exception as error:
+        # torch, and its optimisers, stumble over a foreign state in any way there is.
+        raise TrainingError(
+            f"{path} does not belong to this network and recipe ({spoken(error)}); train afresh"
+        ) from error
+    stepper.step = step
+    return counters
 
 
 def _restore_optimiser(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
@@ -176,14 +195,10 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Give the header of a state and the open file, whose tensors are read when asked for."""
     if not path.is_file():
         raise TrainingError(f"There is no training state {path} to go on from; train without --resume")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("darefine", "{}"))
-            if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-                raise TrainingError(
-                    f"{path} is {header.get('format', 'a file of another program')} version {header.get('version')}; "
-                    f"expected {FORMAT} version {VERSION}; train afresh"
-                )
+    with naming(f"The training state {path} is damaged; train afresh", TrainingError), safe_open(path, "pt") as file:
+        header = parse_json((file.metadata() or {}).get("darefine", "{}"), NOTES)
+        kind, version = header.get("format", "a file of another program"), header.get("version")
+        if (kind, version) == (FORMAT, VERSION):
             yield header, file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise TrainingError(f"The training state {path} is damaged ({error}); train afresh") from error
+    if (kind, version) != (FORMAT, VERSION):
+        raise TrainingError(f"{path} is {kind} version {version}; expected {FORMAT} version {VERSION}; train afresh")
