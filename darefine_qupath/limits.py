@@ -357,7 +357,7 @@ def parse_toml(data: bytes, limits: Limits) -> dict[str, Any]:
         raise LimitError(f"it is larger than {_LARGEST_TOML:,} bytes")
     bare = _TOML_TEXTS.sub(b"", data)
     _check_brackets(bare, limits)
-    if any(key.count(b".") > _MOST_KEY_PARTS for key in _TOML_ENDS.split(bare)):
+    if any(key.count(b".") >= _MOST_KEY_PARTS for key in _TOML_ENDS.split(bare)):
         raise LimitError(f"it has a key of more than {_MOST_KEY_PARTS} parts")
     tables = tomllib.loads(data.removeprefix(_BOM).decode())
     check_values(tables, limits)

@@ -195,7 +195,7 @@ SIDES = {"slice_px": 100, "context_px": 500, "stride_px": 100}
         ({"model": TINY.to_json() | {"width": 10**7}}, "damaged header: width = 10000000 must be .* at most 1024"),
         ({"tiles": SIDES | {"size_px": 10**7}}, r"damaged header: size_px = 1e\+07 is too large; .* at most 8,192"),
         ({"tiles": SIDES | {"context_px": 10**7}}, r"damaged header: context_px = 1e\+07 is too large"),
-        ({"tiles": SIDES | {"context_size_px": float("inf")}}, "damaged header: context_size_px = inf must be finite"),
+        ({"tiles": SIDES | {"context_size_px": float("inf")}}, "damaged header: .*finite"),
         ({"tiles": {"size_px": 5}}, "damaged header: Give slice, context and stride"),
         ({"classes": {}}, "damaged header: Not a class map"),
         ({"normalisation": {}}, "damaged header: Not a normalisation"),

@@ -171,12 +171,14 @@ def test_a_local_cluster_computes_in_as_many_threads_as_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submitted: list[tuple[object, ...]] = []
+    hosts: list[object] = []
 
     class Dask:
         """Stands for the cluster and its client; like Dask it leaves one thread in the environment."""
 
-        def __init__(self, *_: object, **__: object) -> None:
+        def __init__(self, *_: object, **options: object) -> None:
             monkeypatch.setenv("OMP_NUM_THREADS", "1")
+            hosts.append(options.get("host"))
 
         def __enter__(self) -> Dask:
             return self
@@ -196,6 +198,14 @@ def test_a_local_cluster_computes_in_as_many_threads_as_there_are(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert not list(predict_many(tasks(tmp_path, 1), scheduler="local", local_workers=2))
     assert [arguments[-1] for arguments in submitted] == [4]
+    assert hosts == ["127.0.0.1", None]  # the cluster's, and the client's, which listens nowhere
+
+
+def test_a_local_cluster_listens_to_this_machine_alone() -> None:
+    distributed = pytest.importorskip("distributed")
+    with clusters._local_cluster(distributed, 1) as cluster:
+        addresses = [cluster.scheduler_address, *(worker.address for worker in cluster.workers.values())]
+    assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
 
 
 def test_paths_mean_the_same_wherever_a_worker_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import re
 import time
@@ -44,6 +43,7 @@ from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.report import Panel, draw_panels
 from darefine_qupath.review import OnError, RunResult, WriteOptions, for_images, write_back
+from darefine_qupath.sheets import write_csv
 from darefine_qupath.slides import open_slide, tissue_mask
 from darefine_qupath.training import ContextMode
 
@@ -521,25 +521,16 @@ def _check_unchanged(score_map: ScoreMap) -> None:
 
 def write_summary(prediction: Prediction, path: Path) -> None:
     """Write class areas and shares per slide as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        names = prediction.classes.names
-        rows.writerow(
-            [
-                "image",
-                "id",
-                *(f"{name} mm^2" for name in names),
-                *(f"{name} share" for name in names),
-                "unpredicted share",
-            ]
-        )
-        for outcome in prediction.outcomes:
-            if outcome.score_map is not None:
-                areas = outcome.score_map.areas_mm2() or {}
-                shares = outcome.score_map.shares()
-                found = [*(areas.get(name, "") for name in names), *(shares[name] for name in names)]
-                found.append(outcome.score_map.unpredicted_share)
-                rows.writerow([outcome.image.name, outcome.image.id, *found])
+    names = prediction.classes.names
+    units = [f"{name} {unit}" for unit in ("mm^2", "share") for name in names]
+    rows = []
+    for outcome in prediction.outcomes:
+        if outcome.score_map is not None:
+            areas = outcome.score_map.areas_mm2() or {}
+            shares = outcome.score_map.shares()
+            found = [*(areas.get(name) for name in names), *(shares[name] for name in names)]
+            rows.append([outcome.image.name, outcome.image.id, *found, outcome.score_map.unpredicted_share])
+    write_csv(path, ["image", "id", *units, "unpredicted share"], rows, PredictionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -588,15 +579,15 @@ class Evaluation:
 
     def write_csv(self, path: Path) -> None:
         """Write the scores slide by slide as CSV."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            ious = [f"IoU {name}" for name in self.classes.names]
-            rows.writerow(["image", "id", *ious, "mIoU", "accuracy", "Dice", "BACH score", "unpredicted share"])
-            for slide in self.slides:
-                found = slide.matrix
-                scores = (*found.iou, found.mean_iou, found.accuracy, found.mean_dice, found.bach_score)
-                cells = ["" if np.isnan(score) else float(score) for score in scores]
-                rows.writerow([slide.image, slide.id, *cells, slide.unpredicted_share])
+        ious = [f"IoU {name}" for name in self.classes.names]
+        rows = []
+        for slide in self.slides:
+            found = slide.matrix
+            scores = (*found.iou, found.mean_iou, found.accuracy, found.mean_dice, found.bach_score)
+            cells = [None if np.isnan(score) else float(score) for score in scores]
+            rows.append([slide.image, slide.id, *cells, slide.unpredicted_share])
+        columns = ["image", "id", *ious, "mIoU", "accuracy", "Dice", "BACH score", "unpredicted share"]
+        write_csv(path, columns, rows, PredictionError)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -220,6 +220,8 @@ def _local_cluster(distributed: Any, workers: int) -> Any:  # noqa: ANN401
         n_workers=workers,
         threads_per_worker=1,
         processes=True,
+        # A scheduler runs whatever it is sent, by whoever reaches it.
+        host="127.0.0.1",
         dashboard_address=None,
         resources={"GPU": 1} if torch.cuda.device_count() else None,
         # The network's memory is not Dask's to judge: at its limit a worker would be killed in the middle of a slide.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +15,12 @@ import shapely
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import is_ignored
+from darefine_qupath.errors import ReviewError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.review.giveway import areal
 from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, for_images, survey
 from darefine_qupath.review.runs import OnError
+from darefine_qupath.sheets import write_csv
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -221,8 +222,8 @@ class ReviewReport:
                     "final_um2": _um2(item.final_px2, image.mpp),
                     "predicted_px2": round(item.predicted_px2, 2),
                     "final_px2": round(item.final_px2, 2),
-                    "iou": "" if item.iou is None else round(item.iou, 4),
-                    "confidence": "" if item.confidence is None else round(item.confidence, 4),
+                    "iou": None if item.iou is None else round(item.iou, 4),
+                    "confidence": None if item.confidence is None else round(item.confidence, 4),
                     "model": item.model,
                     "run": image.run,
                 }
@@ -230,10 +231,8 @@ class ReviewReport:
     def write_csv(self, path: Path) -> None:
         """Write one line per object."""
         rows = list(self.rows())
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["image", "entry", "object", "outcome"])
-            writer.writeheader()
-            writer.writerows(rows)
+        columns = list(rows[0]) if rows else ["image", "entry", "object", "outcome"]
+        write_csv(path, columns, (tuple(row.values()) for row in rows), ReviewError)
 
 
 def compare(

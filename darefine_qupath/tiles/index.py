@@ -90,7 +90,12 @@ class TileImage:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TileImage:
         """Image of what `to_json` gave."""
-        return cls(**{**data, "size": Size(*data["size"])})
+        image = cls(**{**data, "size": Size(*map(int, data["size"]))})
+        if not all(isinstance(text, str) for text in (image.id, image.name, image.case or "")):
+            raise TypeError("id, name and case of an image are not all text")
+        if not isinstance(image.mpp, (int, float, type(None))):
+            raise TypeError(f"the pixel size {image.mpp!r} is no number")
+        return image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

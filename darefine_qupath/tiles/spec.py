@@ -120,7 +120,7 @@ class TileSpec:
             kinds = (int, float) if name.endswith("_um") else (int,)
             is_left_out = value is None and name != "size_px"
             if name != "placement" and not is_left_out and (isinstance(value, bool) or not isinstance(value, kinds)):
-                raise TileError(f"{name} = {value!r} must be a {'' if float in kinds else 'whole '}number")
+                raise TileError(f"{name} = {value!r} must be a finite {'' if float in kinds else 'whole '}number")
 
     def _triple(self, unit: str) -> tuple[Any, Any, Any]:
         return (getattr(self, f"slice_{unit}"), getattr(self, f"context_{unit}"), getattr(self, f"stride_{unit}"))
