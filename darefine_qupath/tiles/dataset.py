@@ -153,7 +153,9 @@ def load_index(folder: Path) -> TileIndex:
         if len(lines) != manifest["num_tiles"]:
             raise TileError(f"it has {len(lines)} of {manifest['num_tiles']} tiles")
         rows = np.array([_row(parse_json(line, NOTES), numbers) for line in lines], np.int64)
-        return TileIndex.of_rows(spec, classes, images, rows)
+        index = TileIndex.of_rows(spec, classes, images, rows)
+        _ = index.pixel_specs  # the spec fits the pixel size of every image, or is refused here
+        return index
 
 
 def dataset_digest(folder: Path) -> str:
