@@ -80,7 +80,7 @@ def test_a_backup_is_chosen_by_plain_digits(run: Run, tmp_path: Path, which: str
 
 
 @pytest.mark.parametrize(
-    "label", ["²=Tumor", "٣=Tumor", "1e3=Tumor", "-1=Tumor", "1_0=Tumor", "9" * 5000 + "=Tumor", "1="]
+    "label", ["²=Tumor", "٣=Tumor", "1e3=Tumor", "-1=Tumor", "1_0=Tumor", "9" * 300 + "=Tumor", "1="]
 )
 def test_a_label_is_a_number_of_plain_digits(run: Run, label: str) -> None:
     code, _, err = run("import", TINY, "none.png", "--label", label)
