@@ -360,6 +360,14 @@ def test_a_killed_write_leaves_the_old_state_or_the_new() -> None:
     assert "20 kills: the project opened every time" in done.stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_a_killed_command_goes_on() -> None:
+    arguments = [str(ROOT / "scripts" / "crash_project"), "--commands", "import", "tiles", "--kills", "6"]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 kills: the project opened each time" in done.stdout
+
+
 Meddler = Callable[[qpdata.Document, Changes, qpdata.Edited], bytes]
 
 
