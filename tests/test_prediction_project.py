@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
+from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.cli import main
-from darefine_qupath.errors import ClassMapError, MissingMppError, PolygonError, PredictionError
+from darefine_qupath.errors import CheckpointError, ClassMapError, MissingMppError, PolygonError, PredictionError
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import predicting
 from darefine_qupath.pipeline.predicting import PredictRequest, predict_project
@@ -122,6 +123,15 @@ def test_the_command_reports_a_damaged_slide_and_ends_with_an_error(
     assert "train-2.tif" in images["train-2.tif"]["error"]
     assert all(images[name]["error"] is None for name in ("train-1.tif", "test-3.tif"))
     assert images["test-3.tif"]["written"]["added"] > 0
+
+
+def test_a_model_whose_weights_are_no_numbers_is_one_error(request_of: Request, model: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(model)
+    state = {name: tensor.clone() for name, tensor in checkpoint.state.items()}
+    next(tensor for tensor in state.values() if tensor.ndim == 4)[0, 0, 0, 0] = float("nan")
+    save_checkpoint(tmp_path / "nan.safetensors", replace(checkpoint, state=state))
+    with pytest.raises(CheckpointError, match=r"nan\.safetensors has weights that are not finite"):
+        predict_project(replace(request_of(), model=tmp_path / "nan.safetensors"))
 
 
 def test_damaged_annotations_of_one_image_do_not_stop_the_others(request_of: Request, project: Path) -> None:

@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 from darefine_qupath.annotations import Annotation, LabelPainter, by_annotators
-from darefine_qupath.checkpoint import CheckpointHeader, load_checkpoint, read_header
+from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size, fit_within
@@ -36,7 +36,7 @@ from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorise
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
-from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
+from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model, predict_many
 from darefine_qupath.prediction.forward import choose_device
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.slide import fingerprint
@@ -267,11 +267,12 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
     Raises
     ------
     CheckpointError
-        If the model file is none.
+        If the model file is none, or damaged.
     PredictionError
         If no image of the project can be predicted, or the device cannot be used.
     """
-    header = read_header(request.model)
+    # Weights and all: what is wrong with them is wrong for every slide.
+    header = load_model(request.model).header
     if request.scheduler is None:
         choose_device(request.options.device)
     left_out = request.polygons.left_out(header.classes)
@@ -650,7 +651,7 @@ def evaluate_project(
     PredictionError
         If there is nothing to compare with, or no slide can be predicted.
     """
-    header = read_header(request.model)
+    header = load_model(request.model).header
     with open_project(request.project, engine="embedded") as project:
         images, missing = choose_images(project, request.images)
         failed = list(missing if request.images else ())
@@ -697,7 +698,7 @@ def evaluate_project(
         if context:
             modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
             scores = score_context(
-                load_checkpoint(request.model),
+                load_model(request.model),
                 [item for item in chosen if item[0].id in scored],
                 modes,
                 mpp=_given_mpp(project, request),

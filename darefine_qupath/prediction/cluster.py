@@ -31,7 +31,7 @@ from darefine_qupath.prediction.options import PredictOptions, Progress
 from darefine_qupath.prediction.scoremap import ScoreMap
 from darefine_qupath.prediction.slide import predict_slide
 
-__all__ = ["SlideResult", "SlideTask", "predict_many", "predict_task"]
+__all__ = ["SlideResult", "SlideTask", "load_model", "predict_many", "predict_task"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,8 +96,14 @@ Runner = Callable[[SlideTask, "Report | None"], ScoreMap]
 
 def predict_task(task: SlideTask, progress: Report | None = None) -> ScoreMap:
     """Predict the slide of a task; the model stays in memory for the next one."""
-    checkpoint = _checkpoint(task.model, task.model.stat().st_mtime_ns if task.model.exists() else 0)
-    return predict_slide(task.slide, checkpoint, out=task.out, mpp=task.mpp, options=task.options, progress=progress)
+    return predict_slide(
+        task.slide, load_model(task.model), out=task.out, mpp=task.mpp, options=task.options, progress=progress
+    )
+
+
+def load_model(path: Path) -> Checkpoint:
+    """Read a model file, unless it is the one that was read last and has not changed since."""
+    return _checkpoint(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @lru_cache(maxsize=1)
