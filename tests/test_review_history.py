@@ -430,6 +430,21 @@ def test_wrong_types_in_a_run_are_one_line_or_harmless(project: FakeProject, dat
                 json.dumps(compare(project).to_json())
 
 
+def test_runs_below_one_whose_file_was_moved_away_are_not_overwritten(project: FakeProject) -> None:
+    first = write(project, grid(3))
+    write(project, grid(3, shift=30))
+    run_files(project)[1].path.unlink()
+    assert states(project) == ["done"]
+    assert statuses(project) == {"untouched": 3}
+    with pytest.raises(ReviewError, match="There is no run to undo"):
+        undo(project)
+    with pytest.raises(ReviewError, match=f"'slide.svs' was not written by run {first.run} last"):
+        undo(project, first.run)
+    again = write(project, grid(3, shift=60))
+    assert (again.added, again.removed) == (3, 3)
+    assert states(project) == ["done", "done"]
+
+
 # -- growth
 
 

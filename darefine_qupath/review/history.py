@@ -138,7 +138,7 @@ def settle(project: Project, past: History) -> None:
         save_run(project, replace(past.current, state="done", undoing=()))
 
 
-def standing(past: History, runs: Collection[Run]) -> frozenset[str]:
+def standing(past: History, runs: Collection[Run], witness: str | None = None) -> frozenset[str]:
     """Ids of an image's runs that its data stands on: the current one, the one before it, and so on.
 
     Parameters
@@ -147,13 +147,20 @@ def standing(past: History, runs: Collection[Run]) -> frozenset[str]:
         Of the image.
     runs : collection of Run
         All of the image's runs.
+    witness : str, optional
+        Id of the run that the image's data bears the witness of, whose file may be gone.
     """
     by_id = {run.id: run for run in runs}
     found: set[str] = set()
-    run = past.current
-    while run is not None and run.id not in found:
-        found.add(run.id)
-        run = by_id.get(run.former or "")
+    name = witness if past.current is None else past.current.id
+    while name is not None and name not in found:
+        found.add(name)
+        if name not in by_id:
+            # Without its file nobody knows what it stood on: what the others say of themselves must do.
+            below = number_of(name) or 0
+            found.update(run.id for run in runs if run.state == "done" and run.number < below)
+            break
+        name = by_id[name].former
     if past.current is not None:
         # Runs of before there were numbers do not say what they stood on.
         gone = {run.id for run in past.overwritten}

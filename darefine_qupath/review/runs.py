@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -282,13 +283,18 @@ def run_files(project: Project, image: ImageEntry | None = None) -> tuple[RunFil
     image : ImageEntry, optional
         Only those that may be of this image; all by default.
     """
-    found = [_run_file(path) for path in runs_folder(project).glob("*.json")]
-    wanted = (
-        file
-        for file in found
-        if image is None or file.image == image.id or (file.image is None and f"Z-{image.id}" in file.id)
-    )
-    return tuple(sorted(wanted))
+    names = _names(project)
+    if image is not None:
+        names = [name for name in names if f"-{image.id}" in name]
+    found = [_run_file(runs_folder(project) / name) for name in names]
+    return tuple(sorted(file for file in found if image is None or file.image in (image.id, None)))
+
+
+def _names(project: Project) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        # A path for each name would cost more than all the rest.
+        return [name for name in os.listdir(runs_folder(project)) if name.endswith(".json")]  # noqa: PTH208
+    return []
 
 
 def _run_file(path: Path) -> RunFile:
@@ -301,7 +307,7 @@ def _run_file(path: Path) -> RunFile:
 
 def next_number(project: Project) -> int:
     """Return the number that the next run would get; it is taken only by `take_number`."""
-    numbers = [file.order[0] for file in run_files(project)]
+    numbers = [number_of(name.removesuffix(".json")) or 0 for name in _names(project)]
     counter = runs_folder(project).parent / _COUNTER
     with contextlib.suppress(OSError, ValueError):
         # A run's file that was moved away does not give its number free.

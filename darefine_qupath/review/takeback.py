@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
-from darefine_qupath.errors import DarefineError, ProjectChangedError, ProjectFormatError, ReviewError
+from darefine_qupath.errors import DarefineError, ProjectFormatError, ReviewError
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import areal, give_way
@@ -156,10 +156,10 @@ class _Standing:
 
     def state(self, run: Run) -> str:
         """Tell what became of a run: ``"done"`` where it stands, be it below others."""
-        past, _ = self._past(run.image)
+        past, witness = self._past(run.image)
         if past is None:
             return run.state
-        if run.id in standing(past, self._runs.get(run.image, ())):
+        if run.id in standing(past, self._runs.get(run.image, ()), witness):
             return "done"
         return "overwritten" if run.state == "done" else "undone"
 
@@ -206,7 +206,10 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     image = project.image(run.image)
     found = survey(project, image)
     if found.run is None or found.run.id != run.id:
-        raise ProjectChangedError(f"{image.name!r} changed while it was looked at; run it again")
+        raise ReviewError(
+            f"{image.name!r} was not written by run {run.id} last, but by one whose record is not in "
+            f"{runs_folder(project)}; put it back, or use `darefine restore`"
+        )
     added = {item.id for item in run.added}
     # A part of an object that made way for another is known by its metadata only.
     removed = [
