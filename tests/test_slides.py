@@ -32,6 +32,7 @@ from darefine_qupath.errors import (
 from darefine_qupath.geometry import Box, FloatBox, PixelSize, Size, level_box, level_scale, level_window
 from darefine_qupath.slides import PyramidSlide, TissueMask, open_slide, resolve_mpp, sources, tissue_mask
 from darefine_qupath.slides.sources import fastslide_works_here, is_microscopes
+from tests.tile_slides import area_means
 
 needs_fastslide = pytest.mark.skipif(not fastslide_works_here(), reason="fastslide is not installed")
 FAST = pytest.param("auto", marks=needs_fastslide)
@@ -231,6 +232,20 @@ def test_a_downsample_of_4_00012(long_slide: Path, reader: str, x: int, downsamp
         assert slide.levels == ((33333, 401), (8333, 100))
         checked = assert_in_place(slide, Box(x, 1, 1600, 400), (round(1600 / downsample), round(400 / downsample)))
     assert checked > 1000
+
+
+@pytest.mark.parametrize(
+    ("reduction", "off"),
+    # Each bound lies between the filter that is meant and the next best: Hamming below 4, the plain mean from there on.
+    [(1.25, 9.3), (2.5, 6), (3.2, 5), (4, 0.6), (4.8, 3.4), (6, 0.6), (8, 0.6), (9.6, 1.7)],
+)
+def test_a_reduction_is_near_the_mean_of_its_pixels(tmp_path: Path, reduction: float, off: float) -> None:
+    """Noise shows which filter was used, where a ramp looks alike under all."""
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 480, 3)).astype(np.uint8)
+    box, size = Box(0, 0, 480, 480), (round(480 / reduction),) * 2
+    with open_slide(write_pyramid(tmp_path / "noise.tif", [pixels])) as slide:
+        difference = slide.read(box, size) - area_means(pixels.astype(float), box, size)
+    assert np.abs(difference).mean() < off
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

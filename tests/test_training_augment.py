@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +120,28 @@ def test_more_haematoxylin_darkens_nuclei_not_eosin() -> None:
     change = turned.slices[0].float().mean(dim=0) - image[0].float().mean(dim=0)
     assert change[0] < -10
     assert abs(change[1]) < 5
+    assert torch.equal(turned.slices, turned.contexts)
+
+
+@given(
+    st.tuples(*[st.integers(40, 200)] * 3),
+    st.tuples(*[st.floats(-0.2, 0.2)] * 3),
+    st.sampled_from([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]),
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_brightness_contrast_and_saturation_are_applied(
+    colour: tuple[int, int, int], drawn: tuple[float, float, float], which: tuple[int, int, int]
+) -> None:
+    brightness, contrast, saturation = (amount * factor for amount, factor in zip(drawn, which, strict=True))
+    image = torch.tensor(colour, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 2, 2)
+    batch = Batch(slices=image, contexts=image, masks=torch.zeros(1, 2, 2), boxes=torch.tensor([[0.0, 0, 1, 1]]))
+    turned = apply_augmentation(batch, [Draw(colours=(brightness, contrast, saturation))])
+    grey = sum(colour) / 3
+    expected = [
+        (((grey + (value - grey) * (1 + saturation)) - 128) * (1 + contrast) + 128) * (1 + brightness)
+        for value in colour
+    ]
+    assert turned.slices[0, :, 0, 0].tolist() == pytest.approx(np.clip(expected, 0, 255).tolist(), abs=0.6)
     assert torch.equal(turned.slices, turned.contexts)
 
 
