@@ -940,6 +940,16 @@ def test_a_project_loads_without_what_it_does_not_need() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_what_slides_open_is_added_with_a_pixel_size_or_a_word(
+    project: EmbeddedProject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image  # noqa: PLC0415
+
+    Image.new("P", (20, 10)).save(tmp_path / "palette.png")
+    assert project.add_image(tmp_path / "palette.png", mpp=0.5).width == 20
+    assert "the project cannot hold the pixel size of 0.5 um of a file of this kind" in caplog.text
+
+
 def test_a_pixel_size_cannot_be_given_for_what_is_not_rgb(project: EmbeddedProject, tmp_path: Path) -> None:
     from PIL import Image  # noqa: PLC0415
 

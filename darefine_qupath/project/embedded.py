@@ -767,6 +767,13 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
             magnification=found.magnification,
             has_timepoints=found.provider == files.IMAGEJ and files.is_since(version, 0, 6),
         )
+    elif mpp is not None and found.is_readable:
+        _log.warning(
+            "%s: the project cannot hold the pixel size of %s um of a file of this kind; set it in QuPath, or give "
+            "--mpp each time",
+            path,
+            mpp,
+        )
     elif mpp is not None:
         raise ProjectUnsupportedError(
             f"{path} is not an 8-bit RGB image: its pixel size cannot be set here; set it in QuPath"

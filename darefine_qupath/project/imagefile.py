@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,9 @@ class ImageFile:
     magnification : float or None
         Of the objective.
     is_rgb : bool
-        Whether it is plain 8-bit colour.
+        Whether QuPath has it as plain 8-bit colour.
+    is_readable : bool
+        Whether `slides` opens it.
     """
 
     provider: str
@@ -58,6 +60,7 @@ class ImageFile:
     pixel_size: PixelSize | None = None
     magnification: float | None = None
     is_rgb: bool = True
+    is_readable: bool = True
 
     @property
     def size(self) -> Size:
@@ -100,7 +103,7 @@ def _probed(path: Path, args: Sequence[str]) -> ImageFile:
                 return _described(slide, args)
     except SlideFormatError as refusal:
         with _header(path, refusal) as image:
-            return _by_header(image, is_rgb=False)
+            return replace(_by_header(image, is_rgb=False), is_readable=False)
     with _header(path) as image:
         # QuPath takes the pixels of a palette or a JPEG 2000 for something else than 8-bit colour.
         return _by_header(image, is_rgb=image.mode in ("RGB", "RGBA") and image.format != "JPEG2000")
