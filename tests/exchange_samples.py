@@ -10,6 +10,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import read_annotations
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
@@ -111,6 +114,17 @@ def _zip() -> bytes:
     return buffer.getvalue()
 
 
+def _mask(form: str) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.zeros((30, 40), np.uint8)
+    pixels[5:20, 5:20] = 1
+    pixels[10:12, 8:10] = 2
+    image = Image.fromarray(pixels, "P")
+    image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
 SAMPLES: dict[str, bytes] = {
     "a.geojson": _geojson(),
     "aperio.xml": _aperio(),
@@ -120,6 +134,8 @@ SAMPLES: dict[str, bytes] = {
     "coco.json": _coco(),
     "a.geojson.gz": gzip.compress(_geojson(), mtime=0),
     "a.zip": _zip(),
+    "mask.png": _mask("PNG"),
+    "mask.tif": _mask("TIFF"),
     "utf16.xml": _aperio().decode().encode("utf-16"),
 }
 

@@ -307,7 +307,7 @@ def test_coco_of_a_smaller_picture_is_enlarged_and_of_another_shape_refused(writ
         ({"segmentation": {"counts": [-4, 8], "size": [2, 2]}}, "do not cover"),
         ({"segmentation": {"counts": "\x7f", "size": [2, 2]}}, "text is damaged"),
         ({"segmentation": {"counts": "o", "size": [2, 2]}}, "cut short"),
-        ({"segmentation": {"counts": [0, 10**10], "size": [10**5, 10**5]}}, "more than the 200,000,000 pixels"),
+        ({"segmentation": {"counts": [0, 10**10], "size": [10**5, 10**5]}}, "more than the 100,000,000 pixels"),
         ({"segmentation": {"counts": [0, 4]}}, "without the size"),
         ({"segmentation": [[0, 0, 1]]}, "polygon of 3 numbers"),
         ({"segmentation": [["a"] * 6]}, "could not convert"),

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,17 @@ HOSTILE = {
     "nested collections": (
         '{"type":"GeometryCollection","geometries":[' * 300 + "]}" * 300,
         "collections in collections",
+    ),
+    "overlapping collection": (
+        json.dumps(
+            {
+                "type": "GeometryCollection",
+                "geometries": [
+                    {"type": "Polygon", "coordinates": [[[0, 0], [x, 0], [x, 9], [0, 0]]]} for x in range(1, 600)
+                ],
+            }
+        ),
+        "crosses itself more than 50,000 times",
     ),
     "1e308": (ring("[[[0,0],[1e308,0],[-1e308,1e308]]]"), "where no image reaches"),
     "NaN": (ring("[[[0,0],[NaN,0],[1,1]]]"), "not a number"),
@@ -217,3 +229,25 @@ def test_a_large_file_is_read_in_pieces_of_its_own_size(tmp_path: Path) -> None:
     read_annotations(tmp_path / "a")
     assert tracemalloc.get_traced_memory()[1] < 50 << 20
     tracemalloc.stop()
+
+
+def test_collections_become_one_shape(write: Write) -> None:
+    inner = {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [[*SQUARE, SQUARE[0]]]}]}
+    other = {"type": "Polygon", "coordinates": [[[50, 0], [150, 0], [150, 100], [50, 100], [50, 0]]]}
+    point = {"type": "Point", "coordinates": [1, 1]}
+    data = {"type": "GeometryCollection", "geometries": [inner, other, point]}
+    (annotation,) = read_annotations(write(json.dumps(data), "a.geojson")).annotations
+    assert annotation.geometry.equals(shapely.box(0, 0, 150, 100))
+
+
+def test_empty_elements_by_the_million_are_refused(write: Write) -> None:
+    with pytest.raises(ExchangeError, match="300,002 elements that hold nothing"):
+        read_annotations(write(f"<Annotations><Annotation>{'<a/>' * 300_000}</Annotation></Annotations>"))
+
+
+def test_the_files_of_a_zip_share_what_it_may_unpack_to(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"{number}.json", b"[]" + b" " * (2 << 20))
+    with pytest.raises(ExchangeError, match="unpacks to more than 60 times its size"):
+        read_annotations(tmp_path / "a.zip")

@@ -34,7 +34,7 @@ __all__ = ["Picture", "holds_coco", "read_coco"]
 _CATEGORY, _SUPER = "category", "supercategory"
 _OWN = ("id", "image_id", "category_id", "area", "iscrowd", "score", "segmentation", "bbox")
 
-_MAX_MASK_PX = 200_000_000
+_MAX_MASK_PX = 100_000_000
 """Pixels inside the boxes of all run lengths of a file together."""
 
 _ASPECT_TOLERANCE = 0.01
@@ -231,14 +231,15 @@ class _Reader:
         mask, left, top = self._window(starts, ends, height, item)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            parts = [shapely_shape(found) for found, _ in shapes(mask, mask=mask > 0, connectivity=4)]
-        moved = [shapely.transform(part, lambda points: np.add(points, (left, top))) for part in parts]
+            parts = [shapely_shape(found) for found, _ in shapes(mask, mask=mask.view(bool), connectivity=4)]
+        # The mask lies on its side.
+        moved = [shapely.transform(part, lambda points: points[:, ::-1] + (left, top)) for part in parts]
         return moved[0] if len(moved) == 1 else MultiPolygon(moved)
 
     def _window(
         self, starts: NDArray[np.int64], ends: NDArray[np.int64], height: int, item: str
     ) -> tuple[NDArray[np.uint8], int, int]:
-        """Draw runs, which go down the columns, into the smallest box that holds them."""
+        """Draw runs, which go down the columns, into the smallest box that holds them, columns as rows."""
         left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
         is_within = starts // height == (ends - 1) // height
         rows = (int((starts % height).min()), int(((ends - 1) % height).max()) + 1)
@@ -251,7 +252,7 @@ class _Reader:
         begins = (starts // height - left) * tall + starts % height - top
         for begin, length in zip(begins.tolist(), (ends - starts).tolist(), strict=True):
             flat[begin : begin + length] = 1
-        return np.ascontiguousarray(mask.T), left, top
+        return mask, left, top
 
 
 def _polygon(values: object, item: str) -> Polygon:

@@ -23,8 +23,8 @@ __all__ = ["Document", "documents", "first_bytes"]
 _GZIP = b"\x1f\x8b"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _MAX_MEMBERS = 1000
-_FREE_BYTES = 16 << 20
-_PIECE = 8 << 20
+_FREE_BYTES = 8 << 20
+_PIECE = 1 << 20
 _MAX_RATIO = 60
 """Bytes out of one packed byte, beyond the first few: drawn shapes give 5 to 20, a file made to burst 1,000."""
 
@@ -101,7 +101,7 @@ def documents(path: Path) -> Iterator[Document]:
     data = read_file(path, DATA)
     if data.startswith(_GZIP):
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            unpacked = _unpacked(file, len(data))
+            unpacked = _unpacked(file, _room(data))
         if unpacked.startswith((_GZIP, *_ZIP)):
             raise ExchangeError("it is an archive in an archive; unpack it")
         yield Document(None, unpacked)
@@ -121,10 +121,12 @@ def _members(data: bytes) -> Iterator[Document]:
             kept = [name for name in names if not _is_hidden(name)]
             if not 0 < len(kept) <= _MAX_MEMBERS:
                 raise ExchangeError(f"it is a zip of {len(kept)} files; 1 to {_MAX_MEMBERS} are read")
-            left = len(data)
+            left = _room(data)
             for name in kept:
                 with archive.open(name) as file:
-                    yield Document(name if len(kept) > 1 else None, _unpacked(file, left))
+                    unpacked = _unpacked(file, left)
+                left -= len(unpacked)
+                yield Document(name if len(kept) > 1 else None, unpacked)
     except (BadZipFile, RuntimeError, NotImplementedError) as error:
         raise ExchangeError(f"it is a zip that cannot be read ({error})") from error
 
@@ -134,8 +136,12 @@ def _is_hidden(name: str) -> bool:
     return name.startswith("__MACOSX/") or name.rsplit("/", 1)[-1].startswith(".")
 
 
-def _unpacked(file: IO[bytes] | gzip.GzipFile, packed: int) -> bytes:
-    most = max(_FREE_BYTES, packed * _MAX_RATIO)
+def _room(packed: bytes) -> int:
+    """Bytes that an archive may unpack to."""
+    return max(_FREE_BYTES, len(packed) * _MAX_RATIO)
+
+
+def _unpacked(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
     try:
         pieces = [file.read(_PIECE)]
         while pieces[-1] and sum(map(len, pieces)) <= most:

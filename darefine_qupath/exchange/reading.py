@@ -162,7 +162,14 @@ def _read_xml(request: _Request, text: str) -> Imported:
     raise ExchangeError(f"it {xml_kind(root)}: {KNOWN}")
 
 
+_MANY_ELEMENTS = 200_000
+_LEAST_LENGTH = 8
+
+
 def _parsed(text: str) -> Element:
+    elements = text.count("<") - text.count("</")
+    if elements > max(_MANY_ELEMENTS, len(text) / _LEAST_LENGTH):
+        raise ExchangeError(f"the XML is made of {elements:,} elements that hold nothing")
     try:
         root: Element | None = fromstring(text)
     except DefusedXmlException as error:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Imported", "Note", "crossings", "ellipse", "merged", "number", "on_grid", "snapped"]
 
 _ELLIPSE_CORNERS = 100
+_POLYGON = 3
+"""GEOS's number of polygons; those of collections and of multiple shapes are larger."""
+
 _PRECISION = 0.01
 
 _MAX_CROSSINGS = 50_000
@@ -190,6 +193,9 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     bool
         Whether it was not valid. A ring that crosses itself keeps all that it encloses, as QuPath fills it.
     """
+    if geometry.geom_type == "GeometryCollection":
+        # Only what has an area is a shape; polygons that overlap become one.
+        geometry = MultiPolygon(_polygons(geometry))
     rounded = shapely.transform(geometry, on_grid)
     if geometry.geom_type in ("LineString", "MultiLineString"):
         return _with_length(rounded), False
@@ -199,8 +205,7 @@ def snapped(geometry: BaseGeometry) -> tuple[BaseGeometry | None, bool]:
     if repaired:
         fixed = shapely.make_valid(rounded, method="structure", keep_collapsed=False)
         rounded = shapely.set_precision(fixed, _PRECISION)
-    parts = shapely.get_parts(shapely.get_parts(rounded))
-    polygons = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+    polygons = [part for part in _polygons(rounded) if part.area > 0]
     if not polygons:
         return None, repaired
     return (polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)), repaired
@@ -259,8 +264,11 @@ def _side(a: NDArray[np.float64], b: NDArray[np.float64], point: NDArray[np.floa
 
 
 def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
-    parts = shapely.get_parts(shapely.get_parts(geometry))
-    return [part for part in parts if part.geom_type == "Polygon"]
+    """Polygons of a geometry, those in collections of collections too."""
+    parts = shapely.get_parts([geometry])
+    while (shapely.get_type_id(parts) > _POLYGON).any():
+        parts = shapely.get_parts(parts)
+    return list(parts[shapely.get_type_id(parts) == _POLYGON])
 
 
 def on_grid(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -383,7 +391,8 @@ class Collector:
 
     def _is_tangled(self, item: str, geometry: BaseGeometry) -> bool:
         """Whether a shape, or all of the file, crosses itself so often that a repair would not end; refuses it."""
-        if not _polygons(geometry) or geometry.is_valid:
+        polygons = _polygons(geometry)
+        if not polygons or (polygons[0] if len(polygons) == 1 else MultiPolygon(polygons)).is_valid:
             return False
         if self._crossings > 0:
             count = crossings(geometry, _MAX_CROSSINGS)
