@@ -571,6 +571,19 @@ def test_an_ome_tiff_cut_short_anywhere_is_refused(tmp_path: Path, is_big: bool,
         open_slide(cut)
 
 
+def test_a_tile_that_was_left_out_is_white(tmp_path: Path) -> None:
+    path = ome_tiff(tmp_path / "a.ome.tif", [ramp(256, 192)], physical(0.25, 0.25))
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tags = file.pages.first.tags
+        for name in ("TileOffsets", "TileByteCounts"):
+            tags[name].overwrite((*tags[name].value[:5], 0, *tags[name].value[6:]))
+    with open_slide(path) as slide:
+        wanted = ramp(256, 192)
+        wanted[64:128, 64:128] = 255
+        assert (slide.read(Box(0, 0, 256, 192), (256, 192)) == wanted).all()
+        assert (slide.read(Box(70, 50, 40, 40), (40, 40)) == wanted[50:90, 70:110]).all()
+
+
 # Pixel size
 
 

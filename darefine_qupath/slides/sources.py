@@ -369,6 +369,7 @@ class TiffSource:
             self.tile = Size(page.tilewidth, page.tilelength) if page.is_tiled else None
             self.bounds: Box | None = None
             offsets = [int(level.keyframe.offset) for level in series.levels]
+            self._left_out = [_LeftOut.of(level.keyframe) for level in series.levels]
         self._datasets = [_open_directory(path, offset) for offset in offsets]
         self.levels = tuple(Size(dataset.width, dataset.height) for dataset in self._datasets)
         self._lock = threading.Lock()
@@ -383,12 +384,42 @@ class TiffSource:
         except RasterioError as error:
             raise _unreadable(error) from error
         pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        left_out = self._left_out[level]
+        if left_out is not None:
+            left_out.paint(pixels, window)
         return pixels if pixels.shape[2] == 3 else _on_white(Image.fromarray(pixels))
 
     def close(self) -> None:
         """Give the file back."""
         for dataset in self._datasets:
             dataset.close()
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Tiles of a level that the writer left out, which are glass: GDAL shows them black."""
+
+    tile: Size
+    is_empty: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, page: tifffile.TiffPage) -> _LeftOut | None:
+        if not page.is_tiled:
+            return None
+        across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+        is_empty = np.asarray(page.databytecounts[: across * down]) == 0
+        if len(is_empty) != across * down or not is_empty.any():
+            return None
+        return cls(Size(page.tilewidth, page.tilelength), is_empty.reshape(down, across))
+
+    def paint(self, pixels: NDArray[np.uint8], window: Box) -> None:
+        """Make them white where they lie in a window that was read."""
+        width, height = self.tile
+        top, left = window.y // height, window.x // width
+        below = self.is_empty[top : -(-window.bottom // height), left : -(-window.right // width)]
+        for row, column in np.argwhere(below):
+            y, x = (top + int(row)) * height - window.y, (left + int(column)) * width - window.x
+            pixels[max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 255
 
 
 @contextmanager
