@@ -216,6 +216,8 @@ def spoken(problem: BaseException) -> str:
 
 
 def _short(text: str) -> str:
+    if "set_int_max_str_digits" in text:  # Python's words for a whole number that it does not read
+        return "it holds a number of thousands of digits"
     line = " ".join(text.split())
     return line if len(line) <= _MAX_WORDS else f"{line[:_MAX_WORDS]}..."
 

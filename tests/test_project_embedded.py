@@ -668,6 +668,15 @@ def test_roles_of_many_images_are_one_write_and_keep_other_metadata(
     assert not reads.staged
 
 
+@pytest.mark.parametrize("last", [10**18, 10**250, "many", None, -3])
+def test_a_last_id_that_qupath_cannot_hold_is_not_counted_on(project: EmbeddedProject, last: object) -> None:
+    document = json.loads(project.path.read_text(encoding="utf-8"))
+    project.path.write_text(json.dumps(document | {"lastID": last}), encoding="utf-8")
+    opened = EmbeddedProject(project.path)
+    entry = opened.add_image(project.folder.parents[1] / "images" / "slide.tif")
+    assert int(entry.id) == max(int(image.id) for image in opened.images) < 100
+
+
 def test_metadata_that_others_wrote_meanwhile_stay(project: EmbeddedProject) -> None:
     EmbeddedProject(project.path).set_metadata(project.images[1], {"theirs": "b"})
     project.add_metadata({project.images[1].id: {"split": "test"}})

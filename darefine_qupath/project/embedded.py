@@ -733,7 +733,7 @@ def _now_ms() -> int:
 def _last_id(document: Mapping[str, object]) -> int:
     last, images = document.get("lastID"), document.get("images")
     ids = [int(entry["entryID"]) for entry in images] if isinstance(images, list) else []
-    return max([0, *ids, last if isinstance(last, int) else 0])
+    return max([0, *ids, last if isinstance(last, int) and last < files.NO_ID else 0])
 
 
 def _move_folder(folder: Path, target: Path) -> None:

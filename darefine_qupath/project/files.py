@@ -27,6 +27,7 @@ __all__ = [
     "IMAGEJ",
     "LIMITS",
     "NEW_PROJECT_VERSION",
+    "NO_ID",
     "OPENSLIDE",
     "EntryRecord",
     "JsonObject",
@@ -60,6 +61,9 @@ BIO_FORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 
 LIMITS = replace(NOTES, file_bytes=256 << 20)
 """A project of 100,000 images takes less."""
+NO_ID = 10**18
+"""Entry ids are smaller: QuPath's are 64-bit numbers."""
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -344,7 +348,7 @@ def _entry_record(entry: Mapping[str, Any], index: int) -> EntryRecord:
     # The id names a folder: nothing but a plain number may get there.
     if isinstance(number, str) and re.fullmatch(r"[0-9]{1,18}", number):
         number = int(number)
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < NO_ID:
         message = f"image {index + 1} has entryID {str(number)[:40]!r}, not a number"
         raise _MisplacedError(message, "images", index, "entryID")
     if not isinstance(builder, dict):
