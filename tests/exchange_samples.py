@@ -16,6 +16,7 @@ from PIL import Image
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import read_annotations
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
+from tests.fuzzing import damaged, json_mutant, xml_mutant
 
 __all__ = ["SAMPLES", "packed_mutant", "try_exchange"]
 
@@ -140,18 +141,27 @@ SAMPLES: dict[str, bytes] = {
 }
 
 
-def packed_mutant(name: str, rng: random.Random, damaged: Callable[[bytes, random.Random], bytes]) -> bytes:
+def _structural(data: bytes, rng: random.Random) -> bytes:
+    """Damage values of JSON or XML, so that it is still such; anything else anyhow."""
+    if data.startswith(b"{"):
+        return json_mutant(data, rng)
+    return xml_mutant(data, rng) if data.startswith(b"<") else damaged(data, rng)
+
+
+def packed_mutant(name: str, rng: random.Random, damage: Callable[[bytes, random.Random], bytes] = damaged) -> bytes:
     """Damage a sample, or half the time what is packed in it, where it is an archive."""
     data = SAMPLES[name]
+    if rng.random() < 0.5:
+        damage = _structural
     if rng.random() < 0.5 and name.endswith(".gz"):
-        return gzip.compress(damaged(gzip.decompress(data), rng))
+        return gzip.compress(damage(gzip.decompress(data), rng))
     if rng.random() < 0.5 and name.endswith(".zip"):
         buffer = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as copy:
             for member in archive.namelist():
-                copy.writestr(member, damaged(archive.read(member), rng))
+                copy.writestr(member, damage(archive.read(member), rng))
         return buffer.getvalue()
-    return damaged(data, rng)
+    return damage(data, rng)
 
 
 def try_exchange(name: str, data: bytes, folder: Path) -> str:
