@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import openslide
 import pytest
+import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +47,9 @@ from darefine_qupath.prediction.forward import (
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.plan import MapGrid, Parent, plan_slide, with_overlap
 from darefine_qupath.prediction.reading import Batch, BatchPixels, batches, read_ahead
+from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
+from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles import TileSpec, plan_tiles
 from tests.prediction_stubs import CLASSES, SPEC, ColourNetwork, array_slide, blobs, checkpoint
 
@@ -265,6 +268,37 @@ def test_every_map_pixel_is_reached_whatever_the_ratios(
         assert ends[-1] >= plan.grid.size[axis]
         inputs = [pixel * plan.grid.stride + phase for pixel, phase in places]
         assert all(step <= plan.spec.size_px for step in np.diff(inputs))
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 60), st.integers(0, 60), st.integers(1, 60), st.integers(1, 40)),
+    slide=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    corner=st.tuples(st.floats(-5, 150), st.floats(-5, 150)),
+    seed=st.integers(0, 99),
+    map_stride=st.sampled_from([1, 2, 4]),
+)
+@quick
+def test_every_map_pixel_that_is_asked_for_is_reached(
+    sizes: tuple[int, int, int, int], slide: tuple[int, int], corner: tuple[float, float], seed: int, map_stride: int
+) -> None:
+    side, more, stride, size_px = sizes
+    tiles = TileSpec(
+        slice_px=side, context_px=side + more, stride_px=min(stride, side), size_px=max(size_px, side // 8)
+    )
+    mask = np.random.default_rng(seed).random((7, 9)) < 0.3
+    region = Region(
+        tissue=TissueMask(mask, Size(*slide)) if seed % 2 else None,
+        within=shapely.box(*corner, corner[0] + 60, corner[1] + 30) if seed % 3 else None,
+    )
+    options = PredictOptions(map_stride=map_stride, overlap=0.0)
+    plan = plan_slide(slide, tiles.at(None), options, keep=region.touches)
+    reached = np.zeros(plan.grid.size[::-1], bool)
+    for box in (box for row in plan.rows for parent in row.parents for box in parent.slices):
+        (column, right), (row, down) = plan.grid.place(box.x), plan.grid.place(box.y)
+        height, width = (pooled_length(plan.spec.size_px, phase, map_stride) for phase in (down, right))
+        reached[row : row + height, column : column + width] = True
+    outside = region.outside(plan.grid, 0, plan.grid.size.height)
+    assert (reached | (False if outside is None else outside)).all()
 
 
 def test_batches_run_over_parents_and_open_each_once() -> None:
