@@ -17,7 +17,7 @@ from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
 from darefine_qupath.project import Project, open_project
-from darefine_qupath.review import mark_places, undo, write_back
+from darefine_qupath.review import mark_places, survey, undo, write_back
 from tests.conftest import Run
 from tests.fake_project import square
 
@@ -142,6 +142,51 @@ def test_undo_does_not_take_back_another_call_than_the_last(run: Run, folder: Pa
     assert [item["image"] for item in json.loads(out)["undone"]] == ["1", "2"]
     assert code == 2
     assert f"Error: {path.name}: " in err
+
+
+@pytest.mark.parametrize("kind", ["cut off", "of another state", "gone"])
+def test_undo_names_a_damaged_backup_and_goes_by_the_record(
+    run: Run, folder: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_project(folder, engine="embedded") as project:
+        predict(project, "m2", 10)
+        before = {image.id: survey(project, image).run for image in project.images}
+    first = before["2"]
+    assert first is not None
+    assert first.backup is not None
+    backup = folder / first.backup
+    if kind == "cut off":
+        damage(backup)
+    elif kind == "of another state":
+        shutil.copy(data_file(folder, "3"), backup)
+    else:
+        backup.unlink()
+    code, out, _ = run("undo", folder, "--json")
+    assert [(item["removed"], item["added"]) for item in json.loads(out)["undone"]] == [(1, 1)] * 3
+    assert (code, backup.name in caplog.text) == (0, kind != "gone")
+    with open_project(folder, engine="embedded") as project:
+        for image in project.images:
+            found = survey(project, image)
+            assert (found.run and found.run.model, [item.status for item in found.ours]) == ("m1", ["untouched"])
+
+
+def test_an_image_that_was_restored_is_said_to_be_overwritten(
+    run: Run, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("restore", folder, "2")[0] == 0
+    code, out, err = run("review", folder)
+    assert code == 0
+    assert "Warning: train-2.tif: overwritten, not rejected: run 000002-2 (1 objects)" in err
+    code, out, _ = run("review", folder, "--json")
+    images = {image["name"]: image for image in json.loads(out)["images"]}
+    assert images["train-2.tif"]["overwritten"] == [{"run": "000002-2", "num_objects": 1}]
+    assert images["train-2.tif"]["counts"]["rejected"] == 0
+    assert [item["state"] for item in json.loads(run("runs", folder, "--json")[1])["runs"]] == [
+        "done", "overwritten", "done",
+    ]  # fmt: skip
+    code, out, _ = run("undo", folder, "--json")
+    assert [item["image"] for item in json.loads(out)["undone"]] == ["1", "3"]
+    assert "train-2.tif: run 000002-2 is left out" in caplog.text
 
 
 def test_overlay_passes_a_damaged_map(run: Run, folder: Path) -> None:
