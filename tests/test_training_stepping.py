@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, read_header
 from darefine_qupath.classes import IGNORE
+from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model, encoder_parameters
 from darefine_qupath.prediction.forward import Engine, EngineSettings
 from darefine_qupath.training import TrainConfig
+from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training.augment import Batch, Draw
 from darefine_qupath.training.distributed import World
 from darefine_qupath.training.evaluation import evaluate
@@ -191,6 +194,35 @@ def test_a_run_goes_on_with_the_normalisation_of_the_model_it_starts_from(tmp_pa
     assert read_header(first).normalisation == read_header(second).normalisation == other
     assert toy_train(tmp_path / "b", config, model=model, val_data=None, init_from=first, resume=True).epochs == 1
     assert load_checkpoint(first).build().normalisation == other
+
+
+class Spoilt(Stepper):
+    """Gradients of the decoder are no numbers from step 2 on, whatever the loss is."""
+
+    def _update(self) -> None:
+        if self.step >= 2:
+            self._parameters[-1].grad.fill_(float("nan"))
+        super()._update()
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "message"),
+    [
+        ("fp32", 3, r"weights are not finite .* after epoch 1, step 3"),
+        ("fp16", 32, r"overflow fp16 at every step .* after epoch 1, step 30"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_never_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, steps: int, message: str
+) -> None:
+    """The loss of the last step is still a number, and without validation nobody would look."""
+    monkeypatch.setattr(loop_module, "Stepper", Spoilt)
+    config = toy_config(epochs=1, samples_per_epoch=4 * steps, precision=precision, checkpoint_steps=2, clip_norm=0)
+    with pytest.raises(TrainingError, match=message):
+        toy_train(tmp_path, config, val_data=None)
+    assert not (tmp_path / "last.safetensors").exists()
+    saved = load_file(tmp_path / "state.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
 
 
 def test_float32_is_never_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

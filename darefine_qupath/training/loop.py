@@ -362,6 +362,7 @@ class _Run:
 
     def _end_epoch(self) -> None:
         """Validate, record, keep the best and the last, save."""
+        self._check_weights()
         epoch = self.counters.epoch + 1
         is_last = epoch == self.config.epochs
         matrix = None
@@ -476,7 +477,18 @@ class _Run:
         minutes = self.config.checkpoint_minutes
         return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
 
+    def _check_weights(self) -> None:
+        """Refuse to keep weights that are no numbers: the loss shows them one step later, after they are saved."""
+        wrong = self.stepper.not_learning()
+        if wrong is not None:
+            where = f"epoch {self.counters.epoch + 1}, step {self.counters.step}"
+            raise TrainingError(
+                f"{wrong} after {where}, and nothing was saved; what was saved before stands. Train afresh with lower "
+                f"encoder_lr and decoder_lr, clip_norm = 1, or precision = 'fp32'"
+            )
+
     def _save_state(self) -> None:
+        self._check_weights()
         with self.world.together():
             if self.world.is_main:
                 save_state(self.folder.state, self.stepper, self.counters)

@@ -25,6 +25,7 @@ from darefine_qupath.training.schedule import build_optimiser, set_learning_rate
 
 __all__ = ["StepOutcome", "Stepper", "autocast", "compile_advice", "memory_advice", "resolve_precision"]
 
+_SMALLEST_SCALE = 2.0**-10
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -207,6 +208,18 @@ class Stepper:
         self._update()
         self.step += 1
         return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], shared[3], learning_rate)
+
+    def not_learning(self) -> str | None:
+        """Say what is wrong with the weights, or with what they learn from; None where nothing is.
+
+        Waits for the device. With fp16 a step whose gradients overflow is left out and the scale of the loss halved,
+        which is as it should be, unless no scale is small enough.
+        """
+        if any(not bool(weight.isfinite().all()) for weight in self.network.parameters()):
+            return "The weights are not finite (NaN or infinite)"
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
+            return f"Gradients overflow fp16 at every step (the loss is scaled by {self.scaler.get_scale():.2g})"
+        return None
 
     def _seed_dropout(self) -> None:
         """Dropout follows from seed, step and process, so that a resumed run draws what an unbroken one does."""
