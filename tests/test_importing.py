@@ -577,18 +577,27 @@ def test_what_darefine_puts_beside_annotations_is_not_counted() -> None:
 # Growth
 
 
-def test_matching_looks_at_each_object_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def found(shapes: Sequence[BaseGeometry]) -> Imported:
+    records = tuple(Annotation(geometry=shape, path_class="Tumor") for shape in shapes)
+    return Imported(path=Path("a.geojson"), format="GeoJSON", annotations=records, items=tuple(map(str, shapes)))
+
+
+GRID = [box(x, y, x + 8, y + 8) for x in range(0, 600, 10) for y in range(0, 600, 10)]
+HEAP = [box(0, 0, 900 + number, 900) for number in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "step", "updated"), [(GRID, (1, 1), len(GRID)), (HEAP, (0, 0.5), 0)], ids=["side by side", "in a heap"]
+)
+def test_matching_looks_at_each_object_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, shapes: Sequence[BaseGeometry], step: tuple[float, float], updated: int
+) -> None:
     calls = []
     union = shapely.union
     monkeypatch.setattr(shapely, "union", lambda *pair: calls.append(pair) or union(*pair))
-    shapes = [box(x, y, x + 8, y + 8) for x in range(0, 600, 10) for y in range(0, 600, 10)]
     origin = Origin(path=Path("a.geojson"), image="1")
-
-    def found(shapes: Sequence[BaseGeometry]) -> Imported:
-        records = tuple(Annotation(geometry=shape, path_class="Tumor") for shape in shapes)
-        return Imported(path=origin.path, format="GeoJSON", annotations=records, items=tuple(map(str, shapes)))
-
     first = reconcile(found(shapes), (), origin).add
-    plan = reconcile(found([translate(shape, 1, 1) for shape in shapes]), first, origin)
-    assert (len(plan.update), len(plan.add)) == (len(shapes), 0)
+    plan = reconcile(found([translate(shape, *step) for shape in shapes]), first, origin)
+    assert (len(plan.update), len(plan.add)) == (updated, len(shapes) - updated)
+    assert len(plan.notes) == len(shapes)
     assert len(calls) < 10 * len(shapes)

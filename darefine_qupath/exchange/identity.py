@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import numpy as np
@@ -23,6 +23,7 @@ from darefine_qupath.exchange.records import Note, on_grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.exchange.records import Imported
 
@@ -34,6 +35,12 @@ _PREDICTED = "darefine.run"
 
 _SAME_OUTLINE = 0.5
 """Share of what two outlines cover together that both cover, from which one can be a new form of the other."""
+
+_PAIRS_EACH = 50
+"""Objects near a record that it is compared with; where there are more, several can be meant."""
+
+_AT_ONCE = 256
+_SEVERAL = "may be a new form of several objects that an earlier import brought"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,38 +244,66 @@ class _Matching:
         here = (self.origin.path.name, self.origin.place)
         former = [item for item in self.free.values() if item.came_from == here and not item.is_touched]
         left = [number for number in self.left() if number not in self.doubts]
-        pairs = [
-            (number, item)
-            for number, item in _overlapping(left, [self.records[number] for number in left], former)
-            if self._is_like(number, item)
-        ]
+        pairs, crowded = _overlapping({number: self.records[number] for number in left}, former)
+        pairs = [(number, item) for number, item in pairs if self._is_like(number, item)]
         of_record = Counter(number for number, _ in pairs)
         of_item = Counter(item.record.id for _, item in pairs)
         for number, item in pairs:
             if of_record[number] == 1 == of_item[item.record.id]:
                 self._take(number, item)
             else:
-                self.doubts[number] = "may be a new form of several objects that an earlier import brought"
+                self.doubts[number] = _SEVERAL
+        self.doubts.update(dict.fromkeys(crowded, _SEVERAL))
 
 
 def _overlapping(
-    numbers: Sequence[int], records: Sequence[Annotation], items: Sequence[_Known]
-) -> Iterator[tuple[int, _Known]]:
-    """Pairs of which each covers most of the other; of lines and points those that are equal."""
-    ours = np.array([record.geometry for record in records], object)
-    theirs = np.array([item.record.geometry for item in items], object)
-    if not len(ours) or not len(theirs):
-        return
-    first, second = shapely.STRtree(theirs).query(ours, predicate="intersects")
-    sound = shapely.is_valid(ours[first]) & shapely.is_valid(theirs[second])
-    for one, two in zip(first[sound].tolist(), second[sound].tolist(), strict=True):
-        union = shapely.union(ours[one], theirs[two]).area
-        if union > 0:
-            is_like = shapely.intersection(ours[one], theirs[two]).area >= _SAME_OUTLINE * union
-        else:
-            is_like = shapely.equals(ours[one], theirs[two])
-        if is_like:
-            yield numbers[one], items[two]
+    records: Mapping[int, Annotation], items: Sequence[_Known]
+) -> tuple[list[tuple[int, _Known]], list[int]]:
+    """Pairs of which each covers most of the other, of lines and points those that are equal.
+
+    Shapes that lie in heaps are not compared one by one: they come second, as records of which several can be meant.
+    """
+    pairs: list[tuple[int, _Known]] = []
+    crowded: list[int] = []
+    numbers, tree = list(records), shapely.STRtree([item.record.geometry for item in items])
+    looked_at, most = 0, _PAIRS_EACH * (len(records) + len(items))
+    for first in range(0, len(numbers), _AT_ONCE):
+        some = numbers[first : first + _AT_ONCE]
+        if looked_at > most:
+            crowded += numbers[first:]
+            break
+        ours = np.array([records[number].geometry for number in some], object)
+        one, two = tree.query(ours)
+        looked_at += len(one)
+        near = _may_be_alike(ours[one], tree.geometries[two])
+        one, two = one[near], two[near]
+        is_crowded = np.bincount(one, minlength=len(some)) > _PAIRS_EACH
+        crowded += [some[place] for place in np.flatnonzero(is_crowded)]
+        few = ~is_crowded[one]
+        pairs += [
+            (some[place], items[index])
+            for place, index in zip(one[few].tolist(), two[few].tolist(), strict=True)
+            if _are_alike(ours[place], tree.geometries[index])
+        ]
+    return pairs, crowded
+
+
+def _may_be_alike(ours: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether areas and bounds allow it, which costs little to know; of the rest, whether both are valid."""
+    sizes = np.stack([shapely.area(ours), shapely.area(theirs)])
+    a, b = shapely.bounds(ours), shapely.bounds(theirs)
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    least, most = _SAME_OUTLINE * sizes.max(axis=0), sides.clip(min=0).prod(axis=1)
+    fits = (sizes.min(axis=0) >= least) & (most >= least)
+    fits[fits] = shapely.is_valid(ours[fits]) & shapely.is_valid(theirs[fits])
+    return np.asarray(fits)
+
+
+def _are_alike(one: BaseGeometry, two: BaseGeometry) -> bool:
+    whole = shapely.union(one, two).area
+    if whole == 0:
+        return bool(shapely.equals(one, two))
+    return bool(shapely.intersection(one, two).area >= _SAME_OUTLINE * whole)
 
 
 def reconcile(found: Imported, objects: Sequence[Annotation], origin: Origin, *, replaces: bool = False) -> Reconciled:
