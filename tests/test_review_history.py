@@ -310,6 +310,25 @@ def test_an_undone_run_of_the_first_version_that_is_there_again_is_current(proje
     assert [result.removed for result in undo(project)] == [3]
 
 
+@pytest.mark.parametrize("same_call", [True, False])
+def test_a_damaged_run_of_the_first_version_blocks_only_when_it_may_be_of_a_later_call(
+    project: FakeProject, same_call: bool
+) -> None:
+    first = write(project, grid(2))
+    other = project.images[1]
+    write_back(project, other, grid(2), model="m", classes=CLASSES, batch=first.run if same_call else None)
+    as_before(project)
+    path = run_files(project)[1].path
+    data = json.loads(path.read_text())
+    if same_call:
+        data["batch"] = run_files(project)[0].id
+    path.write_text(json.dumps({**data, "mpp": "half"}))
+    errors: dict[str, DarefineError] = {}
+    with contextlib.nullcontext() if same_call else pytest.raises(ReviewError, match="The last run cannot be undone"):
+        assert [result.image for result in undo(project, on_error=errors.__setitem__)] == [SLIDE.id]
+        assert list(errors) == [path.name]
+
+
 # -- versions and numbers
 
 

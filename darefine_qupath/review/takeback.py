@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
 from darefine_qupath.errors import DarefineError, ProjectFormatError, ReviewError
+from darefine_qupath.limits import DATA, read_file
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
 from darefine_qupath.review.giveway import areal, give_way
@@ -18,6 +20,7 @@ from darefine_qupath.review.ours import RUN, Survey, for_images, survey
 from darefine_qupath.review.runs import (
     OnError,
     Run,
+    RunFile,
     RunObject,
     call_number,
     list_runs,
@@ -176,7 +179,7 @@ def _last_call(
                 _log.warning("%s: run %s is left out, it %s", run.image_name, run.id, _OVERWRITTEN)
             continue
         for file in files.values():
-            later = file.order > run.order and file.call != call_number(run)
+            later = file.order > run.order and not _is_of_call(file, run)
             if later and (file.image is None or stand.witness(file.image) == file.id):
                 error = damaged[file.path.name]
                 raise ReviewError(f"The last run cannot be undone: {error}; or name the run to undo") from error
@@ -186,6 +189,16 @@ def _last_call(
                 _log.warning("%s: run %s is left out, it %s", other.image_name, other.id, _OVERWRITTEN)
         return tuple(other for other in call if stand.state(other) == "done" and stand.current(other.image))
     raise next(iter(damaged.values()), ReviewError(f"There is no run to undo in {project.path}"))
+
+
+def _is_of_call(file: RunFile, run: Run) -> bool:
+    """Whether a damaged file is of the same call of predict as a run."""
+    if file.call is not None:
+        return file.call == call_number(run)
+    # The name of a file of before there were numbers does not tell; what is left of it may.
+    with contextlib.suppress(DarefineError):
+        return f'"batch": "{run.batch}"'.encode() in read_file(file.path, DATA)
+    return False
 
 
 def _named(project: Project, stand: _Standing, runs: Sequence[Run], run_id: str) -> tuple[Run, ...]:
