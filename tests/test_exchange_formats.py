@@ -442,6 +442,10 @@ def test_a_remark_in_the_text_is_no_class_where_the_layer_has_a_name(write: Writ
         'other words stand in text (e.g. "1"); --class-from FIELD takes them as the class',
     )
     assert classes_of(path, "text") == ["1", "ask A. B.", None]
+    assert read_annotations(path, class_from=["text"]).class_notes == (
+        "class from text (2), of 3 objects",
+        '1 of 3 without class; the file has layer (e.g. "Tumor"): --class-from FIELD says which is the class',
+    )
     assert classes_of(path, "text", "layer") == ["1", "ask A. B.", "Tumor"]
 
 

@@ -79,7 +79,7 @@ class FieldTally:
         if self._sources:
             given = " and ".join(f"{name} ({count})" for name, count in self._sources.items())
             lines.append(f"class from {given}, of {self._total} objects")
-        if self._others:
+        if self._others and not self.asked:
             lines.append(f"other words stand in {self._listed(self._others)}; {_OPTION} FIELD takes them as the class")
         missing = self._total - self._sources.total()
         if missing:
