@@ -195,6 +195,14 @@ def xml_mutant(data: bytes, rng: random.Random) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return a copy damaged as bytes, or as the JSON or XML that it is."""
+    start = data.lstrip()[:1]
+    if rng.random() < 0.5 and start in (b"{", b"[", b"<"):
+        return xml_mutant(data, rng) if start == b"<" else json_mutant(data, rng)
+    return damaged(data, rng)
+
+
 def _ways(value: Any, limit: int = 1 << 30) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401
     """Ways from the outside in to the values of a JSON value."""
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -203,3 +204,38 @@ def test_settings_of_any_kind_are_refused_in_a_line(run: Run, tmp_path: Path, te
         assert (code, out) == (2, "")
         assert err.splitlines()[-1].startswith("Error: ")
         assert len(err.splitlines()[-1]) < 1000
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe", "noise", "folder", "loop"])
+def test_a_slide_that_cannot_be_read_is_left_out_with_a_count(
+    run: Run, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    slide = project / "slides" / "train-1.tif"
+    slide.unlink()
+    if kind == "pipe":
+        os.mkfifo(slide)
+    elif kind == "noise":
+        slide.write_bytes(random.Random(1).randbytes(5000))
+    elif kind == "folder":
+        slide.mkdir()
+    elif kind == "loop":
+        slide.symlink_to(slide.name)
+    code, out, _ = run("tiles", project)
+    assert code == 0
+    assert "tiles of 1 images" in out
+    assert "train-1.tif is left out: " in caplog.text
+    assert "1 of 2 annotated images are left out" in caplog.text
+
+
+def test_an_overlay_names_a_predicted_slide_that_is_gone(run: Run, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    for name in ("1", "2"):
+        folder = project / "darefine" / "maps" / name
+        folder.mkdir(parents=True)
+        (folder / "scoremap.json").write_text("{}")
+    (project / "slides" / "train-1.tif").unlink()
+    code, _, err = run("overlay", project)
+    assert code == 2
+    assert "Error: train-1.tif: its file" in err
+    assert "Error: train-2.tif: " in err

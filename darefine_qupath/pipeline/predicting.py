@@ -781,14 +781,24 @@ def draw_overlays(
     PredictionError
         If nothing was predicted yet, or there is no such folder of truths.
     """
-    images, _ = choose_images(project, names)
+    images, skipped = choose_images(project, names)
     if truth is not None and not truth.is_dir():
         raise PredictionError(f"No folder of GeoJSON files at {truth}")
-    predicted = [image for image in images if (map_folder(project, image) / "scoremap.json").is_file()]
-    if not predicted:
+    predicted = [image for image in images if _is_predicted(project, image)]
+    gone = [image for image in skipped if _is_predicted(project, project.image(image.id))]
+    if not predicted and not gone:
         raise PredictionError(f"No image of {project.path} has been predicted; run darefine predict first")
+    for image in gone:
+        error = PredictionError(f"{image.name}: {image.why}")
+        if on_error is None:
+            raise error
+        on_error(image.name, PredictionError(image.why))
     drawn = for_images(predicted, lambda image: _draw_overlay(project, image, out, truth, side), on_error)
     yield from (path for _, path in drawn)
+
+
+def _is_predicted(project: Project, image: ImageEntry) -> bool:
+    return (map_folder(project, image) / "scoremap.json").is_file()
 
 
 def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | None, side: int) -> Path:

@@ -273,6 +273,8 @@ def gather(
     titles = image_titles({image.id: image.name for image in wanted})
     for left_out in skipped:
         _log.warning("%s is left out: %s", titles[left_out.id], left_out.why)
+    if skipped:
+        _log.warning("%d of %d annotated images are left out", len(skipped), len(skipped) + len(readable))
     sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
     return Corpus(classes=classes, sources=sources, skipped=skipped)
 
