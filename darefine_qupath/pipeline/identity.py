@@ -11,7 +11,8 @@ from uuid import UUID, uuid4
 
 from darefine_qupath.atomic import replacing
 from darefine_qupath.checkpoint import CheckpointHeader
-from darefine_qupath.errors import ProjectError, SlideError
+from darefine_qupath.errors import LimitError, ProjectError, SlideError
+from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import file_digest
 
@@ -57,16 +58,17 @@ def project_id(project: Project) -> str | None:
 
 def _stored_id(path: Path) -> str | None:
     try:
-        return str(UUID(json.loads(path.read_text(encoding="utf-8"))["id"]))
+        content = read_file(path, NOTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise ProjectError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ProjectError(
-            f'{path} is damaged: it should hold the project\'s id as {{"id": UUID}}; restore it from a copy, or '
-            f"delete it and the project gets a new one"
-        ) from None
+    except (OSError, LimitError) as error:
+        raise ProjectError(f"{path} cannot be read: {error}") from error
+    damaged = (
+        f'{path} is damaged: it should hold the project\'s id as {{"id": UUID}}; restore it from a copy, or delete it '
+        f"and the project gets a new one"
+    )
+    with naming(damaged, ProjectError):
+        return str(UUID(parse_json(content, NOTES)["id"]))
 
 
 def identity_of(project: Project, images: Collection[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rasterio.windows import Window
 
 from darefine_qupath.atomic import followed, keep_attributes, put_in_place, replacing
 from darefine_qupath.classes import IGNORE, ClassMap
-from darefine_qupath.errors import PredictionError
+from darefine_qupath.errors import LimitError, PredictionError
 from darefine_qupath.geometry import MPP_LIMITS, Box, Size
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 
@@ -260,13 +260,14 @@ def read_score_map(folder: Path) -> ScoreMap:
     """
     path = folder / _SIDECAR
     damaged = f"{path} is damaged; delete it and predict again"
+    try:
+        content = read_file(path, NOTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise PredictionError(f"No finished score map in {folder}; run darefine predict") from None
+    except (OSError, LimitError) as error:
+        raise PredictionError(f"{path} cannot be read: {error}") from error
     with naming(damaged, PredictionError):
-        try:
-            data = parse_json(read_file(path, NOTES), NOTES)
-        except (FileNotFoundError, NotADirectoryError):
-            data = None
-    if data is None:
-        raise PredictionError(f"No finished score map in {folder}; run darefine predict")
+        data = parse_json(content, NOTES)
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
         raise PredictionError(f"{path} has format {found!r}, expected {FORMAT!r}; predict again")
