@@ -284,7 +284,8 @@ def test_without_a_witness_only_all_of_a_run_at_once_is_overwritten(project: Fak
         project.delete(record.id)
     lost = deleted == 3
     assert statuses(project) == ({} if lost else {"untouched": 2, "rejected": 1})
-    assert [line[:31] for line in compare(project).notes()] == (["slide.svs: overwritten, not rej"] if lost else [])
+    words = [line.partition(". ")[2] for line in compare(project).notes()]
+    assert [text[:36] for text in words] == (["All of its objects are gone at once,"] if lost else [])
     assert write(project, grid(3)).added == (3 if lost else 0)
 
 

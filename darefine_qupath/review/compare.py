@@ -19,7 +19,7 @@ from darefine_qupath.errors import ReviewError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.review.giveway import areal
 from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, for_images, survey
-from darefine_qupath.review.runs import OnError
+from darefine_qupath.review.runs import OnError, number_of
 from darefine_qupath.sheets import write_csv
 
 if TYPE_CHECKING:
@@ -163,10 +163,11 @@ class ReviewReport:
         for image in self.images:
             if image.overwritten:
                 runs = ", ".join(f"{lost.run} ({lost.num_objects} objects)" for lost in image.overwritten)
-                yield (
-                    f"{image.image_name}: overwritten, not rejected: run {runs}. The image was restored, or saved in "
-                    f"QuPath, from a state before it; predict again writes it"
-                )
+                # Images bear the witness of a run that has a number; of an older one this is what is most likely.
+                why = "The image was restored, or saved in QuPath, from a state before it"
+                if any(number_of(lost.run) is None for lost in image.overwritten):
+                    why = "All of its objects are gone at once, as after a restore, or QuPath's Save over them"
+                yield f"{image.image_name}: overwritten, not rejected: run {runs}. {why}; predict again writes it"
 
     def areas_mm2(self) -> dict[str, dict[str, float]]:
         """Square millimetres per class, predicted and final; images of unknown pixel size are left out."""
