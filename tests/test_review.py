@@ -8,8 +8,9 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darefine_qupath.errors import ProjectWriteError, ReviewError
+from darefine_qupath.errors import ProjectLockedError, ProjectWriteError, ReviewError
 from darefine_qupath.project import Project
+from darefine_qupath.project.safety import Batch, write_lock
 from darefine_qupath.review import WriteOptions, list_runs, survey, undo, write_back
 from darefine_qupath.review.runs import Run, runs_folder, save_run
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, overlaps, polygon, square, write
@@ -35,6 +36,24 @@ def test_objects_say_what_they_are(project: FakeProject) -> None:
     assert record.metadata["darefine.runner_up"] == "Normal"
     assert [(c.name, c.colour) for c in project.classes] == [("Invasive", CLASSES.colours[2])]
     assert result.classes == {"Invasive": 1}
+
+
+def test_a_record_is_staged_under_the_lock_so_that_the_next_write_cleans_up(
+    project: FakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(project, grid(2))
+    commit = Batch.commit
+
+    def locked(batch: Batch) -> None:
+        with (
+            pytest.raises(ProjectLockedError, match="Another darefine process"),
+            write_lock(project.folder, patience_s=0),
+        ):
+            pass
+        commit(batch)
+
+    monkeypatch.setattr(Batch, "commit", locked)
+    assert save_run(project, list_runs(project)[0]).is_file()
 
 
 def test_the_same_prediction_three_times_is_the_same_objects(project: FakeProject) -> None:

@@ -242,7 +242,7 @@ class RunFile(NamedTuple):
 _COUNTER = "last-run"
 _NAME = re.compile(r"([0-9]{1,18})-([^_]+)(?:_([0-9]{1,18}))?", re.ASCII)
 _PATIENCE_S = 60.0
-"""How long a run waits for its number: another process may be writing a large image."""
+"""How long a run waits for its number or its record: another process may be writing a large image."""
 
 
 def runs_folder(project: Project) -> Path:
@@ -343,6 +343,8 @@ def save_run(project: Project, run: Run) -> Path:
 
     Raises
     ------
+    ProjectLockedError
+        If another process holds the project for long.
     ProjectWriteError
         If it cannot be written.
     """
@@ -350,7 +352,8 @@ def save_run(project: Project, run: Run) -> Path:
     head = json.dumps({"format": FORMAT, **_head_to_json(run)}, ensure_ascii=False, indent=1)
     # Both are JSON objects; they become one.
     text = f"{head[:-2]},\n {with_packed(run).packed.text[1:]}\n"  # type: ignore[union-attr]
-    with Batch(project.folder) as batch:
+    # Under the lock: whoever holds it next removes what a killed writer staged.
+    with write_lock(project.folder, patience_s=_PATIENCE_S), Batch(project.folder) as batch:
         # Half a character becomes an escape of JSON.
         batch.stage(path, text.encode("utf-8", "backslashreplace"))
         batch.commit()
