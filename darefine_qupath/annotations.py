@@ -112,7 +112,7 @@ class Annotation:
     metadata: Mapping[str, str] = field(default_factory=dict)
     roi: RoiKind | None = None
     plane: Plane = Plane()
-    colour: int | None = None
+    color: int | None = None
     class_probability: float = math.nan
     nucleus: BaseGeometry | None = None
     is_missing: bool = False

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from darefine_qupath import __version__
-from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, spoken
-from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
+from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model
 from darefine_qupath.models.onnx import export_network
 from darefine_qupath.tiles import TileSpec
 
@@ -85,7 +85,7 @@ class CheckpointHeader:
     model: ModelConfig
     tiles: TileSpec
     classes: ClassMap
-    normalisation: Normalisation
+    normalization: Normalization
     provenance: Mapping[str, Any]
     weights_sha256: str
     num_parameters: int
@@ -98,7 +98,7 @@ class CheckpointHeader:
             "model": self.model.to_json(),
             "tiles": self.tiles.to_json(),
             "classes": list(self.classes.names),
-            "normalisation": self.normalisation.to_json(),
+            "normalization": self.normalization.to_json(),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
 
@@ -110,7 +110,7 @@ class CheckpointHeader:
             "model": self.model.to_json(),
             "tiles": self.tiles.to_json(),
             "classes": self.classes.to_json(),
-            "normalisation": self.normalisation.to_json(),
+            "normalization": self.normalization.to_json(),
             "provenance": dict(self.provenance),
             "weights_sha256": self.weights_sha256,
             "num_parameters": self.num_parameters,
@@ -133,7 +133,7 @@ class Checkpoint:
     model: ModelConfig
     tiles: TileSpec
     classes: ClassMap
-    normalisation: Normalisation = field(default_factory=Normalisation)
+    normalization: Normalization = field(default_factory=Normalization)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class Checkpoint:
             model=self.model,
             tiles=self.tiles,
             classes=self.classes,
-            normalisation=self.normalisation,
+            normalization=self.normalization,
             provenance=self.provenance,
             weights_sha256=_digest(self.state),
             num_parameters=sum(tensor.numel() for tensor in self.state.values()),
@@ -170,7 +170,7 @@ class Checkpoint:
             network = build_model(self.model)
         network = network.to_empty(device="cpu")
         network.load_state_dict(dict(self.state))
-        network.expect(self.normalisation)
+        network.expect(self.normalization)
         return network.eval()
 
 
@@ -197,7 +197,7 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The provenance of {path} is not plain JSON: {error}") from None
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
-    with replacing(path, CheckpointError) as temporary:
+    with atomic_write(path, CheckpointError) as temporary:
         try:
             save_file(state, temporary, metadata=metadata)
         except SafetensorError as error:
@@ -241,7 +241,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             model=header.model,
             tiles=header.tiles,
             classes=header.classes,
-            normalisation=header.normalisation,
+            normalization=header.normalization,
             provenance=header.provenance,
         )
     except CheckpointError as error:
@@ -282,7 +282,7 @@ def describe(source: Checkpoint | CheckpointHeader | Path | str) -> str:
         ("weights", f"{header.num_parameters / 1e6:.2f} million values, sha256 {header.weights_sha256[:16]}"),
         ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(header.classes.names))),
         ("tiles", _tiles_text(header.tiles)),
-        ("input", _normalisation_text(header.normalisation)),
+        ("input", _normalisation_text(header.normalization)),
         *((key, _value_text(value)) for key, value in header.provenance.items()),
     ]
     width = max(len(key) for key, _ in lines)
@@ -305,7 +305,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
     """Write the network as ONNX, with the tile sizes of the model and any batch size.
 
     Inputs are ``slice`` and, where the network has a context, ``context`` (float32, (B, 3, size, size), normalised as
-    ``normalisation`` in the metadata says, which has a ``context`` of its own where that differs) and for ``aligned``
+    ``normalization`` in the metadata says, which has a ``context`` of its own where that differs) and for ``aligned``
     fusion ``box`` (B, 4); the output is ``logits``. The header of the model file is in the metadata.
 
     Parameters
@@ -324,7 +324,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
     """
     path = Path(path)
     tiles = checkpoint.tiles
-    with replacing(path, CheckpointError) as temporary:
+    with atomic_write(path, CheckpointError) as temporary:
         export_network(
             checkpoint.build(),
             temporary,
@@ -376,7 +376,9 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
             model=ModelConfig.from_json(data["model"]),
             tiles=TileSpec.from_json(data["tiles"]),
             classes=ClassMap.from_json(data["classes"]),
-            normalisation=Normalisation.from_json(data["normalisation"]),
+            normalization=Normalization.from_json(
+                data["normalization" if "normalization" in data else "normalisation"]
+            ),
             provenance=_provenance(data["provenance"]),
             weights_sha256=_of_kind(str, "weights_sha256", data["weights_sha256"]),
             num_parameters=_of_kind(int, "num_parameters", data["num_parameters"]),
@@ -454,9 +456,9 @@ def _tiles_text(tiles: TileSpec) -> str:
     return f"{shown} {unit if unit == 'um' else 'level-0 px'}, fed as {fed}, {tiles.placement}"
 
 
-def _normalisation_text(normalisation: Normalisation) -> str:
-    shown = f"mean {_numbers(normalisation.mean)}, std {_numbers(normalisation.std)}"
-    context = normalisation.context
+def _normalisation_text(normalization: Normalization) -> str:
+    shown = f"mean {_numbers(normalization.mean)}, std {_numbers(normalization.std)}"
+    context = normalization.context
     return shown if context is None else f"slice {shown}; context {_normalisation_text(context)}"
 
 

@@ -17,9 +17,9 @@ __all__ = [
     "IGNORE",
     "REGION",
     "ClassMap",
-    "Colour",
+    "Color",
     "PathClass",
-    "default_colour",
+    "default_color",
     "is_ignored",
 ]
 
@@ -34,7 +34,7 @@ UNLABELLED_IGNORE = "ignore"
 _HEX_COLOUR = re.compile("#?[0-9a-fA-F]{6}")
 
 
-class Colour(NamedTuple):
+class Color(NamedTuple):
     """Red, green and blue, 0 to 255."""
 
     red: int
@@ -42,12 +42,12 @@ class Colour(NamedTuple):
     blue: int
 
     @classmethod
-    def from_argb(cls, argb: int) -> Colour:
+    def from_argb(cls, argb: int) -> Color:
         """Colour of a signed or unsigned 32-bit ARGB integer as Java packs it."""
         return cls((argb >> 16) & 255, (argb >> 8) & 255, argb & 255)
 
     @classmethod
-    def from_hex(cls, text: str) -> Colour:
+    def from_hex(cls, text: str) -> Color:
         """Colour of ``#rrggbb``."""
         if not _HEX_COLOUR.fullmatch(text):
             raise ClassMapError(f"{text!r} is not a colour; write it as #rrggbb")
@@ -65,30 +65,30 @@ class Colour(NamedTuple):
 
 
 # Normal, Benign, In situ, Invasive first (the paper's order), then a wheel for whatever else a project names.
-_KNOWN_COLOURS = {
-    "normal": Colour(50, 160, 60),
-    "benign": Colour(80, 120, 220),
-    "in situ": Colour(240, 170, 40),
-    "invasive": Colour(200, 30, 40),
-    "tumor": Colour(200, 0, 0),
-    "stroma": Colour(150, 200, 150),
-    "background": Colour(200, 200, 200),
+_KNOWN_COLORS = {
+    "normal": Color(50, 160, 60),
+    "benign": Color(80, 120, 220),
+    "in situ": Color(240, 170, 40),
+    "invasive": Color(200, 30, 40),
+    "tumor": Color(200, 0, 0),
+    "stroma": Color(150, 200, 150),
+    "background": Color(200, 200, 200),
 }
 _WHEEL = (
-    Colour(31, 119, 180),
-    Colour(255, 127, 14),
-    Colour(44, 160, 44),
-    Colour(148, 103, 189),
-    Colour(140, 86, 75),
-    Colour(227, 119, 194),
-    Colour(188, 189, 34),
-    Colour(23, 190, 207),
+    Color(31, 119, 180),
+    Color(255, 127, 14),
+    Color(44, 160, 44),
+    Color(148, 103, 189),
+    Color(140, 86, 75),
+    Color(227, 119, 194),
+    Color(188, 189, 34),
+    Color(23, 190, 207),
 )
 
 
-def default_colour(name: str) -> Colour:
+def default_color(name: str) -> Color:
     """Colour for a class that has none: fixed per name."""
-    known = _KNOWN_COLOURS.get(name.lower())
+    known = _KNOWN_COLORS.get(name.lower())
     return known or _WHEEL[sum(name.encode()) % len(_WHEEL)]
 
 
@@ -110,7 +110,7 @@ class PathClass:
     """
 
     name: str
-    colour: Colour = Colour(128, 128, 128)
+    color: Color = Color(128, 128, 128)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ class ClassMap:
     names : tuple of str
         Training classes; the index is the label.
     colours : tuple of Colour
-        One per name; filled from `default_colour` when empty.
+        One per name; filled from `default_color` when empty.
     sources : mapping of str to str
         Project class to training class (many to one). A training class always maps to itself.
     unlabelled : str
@@ -132,7 +132,7 @@ class ClassMap:
     """
 
     names: tuple[str, ...]
-    colours: tuple[Colour, ...] = ()
+    colors: tuple[Color, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     unlabelled: str = UNLABELLED_IGNORE
     region_unlabelled: str = UNLABELLED_IGNORE
@@ -147,10 +147,10 @@ class ClassMap:
         starred = [name for name in self.names if is_ignored(name)]
         if starred:
             raise ClassMapError(f"{starred} end in '*', which QuPath means as 'not a class'")
-        colours = self.colours or tuple(default_colour(name) for name in self.names)
-        if len(colours) != len(self.names):
-            raise ClassMapError(f"{len(colours)} colours for {len(self.names)} classes")
-        object.__setattr__(self, "colours", tuple(Colour(*colour) for colour in colours))
+        colors = self.colors or tuple(default_color(name) for name in self.names)
+        if len(colors) != len(self.names):
+            raise ClassMapError(f"{len(colors)} colours for {len(self.names)} classes")
+        object.__setattr__(self, "colors", tuple(Color(*color) for color in colors))
         object.__setattr__(self, "sources", dict(self.sources))
         self._check_targets()
 
@@ -241,7 +241,7 @@ class ClassMap:
         kept = [path_class for path_class in classes if not is_ignored(path_class.name)]
         return cls(
             names=tuple(path_class.name for path_class in kept),
-            colours=tuple(path_class.colour for path_class in kept),
+            colors=tuple(path_class.color for path_class in kept),
             unlabelled=unlabelled,
         )
 
@@ -249,7 +249,7 @@ class ClassMap:
         """Return plain JSON values; `from_json` gives the same map back."""
         return {
             "names": list(self.names),
-            "colours": [colour.hex for colour in self.colours],
+            "colors": [color.hex for color in self.colors],
             "sources": dict(self.sources),
             "unlabelled": self.unlabelled,
             "region_unlabelled": self.region_unlabelled,
@@ -264,7 +264,7 @@ class ClassMap:
                 raise TypeError("its names are not all texts")
             return cls(
                 names=tuple(data["names"]),
-                colours=tuple(Colour.from_hex(text) for text in data["colours"]),
+                colors=tuple(Color.from_hex(text) for text in data["colors" if "colors" in data else "colours"]),
                 sources=data["sources"],
                 unlabelled=data["unlabelled"],
                 region_unlabelled=data["region_unlabelled"],

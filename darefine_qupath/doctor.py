@@ -125,7 +125,7 @@ def _torch() -> Finding:
 
 def _device() -> Finding:
     torch = _load("torch")
-    forward = _load("darefine_qupath.prediction.forward")
+    forward = _load("darefine_qupath.prediction.engine")
     device = forward.choose_device("auto")
     precision = forward.choose_precision("auto", device)
     if device.type == "cuda":

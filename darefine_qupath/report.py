@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import GeometryError
 
 __all__ = ["Panel", "difference", "draw_panels", "paint_labels"]
@@ -21,7 +21,7 @@ _LEGEND = 44
 _INK = (30, 30, 30)
 _OPACITY = 0.5
 # Violet is no class in the usual palettes, so what is wrong is not taken for a tumour.
-_RIGHT, _WRONG = Colour(60, 170, 90), Colour(150, 40, 200)
+_RIGHT, _WRONG = Color(60, 170, 90), Color(150, 40, 200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Panel:
 
 
 def paint_labels(
-    thumbnail: NDArray[np.uint8], labels: NDArray[np.uint8], colours: Sequence[Colour], *, hidden: int | None = None
+    thumbnail: NDArray[np.uint8], labels: NDArray[np.uint8], colors: Sequence[Color], *, hidden: int | None = None
 ) -> NDArray[np.uint8]:
     """Lay labels over a slide: a tint, and a full-colour line at every border.
 
@@ -69,9 +69,9 @@ def paint_labels(
     if labels.shape != thumbnail.shape[:2]:
         raise GeometryError(f"Labels of {labels.shape} do not lie on a picture of {thumbnail.shape[:2]}")
     palette = np.zeros((256, 3), np.float32)
-    palette[: len(colours)] = colours
+    palette[: len(colors)] = colors
     opacity = np.zeros(256, np.float32)
-    opacity[: len(colours)] = _OPACITY
+    opacity[: len(colors)] = _OPACITY
     if hidden is not None:
         opacity[hidden] = 0.12
     alpha = np.where(_borders(labels), np.where(opacity > 0, 1, 0)[labels], opacity[labels])[..., None]
@@ -131,15 +131,15 @@ def draw_panels(
             panel.title,
             thumbnail
             if panel.labels is None
-            else paint_labels(thumbnail, panel.labels, class_map.colours, hidden=hidden),
+            else paint_labels(thumbnail, panel.labels, class_map.colors, hidden=hidden),
         )
         for panel in panels
     ]
     if compare is not None:
         misfit = difference(*compare)
-        drawn.append(("Difference", paint_labels(_greyed(thumbnail), misfit, (_RIGHT, _WRONG), hidden=0)))
+        drawn.append(("Difference", paint_labels(_grayed(thumbnail), misfit, (_RIGHT, _WRONG), hidden=0)))
     top = _GAP + (_TITLE if title else 0)
-    entries = list(zip(class_map.names, class_map.colours, strict=True))
+    entries = list(zip(class_map.names, class_map.colors, strict=True))
     if compare is not None:
         entries.append(("Wrong", _WRONG))
     large, small = ImageFont.load_default(20), ImageFont.load_default(16)
@@ -157,20 +157,20 @@ def draw_panels(
     canvas.save(path, optimize=True)
 
 
-def _greyed(thumbnail: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    grey = thumbnail.mean(axis=2, keepdims=True)
-    return np.repeat((grey * 0.6 + 100).astype(np.uint8), 3, axis=2)
+def _grayed(thumbnail: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    gray = thumbnail.mean(axis=2, keepdims=True)
+    return np.repeat((gray * 0.6 + 100).astype(np.uint8), 3, axis=2)
 
 
 def _legend(
     pen: ImageDraw.ImageDraw,
-    entries: Sequence[tuple[str, Colour]],
+    entries: Sequence[tuple[str, Color]],
     corner: tuple[int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     x, y = corner
-    for name, colour in entries:
-        pen.rectangle((x, y, x + 18, y + 18), fill=tuple(colour), outline=_INK)
+    for name, color in entries:
+        pen.rectangle((x, y, x + 18, y + 18), fill=tuple(color), outline=_INK)
         pen.text((x + 26, y), name, fill=_INK, font=font)
         x += _legend_width(name, font)
 

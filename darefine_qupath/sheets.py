@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import DarefineError
+from darefine_qupath.filesystem import atomic_write
 
 __all__ = ["write_csv"]
 
@@ -38,7 +38,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         `error`, with path and reason.
     """
     with (
-        replacing(path, error) as temporary,
+        atomic_write(path, error) as temporary,
         # Half a character (of a name that was damaged) is written as an escape.
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):

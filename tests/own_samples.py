@@ -43,7 +43,7 @@ TOML = b"""[classes]
 names = ["Normal", "Tumor"]
 [classes.map]
 "DCIS" = "Tumor"
-[classes.colours]
+[classes.colors]
 Tumor = "#c81e28"
 [tiles]
 size_px = 256
@@ -82,7 +82,7 @@ def prepare(folder: Path) -> None:
     SAMPLES["state"] = save(dict(header.state), {"darefine": json.dumps(STATE)})
     SAMPLES["tiles.jsonl"] = json.dumps(TILE).encode()
     settings = RunSettings(
-        model=config, train=TrainConfig(), tiles=TILES, classes=CLASSES, normalisation=header.normalisation
+        model=config, train=TrainConfig(), tiles=TILES, classes=CLASSES, normalization=header.normalization
     )
     SAMPLES["config.json"] = json.dumps(settings.to_json()).encode()
     (own / "dataset.json").write_bytes(SAMPLES["dataset.json"])

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.models import ContextFeatures, Normalisation
+from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, SlideTask, predict_slide
 from darefine_qupath.tiles import TileSpec
 
-COLOURS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
+COLORS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
 CLASSES = ClassMap(names=("A", "B", "C"))
 SPEC = TileSpec(size_px=32, slice_px=64, context_px=256, stride_px=32)
 
@@ -77,12 +77,12 @@ class ArraySlide:
         self.close()
 
 
-class ColourNetwork(nn.Module):
+class ColorNetwork(nn.Module):
     """Says which of the colours each pixel has; a context shifts the logits by `trust` times its mean colour."""
 
     def __init__(self, *, sharpness: float = 20.0, trust: float = 0.0, pause: float = 0.0) -> None:
         super().__init__()
-        self.register_buffer("colours", torch.tensor(COLOURS).float() / 255)
+        self.register_buffer("colors", torch.tensor(COLORS).float() / 255)
         self.sharpness, self.trust, self.pause = sharpness, trust, pause
         self.num_contexts = self.num_slices = 0
 
@@ -99,7 +99,7 @@ class ColourNetwork(nn.Module):
     ) -> Tensor:
         self.num_slices += len(slice_B3HW)
         time.sleep(self.pause)
-        distance = (slice_B3HW[:, None] - self.colours[None, :, :, None, None]).square().sum(2)
+        distance = (slice_B3HW[:, None] - self.colors[None, :, :, None, None]).square().sum(2)
         return self.trust * context.of_slices(len(slice_B3HW), index_B).pooled[0] - self.sharpness * distance
 
 
@@ -110,7 +110,7 @@ def checkpoint(
     return SimpleNamespace(
         tiles=tiles,
         classes=CLASSES,
-        normalisation=Normalisation(mean=(0, 0, 0), std=(1, 1, 1)),
+        normalization=Normalization(mean=(0, 0, 0), std=(1, 1, 1)),
         provenance=provenance or {},
         model_id="0123456789ab",
         build=lambda: network,
@@ -130,14 +130,14 @@ def array_slide(folder: Path, labels: NDArray[np.uint8], **settings: object) -> 
     path = folder / "slide.bin"
     if not path.exists():
         path.write_bytes(b"slide")
-    return ArraySlide(COLOURS[labels], path, **settings)
+    return ArraySlide(COLORS[labels], path, **settings)
 
 
 def _predict(folder: Path) -> None:
     slide = array_slide(folder, blobs((900, 1100)))
     options = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu")
     torch.set_num_threads(1)
-    predict_slide(slide, checkpoint(ColourNetwork(trust=1.0, pause=0.01)), out=folder / "map", options=options)
+    predict_slide(slide, checkpoint(ColorNetwork(trust=1.0, pause=0.01)), out=folder / "map", options=options)
 
 
 def run_slowly(task: SlideTask, progress: Callable[[Progress], None] | None = None) -> ScoreMap:
@@ -146,7 +146,7 @@ def run_slowly(task: SlideTask, progress: Callable[[Progress], None] | None = No
     slide = array_slide(task.slide.parent, blobs((500, 700), seed=int(task.key)))
     torch.set_num_threads(1)
     (task.out / f"worker-{os.getpid()}").touch()
-    model = checkpoint(ColourNetwork(trust=1.0, pause=0.02))
+    model = checkpoint(ColorNetwork(trust=1.0, pause=0.02))
     return predict_slide(slide, model, out=task.out, options=task.options, progress=progress)
 
 

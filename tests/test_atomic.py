@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from darefine_qupath import atomic
-from darefine_qupath.atomic import keep_attributes, replacing, sync_folder
+from darefine_qupath import filesystem
 from darefine_qupath.errors import ExchangeError, SlideError
+from darefine_qupath.filesystem import atomic_write, keep_attributes, sync_folder
 
 
 def test_takes_the_place_of_the_former_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "mask.tif"
     path.write_bytes(b"former")
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         assert temporary.suffix == ".tif"
         assert temporary.parent == tmp_path
         temporary.write_bytes(b"new")
@@ -30,7 +30,7 @@ def test_takes_the_place_of_the_former_file_and_leaves_nothing_else(tmp_path: Pa
 def test_keeps_the_former_file_when_the_writer_fails(tmp_path: Path) -> None:
     path = tmp_path / "mask.tif"
     path.write_bytes(b"former")
-    with pytest.raises(UnicodeEncodeError), replacing(path, ExchangeError) as temporary:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path, ExchangeError) as temporary:
         temporary.write_text("half \ud800", encoding="utf-8")
     assert path.read_bytes() == b"former"
     assert list(tmp_path.iterdir()) == [path]
@@ -47,7 +47,7 @@ def test_says_why_the_system_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, call, full)
     with (
         pytest.raises(ExchangeError, match=r"mask\.tif cannot be written \(No space left on device\)"),
-        replacing(path, ExchangeError) as temporary,
+        atomic_write(path, ExchangeError) as temporary,
     ):
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"former"
@@ -66,9 +66,9 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", held)
-    monkeypatch.setattr(atomic, "_PATIENCE_S", patience_s)
+    monkeypatch.setattr(filesystem, "_PATIENCE_S", patience_s)
     refused = contextlib.nullcontext() if is_replaced else pytest.raises(ExchangeError, match="Access is denied")
-    with refused, replacing(path, ExchangeError) as temporary:
+    with refused, atomic_write(path, ExchangeError) as temporary:
         temporary.write_bytes(b"new")
     assert path.exists() == is_replaced
     assert len(list(tmp_path.iterdir())) == is_replaced
@@ -86,7 +86,7 @@ def test_a_network_share_that_cannot_sync_a_folder_is_no_failure(
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
     path = tmp_path / "mask.tif"
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"new"
     sync_folder(tmp_path)
@@ -95,20 +95,20 @@ def test_a_network_share_that_cannot_sync_a_folder_is_no_failure(
 def test_names_a_missing_folder(tmp_path: Path) -> None:
     with (
         pytest.raises(ExchangeError, match=r"there is no folder .*nowhere"),
-        replacing(tmp_path / "nowhere" / "mask.tif", ExchangeError),
+        atomic_write(tmp_path / "nowhere" / "mask.tif", ExchangeError),
     ):
         pass
 
 
 def test_an_error_inside_keeps_its_own_words(tmp_path: Path) -> None:
     # Some of ours are OSErrors: a slide that cannot be read is no disk that cannot be written.
-    with pytest.raises(SlideError, match="damaged at 3, 4"), replacing(tmp_path / "a.png", ExchangeError):
+    with pytest.raises(SlideError, match="damaged at 3, 4"), atomic_write(tmp_path / "a.png", ExchangeError):
         raise SlideError("damaged at 3, 4")
 
 
 def test_gives_the_file_the_rights_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    with replacing(tmp_path / "new", ExchangeError) as temporary:
+    with atomic_write(tmp_path / "new", ExchangeError) as temporary:
         temporary.chmod(0o600)
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -129,7 +129,7 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"former")
     path.chmod(mode)
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
         temporary.write_bytes(b"new")
     assert (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) == (mode, b"new")
@@ -141,7 +141,7 @@ def test_a_replaced_file_keeps_owner_and_group(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"former")
     os.chown(path, 1234, 4321)
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         temporary.write_bytes(b"new")
     assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
 
@@ -179,7 +179,7 @@ def test_a_replaced_file_keeps_its_extended_attributes(tmp_path: Path) -> None:
         os.setxattr(path, "user.comment", b"second reading")
     except OSError:
         pytest.skip("this file system has no extended attributes")
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         temporary.write_bytes(b"new")
     assert extended(path) == {"user.comment": b"second reading"}
 
@@ -192,7 +192,7 @@ def test_a_link_stays_a_link(tmp_path: Path, is_there: bool) -> None:
     if is_there:
         real.write_bytes(b"former")
     path.symlink_to("disk/model-1")
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         assert (temporary.parent, temporary.suffix) == (real.parent, ".safetensors")
         temporary.write_bytes(b"new")
     assert (path.is_symlink(), real.read_bytes()) == (True, b"new")
@@ -206,6 +206,6 @@ def test_what_a_killed_writer_left_goes_after_a_day(tmp_path: Path) -> None:
         file.write_bytes(b"half")
         if file is not others[1]:  # that one is being written
             os.utime(file, (1, 1))
-    with replacing(path, ExchangeError) as temporary:
+    with atomic_write(path, ExchangeError) as temporary:
         temporary.write_bytes(b"new")
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])

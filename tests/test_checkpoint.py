@@ -32,7 +32,7 @@ from darefine_qupath.checkpoint import (
 )
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError
-from darefine_qupath.models import ModelConfig, Normalisation, build_model
+from darefine_qupath.models import ModelConfig, Normalization, build_model
 from darefine_qupath.tiles import TileSpec
 from tests.conftest import Run
 from tests.stored_logits import BOX_B4, image, seeded_state
@@ -63,7 +63,7 @@ def a_checkpoint(config: ModelConfig = TINY, **fields: Any) -> Checkpoint:  # no
         "model": config,
         "tiles": TILES,
         "classes": ClassMap(names=names, sources={"old a": "a"}),
-        "normalisation": Normalisation(mean=(0.7, 0.5, 0.6), std=(0.1, 0.2, 0.3)),
+        "normalization": Normalization(mean=(0.7, 0.5, 0.6), std=(0.1, 0.2, 0.3)),
         "provenance": PROVENANCE,
     }
     return Checkpoint(**{**given, **fields})
@@ -87,7 +87,7 @@ def test_a_model_file_gives_back_what_was_saved(file: Path) -> None:
     saved, loaded = a_checkpoint(), load_checkpoint(file)
     assert loaded.state.keys() == saved.state.keys()
     assert all(torch.equal(loaded.state[name], tensor) for name, tensor in saved.state.items())
-    for name in ("model", "tiles", "classes", "normalisation", "provenance"):
+    for name in ("model", "tiles", "classes", "normalization", "provenance"):
         assert getattr(loaded, name) == getattr(saved, name), name
     assert loaded.header == saved.header
 
@@ -158,11 +158,11 @@ def test_model_id_is_that_of_the_predictions_not_of_the_file(file: Path) -> None
     "fields",
     [
         {"tiles": TileSpec.paper()},
-        {"normalisation": Normalisation()},
+        {"normalization": Normalization()},
         {"classes": ClassMap(names=("b", "a"))},
         {"state": {name: tensor + 1 for name, tensor in a_checkpoint().state.items()}},
     ],
-    ids=["tiles", "normalisation", "classes", "weights"],
+    ids=["tiles", "normalization", "classes", "weights"],
 )
 def test_model_id_changes_with_whatever_changes_predictions(fields: dict[str, Any]) -> None:
     assert a_checkpoint(**fields).model_id != a_checkpoint().model_id
@@ -198,7 +198,7 @@ SIDES = {"slice_px": 100, "context_px": 500, "stride_px": 100}
         ({"tiles": SIDES | {"context_size_px": float("inf")}}, "damaged header: .*finite"),
         ({"tiles": {"size_px": 5}}, "damaged header: Give slice, context and stride"),
         ({"classes": {}}, "damaged header: Not a class map"),
-        ({"normalisation": {}}, "damaged header: Not a normalisation"),
+        ({"normalization": {}}, "damaged header: Not a normalisation"),
         ({"classes": ClassMap(names=("a", "b", "c")).to_json()}, "2 classes cannot stand for the 3 classes"),
         ({"weights_sha256": "0" * 64}, "is damaged: its weights are not those that were saved"),
         ({"model": TINY.to_json() | {"width": 8}}, r"do not fit U-Net, width 8: downs.0.0.weight is \(1, 3, 3, 3\)"),
@@ -212,7 +212,7 @@ def test_a_file_with_another_header_is_refused(file: Path, change: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "key", ["model", "tiles", "classes", "normalisation", "provenance", "weights_sha256", "version"]
+    "key", ["model", "tiles", "classes", "normalization", "provenance", "weights_sha256", "version"]
 )
 def test_a_header_without_a_part_is_refused(file: Path, key: str) -> None:
     rewritten(file, lambda data: data.pop(key) and None)

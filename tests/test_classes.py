@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darefine_qupath.classes import IGNORE, ClassMap, Colour, PathClass, default_colour, is_ignored
+from darefine_qupath.classes import IGNORE, ClassMap, Color, PathClass, default_color, is_ignored
 from darefine_qupath.errors import ClassMapError
 
 BYTE = st.integers(0, 255)
@@ -16,25 +16,25 @@ NAME = st.text(st.characters(exclude_characters="*", exclude_categories=["Cs"]),
 @given(BYTE, BYTE, BYTE)
 @settings(deadline=None, derandomize=True)
 def test_a_colour_survives_both_of_its_spellings(red: int, green: int, blue: int) -> None:
-    colour = Colour(red, green, blue)
-    assert Colour.from_hex(colour.hex) == colour
-    assert Colour.from_argb(colour.argb) == colour
+    color = Color(red, green, blue)
+    assert Color.from_hex(color.hex) == color
+    assert Color.from_argb(color.argb) == color
 
 
 def test_argb_is_the_signed_integer_of_java() -> None:
-    assert Colour(200, 0, 0).argb == -3670016
-    assert Colour.from_argb(0xFFC80000) == Colour(200, 0, 0)
+    assert Color(200, 0, 0).argb == -3670016
+    assert Color.from_argb(0xFFC80000) == Color(200, 0, 0)
 
 
 @pytest.mark.parametrize("text", ["", "#12345", "red", "#gg0000", "#1234567"])
 def test_other_text_is_not_a_colour(text: str) -> None:
     with pytest.raises(ClassMapError, match="is not a colour; write it as #rrggbb"):
-        Colour.from_hex(text)
+        Color.from_hex(text)
 
 
 def test_default_colours_are_fixed_per_name() -> None:
-    assert default_colour("In situ") == default_colour("in situ") == Colour(240, 170, 40)
-    assert default_colour("Gland") == default_colour("Gland")
+    assert default_color("In situ") == default_color("in situ") == Color(240, 170, 40)
+    assert default_color("Gland") == default_color("Gland")
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_knows_says_what_check_would_take() -> None:
         ({"names": tuple(f"c{i}" for i in range(256))}, "256 classes are more than the 255"),
         ({"names": ("A", "A")}, "named twice"),
         ({"names": ("A", "Ignore*")}, r"\['Ignore\*'\] end in '\*'"),
-        ({"names": ("A", "B"), "colours": (Colour(1, 2, 3),)}, "1 colours for 2 classes"),
+        ({"names": ("A", "B"), "colors": (Color(1, 2, 3),)}, "1 colours for 2 classes"),
         ({"names": ("A",), "sources": {"B": "C"}}, "'B' is mapped to 'C', which is not in"),
         ({"names": ("A", "B"), "sources": {"A": "B"}}, "'A' is a training class and is mapped to 'B'"),
         ({"names": ("A",), "unlabelled": "B"}, "unlabelled = 'B' is neither"),
         ({"names": ("A",), "region_unlabelled": "B"}, "region_unlabelled = 'B' is neither"),
     ],
-    ids=["empty", "too many", "twice", "star", "colours", "target", "self", "unlabelled", "region"],
+    ids=["empty", "too many", "twice", "star", "colors", "target", "self", "unlabelled", "region"],
 )
 def test_a_map_that_makes_no_sense_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ClassMapError, match=message):
@@ -96,10 +96,10 @@ def test_unlabelled_pixels_are_ignored_or_a_class() -> None:
 
 
 def test_a_project_s_classes_map_to_themselves() -> None:
-    found = [PathClass("Tumor", Colour(1, 2, 3)), PathClass("Ignore*"), PathClass("Stroma: Dense")]
+    found = [PathClass("Tumor", Color(1, 2, 3)), PathClass("Ignore*"), PathClass("Stroma: Dense")]
     classes = ClassMap.from_path_classes(found, unlabelled="Tumor")
     assert classes.names == ("Tumor", "Stroma: Dense")
-    assert classes.colours == (Colour(1, 2, 3), Colour(128, 128, 128))
+    assert classes.colors == (Color(1, 2, 3), Color(128, 128, 128))
     assert classes.unlabelled_label == 0
 
 
@@ -111,7 +111,7 @@ def test_json_gives_the_same_map_back(names: list[str], data: st.DataObject) -> 
     assert ClassMap.from_json(classes.to_json()) == classes
 
 
-@pytest.mark.parametrize("data", [{}, {"names": ["A"], "colours": None}], ids=["empty", "null"])
+@pytest.mark.parametrize("data", [{}, {"names": ["A"], "colors": None}], ids=["empty", "null"])
 def test_other_json_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ClassMapError, match="Not a class map"):
         ClassMap.from_json(data)

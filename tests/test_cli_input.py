@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
-from darefine_qupath.pipeline.learning import resume_training
+from darefine_qupath.pipeline.train import resume_training
 from tests.conftest import Run
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"

@@ -12,7 +12,7 @@ from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 
 from darefine_qupath.demo import CLASSES, DemoSlide, draw_slide
-from darefine_qupath.demo.layout import COLLAR_PX, TUMOUR_CLASSES, WALL_PX, plan_layout
+from darefine_qupath.demo.layout import COLLAR_PX, TUMOR_CLASSES, WALL_PX, plan_layout
 from darefine_qupath.errors import ConfigError
 
 SIZE = (2048, 2048)
@@ -57,7 +57,7 @@ def test_a_slide_too_small_for_four_classes_is_refused() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_cues_lie_beyond_the_collar_of_every_nest(seed: int) -> None:
     layout = plan_layout((6144, 6144), np.random.default_rng(seed))
-    assert {nest.path_class for nest in layout.nests} == set(TUMOUR_CLASSES)
+    assert {nest.path_class for nest in layout.nests} == set(TUMOR_CLASSES)
     for nest in layout.nests:
         halo = nest.shape.buffer(COLLAR_PX - 1)
         assert layout.territories[nest.path_class].contains(halo)
@@ -66,19 +66,19 @@ def test_cues_lie_beyond_the_collar_of_every_nest(seed: int) -> None:
 
 def test_tumour_classes_look_alike_inside_and_differ_around(slide: DemoSlide) -> None:
     middle_of_the_wall = (COLLAR_PX + WALL_PX / 2) * min(SIZE) / 3600
-    inside, around = _mean_colours(slide, -40), _mean_colours(slide, middle_of_the_wall)
-    within = [np.abs(inside[a] - inside[b]).max() for a in TUMOUR_CLASSES for b in TUMOUR_CLASSES]
-    apart = [np.abs(around[a] - around[b]).max() for a in TUMOUR_CLASSES for b in TUMOUR_CLASSES if a < b]
+    inside, around = _mean_colors(slide, -40), _mean_colors(slide, middle_of_the_wall)
+    within = [np.abs(inside[a] - inside[b]).max() for a in TUMOR_CLASSES for b in TUMOR_CLASSES]
+    apart = [np.abs(around[a] - around[b]).max() for a in TUMOR_CLASSES for b in TUMOR_CLASSES if a < b]
     assert max(within) < 4
     assert min(apart) > 12
 
 
-def _mean_colours(slide: DemoSlide, grow: float) -> dict[str, np.ndarray]:
+def _mean_colors(slide: DemoSlide, grow: float) -> dict[str, np.ndarray]:
     """Mean colour of each tumour class's interior (negative `grow`), or of what lies just beyond its collar."""
     with openslide.OpenSlide(slide.path) as opened:
         pixels = np.asarray(opened.read_region((0, 0), 0, SIZE).convert("RGB"), float)
     means = {}
-    for name in TUMOUR_CLASSES:
+    for name in TUMOR_CLASSES:
         filled = [
             shapely.Polygon(part.exterior)
             for record in slide.annotations

@@ -112,7 +112,7 @@ def test_a_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         device_count=lambda: 2,
     )
     forward = SimpleNamespace(choose_device=lambda _: SimpleNamespace(type="cuda"), choose_precision=lambda *_: "bf16")
-    fakes = {"torch": SimpleNamespace(cuda=cuda), "darefine_qupath.prediction.forward": forward}
+    fakes = {"torch": SimpleNamespace(cuda=cuda), "darefine_qupath.prediction.engine": forward}
     monkeypatch.setattr(doctor, "_load", fakes.__getitem__)
     assert finding("device") == Finding(
         name="device", state="ok", found="CUDA: NVIDIA H100, 80 GiB, bf16, 2 devices", advice=""
@@ -186,5 +186,5 @@ def test_little_space_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_doctor_starts_no_java_here() -> None:
-    code = "import darefine_qupath.doctor, darefine_qupath.project.paquo, sys; print('jpype' in sys.modules)"
+    code = "import darefine_qupath.doctor, darefine_qupath.project.paquo_engine, sys; print('jpype' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -22,9 +22,9 @@ from darefine_qupath.errors import PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline import predicting
+from darefine_qupath.pipeline import predict
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id, trained_on
-from darefine_qupath.pipeline.predicting import PolygonOptions, PredictRequest, evaluate_project, predict_project
+from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, evaluate_project, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
@@ -201,7 +201,7 @@ def trained(project: Path, **changes: object) -> dict[str, object]:
 
 def seen_in(project: Path, model: Path) -> set[str]:
     with open_project(project, engine="embedded") as opened:
-        return set(trained_on(predicting.read_header(model), opened, opened.images))
+        return set(trained_on(predict.read_header(model), opened, opened.images))
 
 
 def test_a_project_that_moved_or_was_copied_knows_its_images(project: Path, model_of: Model, tmp_path: Path) -> None:
@@ -328,8 +328,8 @@ def test_context_scores_are_computed_on_the_device_that_was_asked_for(
         asked.append(device)
         return {}
 
-    monkeypatch.setattr(predicting, "score_context", score)
-    monkeypatch.setattr(predicting, "choose_device", lambda name: {"cpu": torch.device("meta")}[name])
+    monkeypatch.setattr(predict, "score_context", score)
+    monkeypatch.setattr(predict, "choose_device", lambda name: {"cpu": torch.device("meta")}[name])
     evaluate_project(request_of(project, model_of()), truth=project / "truth", context=("blank",))
     assert asked == ["meta"]
 

@@ -20,19 +20,19 @@ from shapely.geometry import LineString, MultiPoint, MultiPolygon, Point, Polygo
 from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation, LabelPainter, Plane
-from darefine_qupath.classes import ClassMap, Colour, PathClass
+from darefine_qupath.classes import ClassMap, Color, PathClass
 from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_png, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.pipeline.exchanging import create_from_slides, import_files, match_files
+from darefine_qupath.pipeline.annotation_io import create_from_slides, import_files, match_files
 from darefine_qupath.project import Project, create_project
 from tests.tile_slides import ramps, write_pyramid
 
 Points = list[tuple[float, float]]
 Write = Callable[..., Path]
 
-WHITE = Colour(255, 255, 255)
+WHITE = Color(255, 255, 255)
 SQUARE = [(0, 0), (100, 0), (100, 100), (0, 100)]
 BOWTIE = [(0, 0), (100, 100), (100, 0), (0, 100)]
 
@@ -182,7 +182,7 @@ def test_aperio_refuses_by_name(write: Write, text: str, reason: str) -> None:
 
 def test_aperio_colour_and_pixel_size(write: Write) -> None:
     imported = read_annotations(write(aperio(region(SQUARE, Text="T"), mpp="0.25")), mpp=0.5)
-    assert imported.colours == {"T": Colour(255, 0, 0)}
+    assert imported.colors == {"T": Color(255, 0, 0)}
     assert imported.mpp == 0.25
     assert "drawn at 0.25 um/px, the image has 0.5" in imported.warnings[0]
 
@@ -245,7 +245,7 @@ def test_asap_group_is_the_class_and_gives_the_colour(write: Write) -> None:
     groups = '<Group Name="Tumor" PartOfGroup="None" Color="#64FE2E"><Attributes /></Group>'
     imported = read_annotations(write(asap(asap_item(SQUARE, group="Tumor"), groups=groups)))
     assert imported.annotations[0].path_class == "Tumor"
-    assert imported.colours == {"Tumor": Colour(0x64, 0xFE, 0x2E)}
+    assert imported.colors == {"Tumor": Color(0x64, 0xFE, 0x2E)}
 
 
 def test_asap_order_and_decimal_comma(write: Write) -> None:
@@ -346,12 +346,12 @@ def qupath_feature(**properties: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("classification", "name", "colour"),
+    ("classification", "name", "color"),
     [
-        ({"name": "Tumor", "colorRGB": -3670016}, "Tumor", Colour(200, 0, 0)),
-        ({"name": "Tumor", "color": [200, 0, 0]}, "Tumor", Colour(200, 0, 0)),
-        ({"name": "Tumor", "color": [200, 0, 0, 128]}, "Tumor", Colour(200, 0, 0)),
-        ({"names": ["Tumor", "Positive"], "color": [1, 2, 3]}, "Tumor: Positive", Colour(1, 2, 3)),
+        ({"name": "Tumor", "colorRGB": -3670016}, "Tumor", Color(200, 0, 0)),
+        ({"name": "Tumor", "color": [200, 0, 0]}, "Tumor", Color(200, 0, 0)),
+        ({"name": "Tumor", "color": [200, 0, 0, 128]}, "Tumor", Color(200, 0, 0)),
+        ({"names": ["Tumor", "Positive"], "color": [1, 2, 3]}, "Tumor: Positive", Color(1, 2, 3)),
         (
             {"parentClass": {"name": "Tumor"}, "name": "Positive", "colorRGB": -1},
             "Tumor: Positive",
@@ -362,10 +362,10 @@ def qupath_feature(**properties: object) -> dict[str, object]:
         (None, None, None),
     ],
 )
-def test_geojson_classification(write: Write, classification: object, name: str | None, colour: Colour | None) -> None:
+def test_geojson_classification(write: Write, classification: object, name: str | None, color: Color | None) -> None:
     imported = read_annotations(write(json.dumps(qupath_feature(classification=classification)), "a.geojson"))
     assert imported.annotations[0].path_class == name
-    assert imported.colours == ({name: colour} if colour else {})
+    assert imported.colors == ({name: color} if color else {})
 
 
 @pytest.mark.parametrize("form", ["collection", "list", "single", "geometry"])
@@ -406,7 +406,7 @@ def test_geojson_measurements(write: Write, measurements: object) -> None:
     assert annotation.measurements["a"] == 1.5
     assert math.isnan(annotation.measurements["b"])
     assert (annotation.metadata, annotation.locked, annotation.name) == ({"k": "1"}, True, "n")
-    assert Colour.from_argb(annotation.colour) == Colour(255, 0, 0)
+    assert Color.from_argb(annotation.color) == Color(255, 0, 0)
 
 
 def test_geojson_children_know_their_parent(write: Write) -> None:
@@ -490,7 +490,7 @@ def test_geojson_form_is_qupaths(tmp_path: Path) -> None:
         plane=Plane(-1, 2, 0),
     )
     path = tmp_path / "o.geojson"
-    assert write_geojson([annotation], path, classes=[PathClass("Tumor: Positive", Colour(1, 2, 3))]) == 1
+    assert write_geojson([annotation], path, classes=[PathClass("Tumor: Positive", Color(1, 2, 3))]) == 1
     collection = geojson.loads(path.read_text())
     assert collection.is_valid
     (feature,) = collection["features"]
@@ -576,7 +576,7 @@ def test_label_mask_with_a_palette(tmp_path: Path) -> None:
     (annotation,) = imported.annotations
     assert annotation.geometry.bounds == (40, 20, 120, 60)
     assert annotation.area == (200 - 4) * 16
-    assert imported.colours == {"Invasive": Colour(200, 30, 40)}
+    assert imported.colors == {"Invasive": Color(200, 30, 40)}
 
 
 def test_label_mask_touching_corners_stay_two_polygons(tmp_path: Path) -> None:
@@ -616,7 +616,7 @@ def test_label_tiff_is_what_the_painter_paints(tmp_path: Path, downsample: int, 
     box_ = Box(0, 0, size.width * downsample, size.height * downsample)
     assert (mask == painter.paint(box_, size, image_size=image_size)).all()
     assert blocks == [(512, 512)]
-    assert palette[1][:3] == tuple(CLASSES.colours[1])
+    assert palette[1][:3] == tuple(CLASSES.colors[1])
 
 
 @pytest.mark.parametrize("write_mask", [write_label_tiff, write_label_png])
@@ -628,7 +628,7 @@ def test_label_mask_round_trip(tmp_path: Path, write_mask: Callable[..., Size]) 
     tumor = [a.geometry for a in imported.annotations if a.path_class == "Tumor"]
     assert shapely.union_all(tumor).equals(shapes)
     assert {a.path_class for a in imported.annotations} == {"Tumor", "Ignore*"}
-    assert imported.colours["Tumor"] == painter.class_map.colours[1]
+    assert imported.colors["Tumor"] == painter.class_map.colors[1]
     assert [file.name for file in tmp_path.iterdir()] == ["m.tif"]
 
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry import LineString, Point, Polygon, box
 
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import coco, read_annotations
 from darefine_qupath.exchange.records import ellipse
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
-from darefine_qupath.pipeline.exchanging import ImportOptions, create_from_slides, import_files
+from darefine_qupath.pipeline.annotation_io import ImportOptions, create_from_slides, import_files
 from darefine_qupath.project import create_project
 from darefine_qupath.slides import read_glass_frame
 from tests.ndpi_slides import write_ndpi
@@ -66,7 +66,7 @@ def test_halo_types(write: Write, kind: str, points: Points, geometry: object, r
     (annotation,) = imported.annotations
     assert shapely.hausdorff_distance(annotation.geometry, geometry) < 0.01
     assert (annotation.roi, annotation.path_class, imported.format) == (roi, "Tumor", "HALO XML")
-    assert imported.colours == {"Tumor": Colour(255, 255, 0)}
+    assert imported.colors == {"Tumor": Color(255, 255, 0)}
 
 
 def test_halo_negative_region_is_a_hole_and_a_bad_one_is_named(write: Write) -> None:
@@ -265,7 +265,7 @@ def test_coco_forms(write: Write, drawn: dict[str, object], geometry: shapely.Ge
     (annotation,) = imported.annotations
     assert annotation.geometry.equals(geometry) if geometry else annotation.area == 40.5 + 45
     assert (annotation.path_class, imported.format) == ("Tumor", "COCO JSON")
-    assert imported.colours == {"Tumor": Colour(200, 0, 0)}
+    assert imported.colors == {"Tumor": Color(200, 0, 0)}
 
 
 @given(mask=st.integers(1, 7).flatmap(lambda w: st.lists(st.lists(st.booleans(), min_size=w, max_size=w), min_size=1)))
@@ -488,25 +488,25 @@ def test_asap_class_from_its_name(write: Write) -> None:
 @pytest.mark.parametrize(
     ("value", "name", "color"),
     [
-        ('{ "name": "Tumor", "color": [ 200, 0, 0 ] }', "Tumor", Colour(200, 0, 0)),
-        ("{'name': 'Tumor', 'color': [200, 0, 0]}", "Tumor", Colour(200, 0, 0)),
-        ("{'name': 'Tumor', 'colorRGB': -3670016}", "Tumor", Colour(200, 0, 0)),
-        ('{"names": ["Tumor", "Positive"], "color": "[200, 0, 0]"}', "Tumor: Positive", Colour(200, 0, 0)),
+        ('{ "name": "Tumor", "color": [ 200, 0, 0 ] }', "Tumor", Color(200, 0, 0)),
+        ("{'name': 'Tumor', 'color': [200, 0, 0]}", "Tumor", Color(200, 0, 0)),
+        ("{'name': 'Tumor', 'colorRGB': -3670016}", "Tumor", Color(200, 0, 0)),
+        ('{"names": ["Tumor", "Positive"], "color": "[200, 0, 0]"}', "Tumor: Positive", Color(200, 0, 0)),
         ('["Tumor", "Positive"]', "Tumor: Positive", None),
         ('"Tumor"', "Tumor", None),
-        ({"name": "Tumor", "color": "#c80000"}, "Tumor", Colour(200, 0, 0)),
-        ({"name": "Tumor", "color": "-3670016"}, "Tumor", Colour(200, 0, 0)),
-        ({"name": "Tumor", "color": "rgb(200, 0, 0)"}, "Tumor", Colour(200, 0, 0)),
-        ({"name": "Tumor", "color": "[200 0 0]"}, "Tumor", Colour(200, 0, 0)),
+        ({"name": "Tumor", "color": "#c80000"}, "Tumor", Color(200, 0, 0)),
+        ({"name": "Tumor", "color": "-3670016"}, "Tumor", Color(200, 0, 0)),
+        ({"name": "Tumor", "color": "rgb(200, 0, 0)"}, "Tumor", Color(200, 0, 0)),
+        ({"name": "Tumor", "color": "[200 0 0]"}, "Tumor", Color(200, 0, 0)),
         ("null", None, None),
         ("nan", None, None),
         (float("nan"), None, None),
     ],
 )
-def test_values_that_went_through_a_table(write: Write, value: object, name: str | None, color: Colour | None) -> None:
+def test_values_that_went_through_a_table(write: Write, value: object, name: str | None, color: Color | None) -> None:
     imported = read_annotations(write(json.dumps(qupath_feature(classification=value)), "a.geojson"))
     assert [record.path_class for record in imported.annotations] == [name]
-    assert imported.colours == ({name: color} if color else {})
+    assert imported.colors == ({name: color} if color else {})
 
 
 def test_a_mask_has_no_fields(tmp_path: Path) -> None:

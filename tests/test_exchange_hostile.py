@@ -104,7 +104,7 @@ def test_a_color_that_is_none_is_no_color(write: Write, color: object) -> None:
     data = qupath_feature(classification={"name": "Tumor", "color": color}, color=color)
     imported = read_annotations(write(json.dumps([data]), "a.geojson"))
     assert [record.path_class for record in imported.annotations] == ["Tumor"]
-    assert imported.colours == {}
+    assert imported.colors == {}
 
 
 def test_children_in_children_end(write: Write) -> None:
@@ -125,7 +125,7 @@ def test_layers_in_layers_count_each_region_once(write: Write) -> None:
 def test_numbers_of_thousands_of_digits_in_xml(write: Write) -> None:
     text = aperio(region([(0, 0), ("1" * 5000, 1), (5, 5)]), region(SQUARE)).replace('"255"', f'"{"9" * 5000}"')
     imported = read_annotations(write(text))
-    assert (len(imported.annotations), imported.colours) == (1, {})
+    assert (len(imported.annotations), imported.colors) == (1, {})
     assert "where a number should be" in imported.refused[0].reason
 
 

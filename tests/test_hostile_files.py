@@ -20,7 +20,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, DarefineError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline.learning import TileRequest, TrainRequest, resume_training
+from darefine_qupath.pipeline.train import TileRequest, TrainRequest, resume_training
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
@@ -33,7 +33,7 @@ from tests.conftest import Run
 from tests.fuzzing import json_mutants
 
 if TYPE_CHECKING:
-    from darefine_qupath.training.stepping import Stepper
+    from darefine_qupath.training.train_step import Stepper
 
 PROJECT = Path(__file__).parents[1] / "projects" / "tiny"
 
@@ -108,7 +108,7 @@ def test_a_run_whose_files_hold_anything(tmp_path: Path, model: Path) -> None:
         train=TrainConfig(epochs=1),
         tiles=header.tiles,
         classes=header.classes,
-        normalisation=header.normalisation,
+        normalization=header.normalization,
     )
     (tmp_path / "run").mkdir()
     config, request = tmp_path / "run" / "config.json", tmp_path / "run" / "request.json"
@@ -193,7 +193,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(run: Run, tmp_path: Path, n
 @pytest.mark.parametrize(
     "text",
     ["a = " + "[" * 900, "[train]\nlr = nan", "[classes]\nnames = ['\x1b']", "x = 1" + "0" * 5000, "a." * 900 + "b = 1",
-     "[classes.colours]\na = '#fff'", "[classes.colours]\na = '#ab cde'", "[images]\nmpp = 1e300",
+     "[classes.colors]\na = '#fff'", "[classes.colors]\na = '#ab cde'", "[images]\nmpp = 1e300",
      "[tiles]\nsize_px = 10000000", "[tiles]\nslice_um = 1e300\ncontext_um = 1e300\nstride_um = 1e300",
      "[model]\nwidth = 10000000", "[train]\nepochs = '²'"],
 )  # fmt: skip

@@ -28,13 +28,13 @@ from darefine_qupath.annotations import (
     count_unlearnable,
     unlearnable_words,
 )
-from darefine_qupath.classes import ClassMap, Colour
+from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
 from darefine_qupath.exchange.identity import Origin, contents, reconcile
 from darefine_qupath.exchange.names import NameIndex
 from darefine_qupath.exchange.records import snapped
-from darefine_qupath.pipeline.exchanging import (
+from darefine_qupath.pipeline.annotation_io import (
     Import,
     ImportOptions,
     create_from_slides,
@@ -44,9 +44,9 @@ from darefine_qupath.pipeline.exchanging import (
     match_files,
 )
 from darefine_qupath.pipeline.inspection import check_project
-from darefine_qupath.pipeline.learning import TileRequest, TrainRequest, make_tiles
-from darefine_qupath.pipeline.lineage import Learnt
+from darefine_qupath.pipeline.provenance import LabelCollector
 from darefine_qupath.pipeline.settings import Settings
+from darefine_qupath.pipeline.train import TileRequest, TrainRequest, make_tiles
 from darefine_qupath.project import Changes, Project, create_project, open_project
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.qpdata import stored_records
@@ -137,9 +137,9 @@ def test_what_was_exported_is_there_already(project: Project, tmp_path: Path) ->
 
 
 @given(st.tuples(st.floats(-1e3, 3e5), st.floats(-1e3, 3e5)), st.lists(st.floats(5, 500), min_size=3, max_size=12))
-def test_content_outlives_storage_at_any_place_of_a_slide(centre: tuple[float, float], radii: list[float]) -> None:
+def test_content_outlives_storage_at_any_place_of_a_slide(center: tuple[float, float], radii: list[float]) -> None:
     turns = 2 * np.pi * np.arange(len(radii)) / len(radii)
-    corners = np.column_stack([np.cos(turns), np.sin(turns)]) * np.array(radii)[:, None] + centre
+    corners = np.column_stack([np.cos(turns), np.sin(turns)]) * np.array(radii)[:, None] + center
     shape, _ = snapped(shapely.Polygon(corners))
     record = Annotation(geometry=shape, path_class="Tumor")
     (once,) = stored_records([(record, None)])
@@ -209,7 +209,7 @@ EDITS = [
     {"locked": True},
     {"name": "seen"},
     {"metadata": {"checked": "yes"}},
-    {"colour": -65536},
+    {"color": -65536},
 ]
 
 
@@ -307,7 +307,7 @@ def test_export_chooses_by_annotator_and_keeps_it(project: Project, tmp_path: Pa
 def test_training_learns_from_the_chosen_annotators(project: Project, tmp_path: Path, labels: str) -> None:
     for name, shape in (("Anna", A), ("Bert", B)):
         take(project, write(tmp_path / "in.geojson", feature(shape)), annotator=name)
-    learnt = Learnt(labels, ["Bert"])  # type: ignore[arg-type]
+    learnt = LabelCollector(labels, ["Bert"])  # type: ignore[arg-type]
     (record,) = learnt(project, project.images[0])
     assert record.geometry.bounds == B.bounds
     assert learnt.objects["1"]["drawn"] == (str(record.id),)
@@ -355,7 +355,7 @@ def test_class_names_and_colours_are_those_of_the_file(project: Project, tmp_pat
     odd = feature(A)
     odd["properties"]["classification"] = {"name": "a:b", "color": [1, 2, 3]}  # type: ignore[index]
     take(project, write(tmp_path / "a.geojson", odd))
-    assert [(item.name, item.colour) for item in project.classes] == [("a: b", Colour(1, 2, 3))]
+    assert [(item.name, item.color) for item in project.classes] == [("a: b", Color(1, 2, 3))]
 
 
 def test_nothing_is_written_unless_all_of_it_will_be(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.geometry import PixelSize
+from darefine_qupath.pipeline.alignment import look_below
 from darefine_qupath.pipeline.inspection import Finding, check_project
-from darefine_qupath.pipeline.placing import look_below
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry
 from darefine_qupath.slides import PyramidSlide, open_slide
@@ -34,7 +34,7 @@ class ProjectOfFiles(FakeProject):
     def __init__(self, folder: Path, entries: Sequence[ImageEntry]) -> None:
         super().__init__(folder)
         self.entries = tuple(entries)
-        self.class_list = (PathClass("Tumor", Colour(200, 0, 0)),)
+        self.class_list = (PathClass("Tumor", Color(200, 0, 0)),)
 
     @property
     def images(self) -> tuple[ImageEntry, ...]:

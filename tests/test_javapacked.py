@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.annotations import Annotation, Plane
-from darefine_qupath.project import Changes, qpdata, qpedit, qpread
-from darefine_qupath.project.javanodes import JavaString, Stream
-from darefine_qupath.project.javapacked import PackedObject, distinct_nodes
-from darefine_qupath.project.javastream import decode, encode
+from darefine_qupath.javaserial import decode, encode
+from darefine_qupath.javaserial.nodes import JavaString, Stream
+from darefine_qupath.javaserial.packed import PackedObject, distinct_nodes
+from darefine_qupath.project import Changes, qpdata
+from darefine_qupath.project.qpdata import edit, read
 from tests.conftest import DATA
 from tests.fuzzing import damaged
 
@@ -75,7 +76,7 @@ def _whole(data: bytes, path: Path | None) -> Stream:
 
 
 def _without_packing(act: Callable[[], object]) -> object:
-    with mock.patch.object(qpread, "open_compact", _whole), mock.patch.object(qpedit, "open_compact", _whole):
+    with mock.patch.object(read, "open_compact", _whole), mock.patch.object(edit, "open_compact", _whole):
         return act()
 
 

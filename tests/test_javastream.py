@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.project.javanodes import (
+from darefine_qupath.javaserial import decode, encode
+from darefine_qupath.javaserial.nodes import (
     Aborted,
     ClassDesc,
     Field,
@@ -29,7 +30,6 @@ from darefine_qupath.project.javanodes import (
     Stream,
     modified_utf8,
 )
-from darefine_qupath.project.javastream import decode, encode
 from tests.conftest import DATA
 
 MAGIC = b"\xac\xed\x00\x05"

@@ -30,23 +30,23 @@ from darefine_qupath.errors import (
     TrainingStoppedError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.models import Normalisation, build_model
-from darefine_qupath.pipeline import learning
-from darefine_qupath.pipeline.hardness import hard_weights
-from darefine_qupath.pipeline.learning import Folds, TileRequest, TrainRequest, resume_training, train_on_project
-from darefine_qupath.pipeline.lineage import MODEL_FILE, Learnt, former_model, summary
-from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
-from darefine_qupath.pipeline.selection import gather
+from darefine_qupath.models import Normalization, build_model
+from darefine_qupath.pipeline import train
+from darefine_qupath.pipeline.hard_examples import hard_weights
+from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, former_model, summary
+from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
+from darefine_qupath.pipeline.train import Folds, TileRequest, TrainRequest, resume_training, train_on_project
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.loading import TileDataset
-from darefine_qupath.tiles.screening import Screening, index_tiles
+from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage
 from darefine_qupath.training import RunSettings, TrainResult
-from darefine_qupath.training.batches import Placed, load_batches
+from darefine_qupath.training.loader import BatchPlan, load_batches
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, square, write
 from tests.test_inspection import ProjectOfFiles, entry
 from tests.tile_slides import ramps, write_pyramid
@@ -135,7 +135,7 @@ def test_entries_of_one_file_are_one_case(tmp_path: Path) -> None:
     size = {"width": 300, "height": 200}
     project = ProjectOfFiles(tmp_path, [entry(path, n, **size) for n in (1, 2)])
     project.stored = dict.fromkeys("12", (Annotation(geometry=shapely.box(0, 0, 50, 50), path_class="Tumor"),))
-    found = gather(project, Settings(), Learnt("manual")).sources
+    found = collect_training_images(project, Settings(), LabelCollector("manual")).sources
     assert found[0].known_case == found[1].known_case == str(path)
 
 
@@ -269,7 +269,7 @@ def test_reviewed_labels_are_noted_object_by_object(tmp_path: Path) -> None:
     accepted, rejected, untouched = ours(project)
     project.edit(accepted.id, locked=True)
     project.delete(rejected.id)
-    learnt = Learnt("reviewed")
+    learnt = LabelCollector("reviewed")
     found = learnt(project, SLIDE)
     assert untouched.id not in {record.id for record in found}
     assert learnt.objects["7"] == {
@@ -282,7 +282,7 @@ def test_reviewed_labels_are_noted_object_by_object(tmp_path: Path) -> None:
         "reviewed": 1,
         "rejected": 1,
     }
-    manual = Learnt("manual")
+    manual = LabelCollector("manual")
     assert [record.id for record in manual(project, SLIDE)] == [drawn.id]
     assert summary(manual.objects)["sha256"] != summary(learnt.objects)["sha256"]
     assert learnt.of({"8"}) == {}
@@ -322,7 +322,7 @@ class Trained:
             train=more["config"],
             tiles=more["tile_spec"],
             classes=more["class_map"],
-            normalisation=Normalisation(),
+            normalization=Normalization(),
             provenance=more["provenance"],
         )
         (out / "config.json").write_text(json.dumps(settings.to_json()))
@@ -335,7 +335,7 @@ class Trained:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     stub = Trained()
-    monkeypatch.setattr(learning, "train", stub)
+    monkeypatch.setattr(train, "train", stub)
     return stub
 
 
@@ -385,8 +385,8 @@ def train_light(
     """Train as on a machine without a GPU, with no word about the network; give what was announced."""
     settings = tmp_path / "light.toml"
     settings.write_text((TINY / "darefine.toml").read_text().split("[model]")[0])
-    monkeypatch.setattr(learning.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(learning, "find_spec", lambda _: object() if is_installed else None)
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "find_spec", lambda _: object() if is_installed else None)
     tiles = TileRequest(project=tiny, settings=settings, workers=1)
     said: list[str] = []
     wanted = TrainRequest(tiles=tiles, out=tmp_path / "run", on_the_fly=True, train=recipe)
@@ -460,11 +460,11 @@ def test_folds_that_could_not_begin_leave_their_tiles_and_a_free_folder(
 
     run = tmp_path / "run"
     wanted = replace(request(tiny, run, split={"folds": 2}), on_the_fly=False)
-    monkeypatch.setattr(learning, "train", refusing)
+    monkeypatch.setattr(train, "train", refusing)
     with pytest.raises(TrainingError, match="is no training"):
         train_on_project(wanted)
     cut = (run / "tiles" / "dataset.json").stat().st_mtime_ns
-    monkeypatch.setattr(learning, "train", trained)
+    monkeypatch.setattr(train, "train", trained)
     assert isinstance(train_on_project(wanted), Folds)
     assert (run / "tiles" / "dataset.json").stat().st_mtime_ns == cut
 
@@ -501,7 +501,7 @@ def test_a_run_goes_on_without_its_project(
     shutil.rmtree(tiny)
     always_normal.unlink()
     monkeypatch.chdir("/")
-    monkeypatch.setattr(learning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
     resume_training(out, changes={"workers": 3})
     (first, _, was), (again, _, now) = trained.calls
     assert again.tiles.ids() == first.tiles.ids()
@@ -533,7 +533,7 @@ def test_hard_tiles_come_from_a_former_model(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        learning, "hard_weights", lambda path, data, **_: asked.append(path) or dict.fromkeys(data.tiles.ids(), 2.0)
+        train, "hard_weights", lambda path, data, **_: asked.append(path) or dict.fromkeys(data.tiles.ids(), 2.0)
     )
     (tmp_path / "former").mkdir()
     out = tmp_path / "run"
@@ -549,7 +549,7 @@ def test_hard_tiles_come_from_a_former_model(
 def test_reviewed_labels_go_on_from_the_model_that_was_reviewed(
     tiny: Path, tmp_path: Path, trained: Trained, always_normal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "former_model", lambda _: always_normal)
+    monkeypatch.setattr(train, "former_model", lambda _: always_normal)
     (tiny / "darefine.toml").write_text('[classes]\nunlabelled = "Normal"\n')
     base = request(tiny, tmp_path / "a")
     reviewed = replace(base, tiles=replace(base.tiles, labels="reviewed"))
@@ -562,7 +562,7 @@ def test_reviewed_labels_go_on_from_the_model_that_was_reviewed(
     assert trained.calls[1][2]["init_from"] is None
     train_on_project(replace(base, out=tmp_path / "c"))
     assert trained.calls[2][2]["init_from"] is None
-    monkeypatch.setattr(learning, "former_model", lambda _: None)
+    monkeypatch.setattr(train, "former_model", lambda _: None)
     resume_training(tmp_path / "a")
     assert trained.calls[3][2]["init_from"] == always_normal
 
@@ -619,7 +619,7 @@ def test_workers_open_their_own_handles(tmp_path: Path) -> None:
     tiles = index_tiles([origin], spec, CLASSES)
     reader = SlideReader([origin], CLASSES, opener=noting_opener)
     here = [reader.read(tiles[position]) for position in range(4)]
-    planned = [Placed(epoch=0, step=n, tiles=(2 * n, 2 * n + 1), positions=(0, 1)) for n in range(2)]
+    planned = [BatchPlan(epoch=0, step=n, tiles=(2 * n, 2 * n + 1), positions=(0, 1)) for n in range(2)]
     batches = [loaded.batch for loaded in load_batches(TileDataset(tiles, reader), planned, workers=2)]
     found = torch.cat([batch.slices for batch in batches]).permute(0, 2, 3, 1).numpy()
     assert (found == np.stack([pixels.slice for pixels in here])).all()

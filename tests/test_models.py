@@ -28,7 +28,7 @@ from darefine_qupath.models import (
     ContextFeatures,
     Fusion,
     ModelConfig,
-    Normalisation,
+    Normalization,
     SegmentationNetwork,
     box_within,
     build_model,
@@ -529,8 +529,8 @@ def test_crop_without_a_box_is_the_whole_context() -> None:
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(left=st.floats(0.05, 0.4), top=st.floats(0.05, 0.4), side=st.floats(0.2, 0.5), height=st.integers(1, 9))
 def test_crop_of_positions_gives_the_positions_in_the_box(left: float, top: float, side: float, height: int) -> None:
-    centres = (torch.arange(20) + 0.5) / 20
-    position = torch.stack([centres.expand(20, 20), centres[:, None].expand(20, 20)])[None]
+    centers = (torch.arange(20) + 0.5) / 20
+    position = torch.stack([centers.expand(20, 20), centers[:, None].expand(20, 20)])[None]
     found = crop(position, torch.tensor([[left, top, left + side, top + side]]), torch.Size((height, 6)))[0]
     expected_x = left + side * (torch.arange(6) + 0.5) / 6
     expected_y = top + side * (torch.arange(height) + 0.5) / height
@@ -598,16 +598,16 @@ def test_title_says_what_the_network_is(config: ModelConfig, title: str) -> None
 
 def test_normalisation_takes_pixels_in_either_layout() -> None:
     pixels = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
-    normalisation = Normalisation(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
-    found = normalisation.apply(pixels)
+    normalization = Normalization(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    found = normalization.apply(pixels)
     torch.testing.assert_close(found[1, 0, 2, 3], (pixels[1, 2, 3, 0] / 255 - 0.5) / 0.5)
     torch.testing.assert_close(found[0, 1, 4, 6], (pixels[0, 4, 6, 1] / 255 - 0.25) / 0.25)
-    assert torch.equal(normalisation.apply(pixels.permute(0, 3, 1, 2)), found)
-    assert normalisation.apply(pixels, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(normalization.apply(pixels.permute(0, 3, 1, 2)), found)
+    assert normalization.apply(pixels, torch.bfloat16).dtype == torch.bfloat16
 
 
 MIXED = {"slice_encoder": "resnet18", "context_encoder": "efficientnet-lite0"}
-IMAGENET, LITE = Normalisation(), Normalisation(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+IMAGENET, LITE = Normalization(), Normalization(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -623,32 +623,32 @@ IMAGENET, LITE = Normalisation(), Normalisation(mean=(127 / 255,) * 3, std=(128 
     ],
 )
 def test_each_encoder_has_the_normalisation_of_its_weights(
-    changes: dict[str, str], slices: Normalisation, contexts: Normalisation
+    changes: dict[str, str], slices: Normalization, contexts: Normalization
 ) -> None:
-    found = Normalisation.of(ModelConfig(**changes))
+    found = Normalization.of(ModelConfig(**changes))
     assert (found.mean, found.std) == (slices.mean, slices.std)
     assert (found.of_context.mean, found.of_context.std) == (contexts.mean, contexts.std)
-    assert Normalisation.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert Normalization.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_a_model_file_of_one_normalisation_keeps_it_for_its_context() -> None:
     old = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert Normalisation.from_json(old).of_context == IMAGENET
-    assert Normalisation(context=IMAGENET).to_json() == old
+    assert Normalization.from_json(old).of_context == IMAGENET
+    assert Normalization(context=IMAGENET).to_json() == old
 
 
 def test_normalisation_survives_json_and_refuses_nonsense() -> None:
-    light = Normalisation.of(ModelConfig(slice_encoder="efficientnet-lite0"))
-    assert Normalisation.from_json(light.to_json()) == light
-    assert Normalisation.of(ModelConfig()) == Normalisation()
+    light = Normalization.of(ModelConfig(slice_encoder="efficientnet-lite0"))
+    assert Normalization.from_json(light.to_json()) == light
+    assert Normalization.of(ModelConfig()) == Normalization()
     with pytest.raises(ModelError, match=r"shape \(B, 3, H, W\) or \(B, H, W, 3\), got \(5, 7, 3\)"):
         light.apply(torch.zeros(5, 7, 3))
     with pytest.raises(ModelError, match=r"std = .* must be positive"):
-        Normalisation(std=(1, 0, 1))
+        Normalization(std=(1, 0, 1))
     with pytest.raises(ModelError, match=r"mean = .* needs three numbers"):
-        Normalisation(mean=(1, 0))  # type: ignore[arg-type]
+        Normalization(mean=(1, 0))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="Not a normalisation"):
-        Normalisation.from_json({"mean": [0, 0, 0]})
+        Normalization.from_json({"mean": [0, 0, 0]})
 
 
 # Weights from outside

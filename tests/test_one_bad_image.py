@@ -17,10 +17,10 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import inspection, selection
-from darefine_qupath.pipeline.exchanging import export_geojson
-from darefine_qupath.pipeline.inspection import check_project, summarise
-from darefine_qupath.pipeline.predicting import PredictRequest, evaluate_project, predict_project
-from darefine_qupath.pipeline.selection import gather
+from darefine_qupath.pipeline.annotation_io import export_geojson
+from darefine_qupath.pipeline.inspection import check_project, summarize
+from darefine_qupath.pipeline.predict import PredictRequest, evaluate_project, predict_project
+from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.project import Project, open_project
@@ -74,7 +74,7 @@ def names_of(faults: list[Callable[[Path], None]]) -> list[str]:
 def test_info_and_check_name_it(folder: Path, fault: Callable[[Path], None]) -> None:
     fault(folder)
     with open_project(folder, engine="embedded") as project:
-        images = {image.entry.name: image for image in summarise(project).images}
+        images = {image.entry.name: image for image in summarize(project).images}
         findings = check_project(project, read_settings(folder))
     assert [name for name, image in images.items() if image.problem] == ([] if fault is no_image else [BAD])
     assert images["train-1.tif"].num_objects == 4
@@ -85,7 +85,9 @@ def test_info_and_check_name_it(folder: Path, fault: Callable[[Path], None]) -> 
 def test_tiles_and_training_leave_it_out_by_name(folder: Path, fault: Callable[[Path], None]) -> None:
     fault(folder)
     with open_project(folder, engine="embedded") as project:
-        corpus = gather(project, read_settings(folder), lambda opened, image: opened.annotations(image))
+        corpus = collect_training_images(
+            project, read_settings(folder), lambda opened, image: opened.annotations(image)
+        )
     assert [source.name for source in corpus.sources] == ["train-1.tif"]
     assert [image.name for image in corpus.skipped] == [BAD]
 

@@ -15,9 +15,9 @@ from rasterio.transform import Affine
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
-from darefine_qupath.polygons import GRID, ClassPolygon, vectorise
+from darefine_qupath.polygons import GRID, ClassPolygon, vectorize
 from darefine_qupath.polygons.pool import BlockPieces, Pool
-from darefine_qupath.polygons.rings import Rings
+from darefine_qupath.polygons.trace import Rings
 
 Labels = NDArray[np.uint8]
 
@@ -56,7 +56,7 @@ def by_label(polygons: tuple[ClassPolygon, ...]) -> dict[int, shapely.Geometry]:
     return {label: shapely.union_all([p.geometry for p in polygons if p.label == label]) for label in labels}
 
 
-def centres(labels: Labels, box: Box, label: int) -> NDArray[np.object_]:
+def centers(labels: Labels, box: Box, label: int) -> NDArray[np.object_]:
     rows, columns = np.nonzero(labels == label)
     x = box.x + (columns + 0.5) * box.width / labels.shape[1]
     y = box.y + (rows + 0.5) * box.height / labels.shape[0]
@@ -74,7 +74,7 @@ def overlap(polygons: NDArray[np.object_]) -> float:
 def test_polygons_cover_what_is_labelled_and_never_overlap(data: st.DataObject) -> None:
     labels = data.draw(label_maps())
     box = data.draw(boxes(labels))
-    polygons = vectorise(
+    polygons = vectorize(
         labels,
         box=box,
         min_area_px=data.draw(st.sampled_from([0, 4, 20])),
@@ -96,7 +96,7 @@ def test_polygons_cover_what_is_labelled_and_never_overlap(data: st.DataObject) 
 @given(st.data())
 def test_vertices_survive_float32(data: st.DataObject) -> None:
     labels = data.draw(label_maps())
-    found = shapely.get_coordinates(shapes(vectorise(labels, box=data.draw(boxes(labels)), min_area_px=4)))
+    found = shapely.get_coordinates(shapes(vectorize(labels, box=data.draw(boxes(labels)), min_area_px=4)))
     assert (found.astype(np.float32).astype(np.float64) == found).all()
     assert (np.round(found / GRID) * GRID == found).all()
 
@@ -105,11 +105,11 @@ def test_vertices_survive_float32(data: st.DataObject) -> None:
 @given(label_maps(), st.sampled_from([16, 2048]))
 def test_without_simplification_every_pixel_is_kept(labels: Labels, block_px: int) -> None:
     box = Box(7, 11, labels.shape[1] * 3, labels.shape[0] * 3)
-    polygons = vectorise(labels, box=box, min_area_px=0, simplify_px=0, smooth=False, block_px=block_px)
+    polygons = vectorize(labels, box=box, min_area_px=0, simplify_px=0, smooth=False, block_px=block_px)
     regions = by_label(polygons)
     for label in (0, 1, 2):
         assert regions.get(label, shapely.Polygon()).area == 9 * (labels == label).sum()
-        assert shapely.contains(regions.get(label), centres(labels, box, label)).all()
+        assert shapely.contains(regions.get(label), centers(labels, box, label)).all()
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -117,9 +117,9 @@ def test_without_simplification_every_pixel_is_kept(labels: Labels, block_px: in
 def test_pixel_centres_stay_within_the_tolerance(labels: Labels, block_px: int) -> None:
     sieved = features.sieve(labels, min(30, labels.size - 1), connectivity=4) if labels.size > 2 else labels
     box = Box(0, 0, labels.shape[1] * 8, labels.shape[0] * 8)
-    regions = by_label(vectorise(sieved, box=box, min_area_px=0, simplify_px=1.0, block_px=block_px))
+    regions = by_label(vectorize(sieved, box=box, min_area_px=0, simplify_px=1.0, block_px=block_px))
     for label in np.unique(sieved[sieved != IGNORE]):
-        assert shapely.distance(regions[label], centres(sieved, box, label)).max() <= 2 * 8
+        assert shapely.distance(regions[label], centers(sieved, box, label)).max() <= 2 * 8
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -127,7 +127,7 @@ def test_pixel_centres_stay_within_the_tolerance(labels: Labels, block_px: int) 
 def test_no_region_is_smaller_than_asked(labels: Labels, smallest: int, block_px: int) -> None:
     box = Box(0, 0, labels.shape[1], labels.shape[0])
     options = {"min_area_px": smallest, "simplify_px": 0, "smooth": False, "max_vertices": None}
-    polygons = vectorise(labels, box=box, block_px=block_px, **options)  # type: ignore[arg-type]
+    polygons = vectorize(labels, box=box, block_px=block_px, **options)  # type: ignore[arg-type]
     assert all(item.geometry.area >= min(smallest, labels.size) for item in polygons)
 
 
@@ -135,8 +135,8 @@ def test_no_region_is_smaller_than_asked(labels: Labels, smallest: int, block_px
 @given(label_maps())
 def test_blocks_change_the_outline_only_at_the_cuts(labels: Labels) -> None:
     box = Box(0, 0, labels.shape[1] * 4, labels.shape[0] * 4)
-    whole = vectorise(labels, box=box, min_area_px=0)
-    cut = vectorise(labels, box=box, min_area_px=0, block_px=16)
+    whole = vectorize(labels, box=box, min_area_px=0)
+    cut = vectorize(labels, box=box, min_area_px=0, block_px=16)
     assert [item.label for item in cut] == [item.label for item in whole]
 
 
@@ -147,14 +147,14 @@ def rings_map() -> Labels:
 
 
 def test_holes_stay_holes() -> None:
-    polygons = vectorise(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])
+    polygons = vectorize(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])
     assert [item.label for item in polygons] == [1]
     assert len(polygons[0].geometry.interiors) == 1
     assert polygons[0].geometry.area == pytest.approx(np.pi * (400**2 - 160**2), rel=0.02)
 
 
 def test_stair_steps_are_gone() -> None:
-    outline = vectorise(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])[0].geometry.exterior
+    outline = vectorize(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])[0].geometry.exterior
     radius = np.hypot(*(shapely.get_coordinates(outline) - 480).T)
     assert np.abs(radius - 400).max() < 8
     # The stair steps of a disc are 4 / pi times as long as its circumference.
@@ -167,8 +167,8 @@ def test_small_holes_are_filled_with_what_is_in_them() -> None:
     labels[20:30, 20:30] = 2
     labels[40:45, 40:45] = IGNORE
     options = {"box": Box(0, 0, 480, 480), "mpp": 0.5, "min_area_um2": 64.0}
-    assert [item.label for item in vectorise(labels, **options)] == [0, 1, 2]  # type: ignore[arg-type]
-    filled = vectorise(labels, min_hole_um2=2000.0, **options)  # type: ignore[arg-type]
+    assert [item.label for item in vectorize(labels, **options)] == [0, 1, 2]  # type: ignore[arg-type]
+    filled = vectorize(labels, min_hole_um2=2000.0, **options)  # type: ignore[arg-type]
     assert [item.label for item in filled] == [0, 1]
     assert not filled[1].geometry.interiors
     assert len(filled[0].geometry.interiors) == 1
@@ -177,14 +177,14 @@ def test_small_holes_are_filled_with_what_is_in_them() -> None:
 
 def test_where_nothing_is_predicted_there_are_no_holes_to_fill() -> None:
     nothing = np.full((9, 9), IGNORE, np.uint8)
-    assert vectorise(nothing, box=Box(0, 0, 72, 72), mpp=0.5, min_hole_um2=5000) == ()
+    assert vectorize(nothing, box=Box(0, 0, 72, 72), mpp=0.5, min_hole_um2=5000) == ()
 
 
 def test_specks_go_to_their_largest_neighbour() -> None:
     labels = np.zeros((40, 40), np.uint8)
     labels[:, 20:] = 1
     labels[10:13, 17:20] = 2
-    polygons = vectorise(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=9 * 16 + 1)
+    polygons = vectorize(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=9 * 16 + 1)
     assert [item.label for item in polygons] == [0, 1]
     assert sum(item.area_um2 or 0 for item in polygons) == 320 * 320 / 4
 
@@ -197,7 +197,7 @@ def test_no_polygon_is_smaller_than_asked_whatever_simplifying_takes(data: st.Da
     smallest = data.draw(st.floats(1, 400))
     options = {"simplify_um": data.draw(st.floats(0, 8)), "max_vertices": None, "block_px": 16}
     size = (box.right - data.draw(st.integers(0, 3)), box.bottom)
-    found = vectorise(labels, box=box, mpp=0.5, min_area_um2=smallest, image_size=size, **options)  # type: ignore[arg-type]
+    found = vectorize(labels, box=box, mpp=0.5, min_area_um2=smallest, image_size=size, **options)  # type: ignore[arg-type]
     outlines = shapes(found)
     for item in found:
         assert item.area_um2 == pytest.approx(item.geometry.area / 4)
@@ -207,7 +207,7 @@ def test_no_polygon_is_smaller_than_asked_whatever_simplifying_takes(data: st.Da
             assert not shapely.length(beside).any()
     assert shapely.is_valid(outlines).all()
     assert overlap(outlines) == 0
-    as_it_was = vectorise(labels, box=box, mpp=0.5, min_area_um2=0, image_size=size, **options)  # type: ignore[arg-type]
+    as_it_was = vectorize(labels, box=box, mpp=0.5, min_area_um2=0, image_size=size, **options)  # type: ignore[arg-type]
     if not (labels == IGNORE).any() and len(as_it_was):
         assert shapely.union_all(outlines).equals(shapely.union_all(shapes(as_it_was)))
 
@@ -216,7 +216,7 @@ def test_a_region_that_simplifying_makes_small_goes_to_its_neighbor() -> None:
     labels = np.zeros((40, 40), np.uint8)
     for row in range(5):
         labels[10 + row, 10 + row] = labels[10 + row, 11 + row] = 1
-    polygons = vectorise(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=160, simplify_um=8)
+    polygons = vectorize(labels, box=Box(0, 0, 320, 320), mpp=0.5, min_area_um2=160, simplify_um=8)
     assert [item.label for item in polygons] == [0]
     assert polygons[0].area_um2 == 320 * 320 / 4
     assert not polygons[0].geometry.interiors
@@ -244,7 +244,7 @@ def test_the_work_for_runner_ups_is_that_of_the_classes_that_there_are(
     seconds = np.where(labels == 0, 254, 3).astype(np.uint8)
     seconds[:8] = IGNORE
     options = {"box": Box(0, 0, 256, 256), "min_area_px": 1, "simplify_px": 0, "smooth": False}
-    found = vectorise(labels, runner_up=seconds, block_px=block_px, **options)  # type: ignore[arg-type]
+    found = vectorize(labels, runner_up=seconds, block_px=block_px, **options)  # type: ignore[arg-type]
     assert {(item.label == 0, item.runner_up) for item in found} <= {
         (True, 254),
         (False, 3),
@@ -259,9 +259,9 @@ def test_the_work_for_runner_ups_is_that_of_the_classes_that_there_are(
 def test_pixel_settings_hold_where_the_pixel_size_is_unknown() -> None:
     labels = np.zeros((40, 40), np.uint8)
     labels[10:14, 10:14] = 1
-    polygons = vectorise(labels, box=Box(0, 0, 40, 40), min_area_um2=1e9, min_area_px=16)
+    polygons = vectorize(labels, box=Box(0, 0, 40, 40), min_area_um2=1e9, min_area_px=16)
     assert [(item.label, item.area_um2) for item in polygons] == [(0, None), (1, None)]
-    assert [item.label for item in vectorise(labels, box=Box(0, 0, 40, 40), min_area_px=17)] == [0]
+    assert [item.label for item in vectorize(labels, box=Box(0, 0, 40, 40), min_area_px=17)] == [0]
 
 
 def test_large_regions_are_split_along_straight_lines() -> None:
@@ -270,8 +270,8 @@ def test_large_regions_are_split_along_straight_lines() -> None:
     for row, column in rng.integers(0, 290, (500, 2)):
         labels[row : row + 6, column : column + 6] = 1
     box = Box(0, 0, 2400, 2400)
-    whole = vectorise(labels, box=box, min_area_px=20, max_vertices=None)
-    split = vectorise(labels, box=box, min_area_px=20, max_vertices=400, block_px=128)
+    whole = vectorize(labels, box=box, min_area_px=20, max_vertices=None)
+    split = vectorize(labels, box=box, min_area_px=20, max_vertices=400, block_px=128)
     assert shapely.get_num_coordinates(shapes(whole)).max() > 1000
     assert shapely.get_num_coordinates(shapes(split)).max() <= 400
     assert overlap(shapes(split)) == 0.0
@@ -289,7 +289,7 @@ def test_means_are_over_the_pixels_of_each_region(block_px: int) -> None:
     box = Box(0, 0, labels.shape[1] * 2, labels.shape[0] * 2)
     exact = {"min_area_px": 0, "simplify_px": 0, "smooth": False, "block_px": block_px}
     layers = {"confidence": confidence, "margin": margin, "runner_up": second}
-    polygons = vectorise(labels, box=box, **layers, **exact)  # type: ignore[arg-type]
+    polygons = vectorize(labels, box=box, **layers, **exact)  # type: ignore[arg-type]
     for item in polygons:
         inside = features.rasterize([item.geometry], labels.shape, transform=Affine.scale(2)).astype(bool)
         counts = np.bincount(second[inside], minlength=3)
@@ -302,16 +302,16 @@ def test_means_are_over_the_pixels_of_each_region(block_px: int) -> None:
 
 def test_nothing_lies_outside_the_image() -> None:
     labels = np.zeros((10, 10), np.uint8)
-    polygons = vectorise(labels, box=Box(-16, -16, 160, 160), image_size=(101, 50), min_area_px=0)
+    polygons = vectorize(labels, box=Box(-16, -16, 160, 160), image_size=(101, 50), min_area_px=0)
     assert [item.geometry.bounds for item in polygons] == [(0, 0, 101, 50)]
-    assert vectorise(labels, box=Box(200, 0, 160, 160), image_size=(101, 50)) == ()
+    assert vectorize(labels, box=Box(200, 0, 160, 160), image_size=(101, 50)) == ()
 
 
 @pytest.mark.parametrize("start", range(-9, 0))
 def test_a_row_that_hardly_reaches_into_the_image(start: int) -> None:
     labels = np.random.default_rng(4).integers(0, 3, (38, 39), dtype=np.uint8)
     # Rows of 42/38 pixels: the first that reaches into the image may do so by less than can be told apart.
-    polygons = vectorise(
+    polygons = vectorize(
         labels, box=Box(3, start, 40, 42), image_size=(41, start + 40), min_area_px=1, simplify_px=1, smooth=False
     )
     found = shapes(polygons)
@@ -329,31 +329,31 @@ def test_a_dataset_and_a_function_give_what_the_array_gives(tmp_path: object) ->
         path, "w", driver="GTiff", width=120, height=120, count=1, dtype="uint8", transform=Affine.scale(8)
     ) as file:
         file.write(labels, 1)
-    expected = [item.geometry.wkb for item in vectorise(labels, box=box, block_px=50)]
+    expected = [item.geometry.wkb for item in vectorize(labels, box=box, block_px=50)]
     with rasterio.open(path) as file:
-        assert [item.geometry.wkb for item in vectorise(file, box=box, block_px=50)] == expected
-    windows = vectorise(
+        assert [item.geometry.wkb for item in vectorize(file, box=box, block_px=50)] == expected
+    windows = vectorize(
         lambda at: labels[at.y : at.bottom, at.x : at.right], box=box, block_px=50, size=(120, 120), confidence=labels
     )
     assert [item.geometry.wkb for item in windows] == expected
 
 
 def test_a_map_too_large_for_memory_lies_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))]
+    expected = [item.geometry.wkb for item in vectorize(rings_map(), box=Box(0, 0, 960, 960))]
     monkeypatch.setattr("darefine_qupath.polygons.sieve.IN_MEMORY_PIXELS", 1000)
-    assert [item.geometry.wkb for item in vectorise(rings_map(), box=Box(0, 0, 960, 960))] == expected
+    assert [item.geometry.wkb for item in vectorize(rings_map(), box=Box(0, 0, 960, 960))] == expected
 
 
 def test_threads_leave_warning_filters_alone() -> None:
     before = list(warnings.filters)
     for _ in range(3):
-        vectorise(rings_map(), box=Box(0, 0, 960, 960), block_px=16, threads=8)
+        vectorize(rings_map(), box=Box(0, 0, 960, 960), block_px=16, threads=8)
     assert warnings.filters == before
 
 
 def test_progress_counts_blocks() -> None:
     seen: list[tuple[int, int]] = []
-    vectorise(
+    vectorize(
         rings_map(), box=Box(0, 0, 960, 960), block_px=60, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -378,4 +378,4 @@ def test_progress_counts_blocks() -> None:
 def test_what_cannot_be_done_is_said(change: dict[str, object], message: str) -> None:
     given = {"labels": np.zeros((4, 4), np.uint8), "box": Box(0, 0, 40, 40), **change}
     with pytest.raises(PolygonError, match=message):
-        vectorise(**given)  # type: ignore[arg-type]
+        vectorize(**given)  # type: ignore[arg-type]

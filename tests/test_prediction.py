@@ -19,14 +19,14 @@ from shapely.geometry import Point, box
 
 from darefine_qupath.errors import MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.models import ContextFeatures, ModelConfig, Normalisation, build_model
+from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, predict_slide, read_score_map
 from darefine_qupath.prediction import slide as prediction_slide
 from darefine_qupath.prediction.plan import SlidePlan
 from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles import TileSpec
-from tests.prediction_stubs import COLOURS, SPEC, ArraySlide, ColourNetwork, array_slide, blobs, checkpoint
+from tests.prediction_stubs import COLORS, SPEC, ArraySlide, ColorNetwork, array_slide, blobs, checkpoint
 
 OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", map_stride=1)
 KILLS = int(os.environ.get("DAREFINE_KILLS", "6"))
@@ -53,7 +53,7 @@ def test_every_pixel_has_its_own_label(tmp_path: Path, placement: str, stride: i
     slide = array_slide(tmp_path, labels)
     tiles = TileSpec(size_px=32, slice_px=64, context_px=256, stride_px=32, placement=placement)
     options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=stride)
-    found = predict_slide(slide, checkpoint(ColourNetwork(), tiles=tiles), out=tmp_path / "map", options=options)
+    found = predict_slide(slide, checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options)
     truth = truth_on_map(labels, 2 * stride)
     known = truth != 255
     predicted = found.read("class")[: truth.shape[0], : truth.shape[1]]
@@ -74,7 +74,7 @@ def test_no_pixel_is_skipped_whatever_the_context(
     tiles = TileSpec(size_px=27, slice_px=64, context_px=context, stride_px=stride)
     options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=1, overlap=overlap)
     found = predict_slide(
-        array_slide(tmp_path, labels), checkpoint(ColourNetwork(), tiles=tiles), out=tmp_path / "map", options=options
+        array_slide(tmp_path, labels), checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options
     )
     assert (found.read("class") != 255).all()
     assert sum(found.class_pixels) == found.size.width * found.size.height
@@ -82,7 +82,7 @@ def test_no_pixel_is_skipped_whatever_the_context(
 
 def test_a_constant_slide_has_constant_scores(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, np.ones((500, 610), np.uint8))
-    found = predict_slide(slide, checkpoint(ColourNetwork(sharpness=1.0)), out=tmp_path / "map", options=OPTIONS)
+    found = predict_slide(slide, checkpoint(ColorNetwork(sharpness=1.0)), out=tmp_path / "map", options=OPTIONS)
     inner = Box(0, 0, 305, 250)
     for layer in ("class", "confidence", "margin", "runner_up"):
         assert len(np.unique(found.read(layer, inner))) == 1
@@ -91,7 +91,7 @@ def test_a_constant_slide_has_constant_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
 def test_error_near_tile_borders_is_that_of_everywhere(tmp_path: Path, overlap: float) -> None:
     # A network that errs at the edge of its slices, as real ones do.
-    class Edgy(ColourNetwork):
+    class Edgy(ColorNetwork):
         def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             logits = super().decode(slice_B3HW, context, index_B, box_B4)
             side = torch.linspace(-1, 1, slice_B3HW.shape[-1])
@@ -111,7 +111,7 @@ def test_sharing_contexts_changes_no_score(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((640, 500)))
     maps, contexts = [], []
     for share in (True, False):
-        network = ColourNetwork(trust=3.0, sharpness=2.0)
+        network = ColorNetwork(trust=3.0, sharpness=2.0)
         options = PredictOptions(tissue=False, device="cpu", precision="fp32", share_context=share)
         maps.append(predict_slide(slide, checkpoint(network), out=tmp_path / str(share), options=options))
         contexts.append((network.num_contexts, network.num_slices))
@@ -140,7 +140,7 @@ def test_real_network_scores_alike_with_and_without_sharing(tmp_path: Path, fusi
 
 def test_contexts_are_read_once(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((900, 900)))
-    network = ColourNetwork()
+    network = ColorNetwork()
     predict_slide(slide, checkpoint(network), out=tmp_path / "map", options=OPTIONS)
     contexts = [read for read in slide.reads if read.width == 256]
     assert len(contexts) == len(set(contexts)) == network.num_contexts < network.num_slices / 10
@@ -149,7 +149,7 @@ def test_contexts_are_read_once(tmp_path: Path) -> None:
 def test_only_inside_an_area(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((600, 400)))
     circle = Point(300, 200).buffer(90)
-    network = ColourNetwork()
+    network = ColorNetwork()
     options = PredictOptions(tissue=False, device="cpu", within=circle, map_stride=1)
     found = predict_slide(slide, checkpoint(network), out=tmp_path / "map", options=options)
     predicted = found.read("class") != 255
@@ -165,19 +165,19 @@ def test_glass_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("darefine_qupath.prediction.slide.tissue_mask", lambda slide, **_: TissueMask(mask, slide.size))
     slide = array_slide(tmp_path, blobs((600, 400)))
     options = PredictOptions(device="cpu", map_stride=1)
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=options)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=options)
     assert np.array_equal(found.read("class") != 255, mask.repeat(10, 0).repeat(10, 1))
 
 
 def test_slide_without_tissue_ends_with_an_empty_map(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
     options = PredictOptions(tissue=False, device="cpu", within=box(5000, 5000, 5100, 5100))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=options)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=options)
     assert (found.read("class") == 255).all()
     assert [warning.kind for warning in found.warnings] == ["no tissue"]
     with pytest.raises(PredictionError, match="no tissue was found; leave out --strict"):
         predict_slide(
-            slide, checkpoint(ColourNetwork()), out=tmp_path / "strict",
+            slide, checkpoint(ColorNetwork()), out=tmp_path / "strict",
             options=PredictOptions(tissue=False, device="cpu", within=options.within, strict=True),
         )  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_slide_without_tissue_ends_with_an_empty_map(tmp_path: Path) -> None:
 def test_damaged_region_is_reported_and_never_labelled(tmp_path: Path) -> None:
     hole = Box(300, 260, 40, 30)
     slide = array_slide(tmp_path, blobs((700, 600)), damage=(hole,))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     missing = found.read("class") == 255
     rows, columns = np.nonzero(missing)
     assert missing[130:145, 150:170].all()
@@ -209,7 +209,7 @@ def test_tissue_that_was_skipped_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(prediction_slide, "plan_slide", lacking)
     slide = array_slide(tmp_path, blobs((600, 400)))
-    run = partial(predict_slide, slide, checkpoint(ColourNetwork()), out=tmp_path / "map")
+    run = partial(predict_slide, slide, checkpoint(ColorNetwork()), out=tmp_path / "map")
     found = run(options=OPTIONS)
     missing = (found.read("class") == 255).mean()
     assert missing > 0.05
@@ -223,7 +223,7 @@ def test_tissue_that_was_skipped_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_slices_that_cannot_be_read_are_told_with_their_share(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((700, 600)), damage=(Box(300, 260, 40, 30),))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     share = f"{100 * found.unpredicted_share:.1f} %"
     (told,) = [warning.message for warning in found.warnings if warning.kind == "unreadable" and warning.boxes]
     assert told.endswith(f"were not predicted: {share} of the tissue asked for has no label")
@@ -232,7 +232,7 @@ def test_slices_that_cannot_be_read_are_told_with_their_share(tmp_path: Path) ->
 @pytest.mark.parametrize("finished", [False, True])
 def test_damage_is_an_error_when_strict(tmp_path: Path, finished: bool) -> None:
     slide = array_slide(tmp_path, blobs((700, 600)), damage=(Box(300, 260, 40, 30),))
-    run = partial(predict_slide, slide, checkpoint(ColourNetwork()), out=tmp_path / "map")
+    run = partial(predict_slide, slide, checkpoint(ColorNetwork()), out=tmp_path / "map")
     if finished:
         run(options=OPTIONS)
     with pytest.raises(PredictionError, match=r"cannot be read.*leave out --strict"):
@@ -241,7 +241,7 @@ def test_damage_is_an_error_when_strict(tmp_path: Path, finished: bool) -> None:
 
 def test_finished_slide_is_not_predicted_again_until_something_changes(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
-    network = ColourNetwork()
+    network = ColorNetwork()
     model = checkpoint(network)
 
     def run(**changes: object) -> bool:
@@ -268,7 +268,7 @@ def test_a_fingerprint_is_of_all_that_changes_scores(tmp_path: Path, monkeypatch
     def note(slide: ArraySlide, *, mpp: float = 0.5, **options: object) -> None:
         marks.append(fingerprint(slide, model, mpp=mpp, options=PredictOptions(**options)))  # type: ignore[arg-type]
 
-    model = checkpoint(ColourNetwork())
+    model = checkpoint(ColorNetwork())
     slide = array_slide(tmp_path, blobs((30, 30)))
     note(slide)
     for changes in (
@@ -314,7 +314,7 @@ def test_killed_runs_go_on_and_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_interrupted_run_repeats_no_finished_row(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((600, 900)))
-    network = ColourNetwork()
+    network = ColorNetwork()
 
     def stop(progress: Progress) -> None:
         if progress.done > progress.total / 2:
@@ -333,27 +333,27 @@ def test_interrupted_run_repeats_no_finished_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["band-00000.npz", "journal.json"])
 def test_damage_to_what_an_interrupted_run_left_is_computed_again(tmp_path: Path, name: str) -> None:
     slide = array_slide(tmp_path, blobs((400, 900)))
-    whole = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "whole", options=OPTIONS)
+    whole = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "whole", options=OPTIONS)
 
     def stop(progress: Progress) -> None:
         if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS, progress=stop)
+        predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS, progress=stop)
     damaged = tmp_path / "map" / "partial" / name
     damaged.write_bytes(damaged.read_bytes()[:-40])
-    again = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    again = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     for layer in ("class", "confidence"):
         assert again.path(layer).read_bytes() == whole.path(layer).read_bytes()
 
 
 def test_a_finished_map_that_was_cut_off_is_predicted_again(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     whole = found.class_path.read_bytes()
     found.class_path.write_bytes(whole[: len(whole) // 2])
-    predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     assert found.class_path.read_bytes() == whole
 
 
@@ -361,23 +361,23 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     (tmp_path / "map" / ".lock").mkdir(parents=True)
     slide = array_slide(tmp_path, blobs((300, 300)))
     with pytest.raises(PredictionError, match=f"Cannot write to {tmp_path / 'map'}"):
-        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+        predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
 
     def inner(_: Progress) -> None:
-        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+        predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
 
     with pytest.raises(PredictionError, match="Another process is predicting into"):
-        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS, progress=inner)
+        predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS, progress=inner)
 
 
 def test_progress_counts_every_slice(tmp_path: Path) -> None:
     seen: list[Progress] = []
     slide = array_slide(tmp_path, blobs((300, 400)))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "m", options=OPTIONS, progress=seen.append)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "m", options=OPTIONS, progress=seen.append)
     assert [event.done for event in seen] == sorted({event.done for event in seen})
     assert seen[-1].done == seen[-1].total == found.num_slices
     assert seen[-1].seconds_left == 0
@@ -385,7 +385,7 @@ def test_progress_counts_every_slice(tmp_path: Path) -> None:
 
 
 def test_symmetries_average_out_a_lopsided_network(tmp_path: Path) -> None:
-    class Lopsided(ColourNetwork):
+    class Lopsided(ColorNetwork):
         def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             tilt = (
                 torch.linspace(-1, 1, slice_B3HW.shape[-1])[None, None, None, :]
@@ -406,7 +406,7 @@ def test_symmetries_average_out_a_lopsided_network(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Hungry(ColourNetwork):
+    class Hungry(ColorNetwork):
         def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             if len(slice_B3HW) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -415,14 +415,14 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, caplog: pytest.LogCaptur
     labels = blobs((300, 300))
     slide = array_slide(tmp_path, labels)
     found = predict_slide(slide, checkpoint(Hungry()), out=tmp_path / "map", options=OPTIONS)
-    plain = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "plain", options=OPTIONS)
+    plain = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "plain", options=OPTIONS)
     assert np.array_equal(found.read("class"), plain.read("class"))
     assert found.settings["batch_size"] == 2
     assert "going on with 2 slices at once" in caplog.text
 
 
 def test_a_slice_that_never_fits_is_an_error(tmp_path: Path) -> None:
-    class Starving(ColourNetwork):
+    class Starving(ColorNetwork):
         def decode(self, *_: object) -> torch.Tensor:  # type: ignore[override]
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -432,7 +432,7 @@ def test_a_slice_that_never_fits_is_an_error(tmp_path: Path) -> None:
         )
 
 
-class Overflowing(ColourNetwork):
+class Overflowing(ColorNetwork):
     """Holds numbers that float16 cannot, where it sees the second colour."""
 
     def __init__(self, *, in_context: bool = False) -> None:
@@ -458,8 +458,8 @@ def test_what_overflows_in_16_bits_is_computed_again_in_32(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, in_context: bool, tta: bool
 ) -> None:
     slide = array_slide(tmp_path, blobs((300, 200)))
-    plain = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "plain", options=OPTIONS)
-    model = checkpoint(ColourNetwork())
+    plain = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "plain", options=OPTIONS)
+    model = checkpoint(ColorNetwork())
     model.build = lambda: Overflowing(in_context=in_context)
     options = replace(OPTIONS, precision="fp16", tta=tta)
     found = predict_slide(slide, model, out=tmp_path / "map", options=options)
@@ -469,7 +469,7 @@ def test_what_overflows_in_16_bits_is_computed_again_in_32(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path, value: float) -> None:
-    class Faulty(ColourNetwork):
+    class Faulty(ColorNetwork):
         def decode(self, slice_B3HW, context, index_B=None, box_B4=None):  # noqa: ANN001, ANN202
             logits = super().decode(slice_B3HW, context, index_B, box_B4)
             logits[:, 1][slice_B3HW[:, 1] < 0.1] = value
@@ -487,7 +487,7 @@ def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path,
 
 
 def test_other_errors_of_the_network_are_not_swallowed(tmp_path: Path) -> None:
-    class Broken(ColourNetwork):
+    class Broken(ColorNetwork):
         def decode(self, *_: object) -> torch.Tensor:  # type: ignore[override]
             raise RuntimeError("shapes differ")
 
@@ -503,7 +503,7 @@ def test_bfloat16_labels_like_float32(tmp_path: Path) -> None:
         model = checkpoint(
             build_model(config, seed=1), tiles=TileSpec(size_px=64, slice_px=64, context_px=128, stride_px=32)
         )
-        model.normalisation = Normalisation()
+        model.normalization = Normalization()
         options = PredictOptions(tissue=False, device="cpu", precision=precision)  # type: ignore[arg-type]
         maps.append(predict_slide(slide, model, out=tmp_path / precision, options=options).read("confidence"))
     assert np.abs(maps[0].astype(int) - maps[1]).max() < 13
@@ -513,12 +513,12 @@ def test_unknown_pixel_size_is_refused_in_micrometres_only(tmp_path: Path) -> No
     slide = array_slide(tmp_path, blobs((200, 200)), mpp=None)
     physical = TileSpec(size_px=32, slice_um=32, context_um=128, stride_um=16)
     with pytest.raises(MissingMppError, match="--mpp"):
-        predict_slide(slide, checkpoint(ColourNetwork(), tiles=physical), out=tmp_path / "a", options=OPTIONS)
+        predict_slide(slide, checkpoint(ColorNetwork(), tiles=physical), out=tmp_path / "a", options=OPTIONS)
     found = predict_slide(
-        slide, checkpoint(ColourNetwork(), tiles=physical), out=tmp_path / "a", mpp=0.5, options=OPTIONS
+        slide, checkpoint(ColorNetwork(), tiles=physical), out=tmp_path / "a", mpp=0.5, options=OPTIONS
     )
     assert found.areas_mm2() == pytest.approx(dict(zip("ABC", (n * 1e-6 for n in found.class_pixels), strict=True)))
-    assert predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "b", options=OPTIONS).areas_mm2() is None
+    assert predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "b", options=OPTIONS).areas_mm2() is None
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def test_unusable_device_is_named(tmp_path: Path) -> None:
     options = PredictOptions(tissue=False, device="abacus")
     with pytest.raises(PredictionError, match="Device 'abacus' cannot be used"):
         predict_slide(
-            array_slide(tmp_path, blobs((99, 99))), checkpoint(ColourNetwork()), out=tmp_path / "m", options=options
+            array_slide(tmp_path, blobs((99, 99))), checkpoint(ColorNetwork()), out=tmp_path / "m", options=options
         )
 
 
@@ -551,7 +551,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match="Cannot make the folder"):
         predict_slide(
             array_slide(tmp_path, blobs((99, 99))),
-            checkpoint(ColourNetwork()),
+            checkpoint(ColorNetwork()),
             out=tmp_path / "file" / "map",
             options=OPTIONS,
         )
@@ -560,7 +560,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("context_overlap", [0.0, 0.45, 0.8])
 def test_every_slice_is_predicted_once_whatever_the_contexts(tmp_path: Path, context_overlap: float) -> None:
     labels = blobs((600, 500))
-    network = ColourNetwork()
+    network = ColorNetwork()
     options = PredictOptions(tissue=False, device="cpu", map_stride=1, context_overlap=context_overlap)
     found = predict_slide(array_slide(tmp_path, labels), checkpoint(network), out=tmp_path / "map", options=options)
     assert network.num_slices == found.num_slices == 18 * 15
@@ -570,7 +570,7 @@ def test_every_slice_is_predicted_once_whatever_the_contexts(tmp_path: Path, con
 
 def test_score_map_reads_back_as_it_was_given(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
-    found = predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=OPTIONS)
+    found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
     assert read_score_map(tmp_path / "map") == found
     assert found.downsample == SPEC.at(None).slice_downsample
-    assert len(COLOURS) == found.classes.num_classes
+    assert len(COLORS) == found.classes.num_classes

@@ -24,7 +24,7 @@ from rasterio._err import CPLE_AppDefinedError
 from darefine_qupath import prediction
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.models import ContextFeatures, ModelConfig, Normalisation, build_model
+from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
 from darefine_qupath.prediction import (
     PredictOptions,
     Progress,
@@ -36,7 +36,7 @@ from darefine_qupath.prediction import (
 )
 from darefine_qupath.prediction.blend import Layers, RollingBand, Score, pooled_length, pooled_window, smooth_window
 from darefine_qupath.prediction.checks import check_slide, stain_distance
-from darefine_qupath.prediction.forward import (
+from darefine_qupath.prediction.engine import (
     Engine,
     EngineSettings,
     choose_batch_size,
@@ -51,7 +51,7 @@ from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles import TileSpec, plan_tiles
-from tests.prediction_stubs import CLASSES, SPEC, ColourNetwork, array_slide, blobs, checkpoint
+from tests.prediction_stubs import CLASSES, SPEC, ColorNetwork, array_slide, blobs, checkpoint
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -363,7 +363,7 @@ def test_symmetries_turn_slice_context_and_place_alike() -> None:
     boxes = np.array([[4, 8, 20, 24], [20, 0, 36, 16]], np.float32)
     slices = [context[int(t) : int(b), int(left) : int(r)] for left, t, r, b in boxes]
     options = EngineSettings(device="cpu", precision="fp32", batch_size=2, tta=True, map_stride=1)
-    engine = Engine(Located(), Normalisation(), options)
+    engine = Engine(Located(), Normalization(), options)
     scored = engine.score(slices, engine.encode([context]), [0, 0], boxes / 40, [(0, 0)] * 2)
     for scores, _ in scored.fetch():
         np.testing.assert_allclose(scores, 1 / 3, atol=1e-6)
@@ -375,7 +375,7 @@ def test_pooled_scores_are_those_of_the_mean_logits(phase: tuple[int, int]) -> N
     scores = []
     for stride in (1, 4):
         options = EngineSettings(device="cpu", precision="fp32", batch_size=1, map_stride=stride)
-        engine = Engine(ColourNetwork(sharpness=1.0), Normalisation(mean=(0, 0, 0), std=(1, 1, 1)), options)
+        engine = Engine(ColorNetwork(sharpness=1.0), Normalization(mean=(0, 0, 0), std=(1, 1, 1)), options)
         place = phase if stride == 4 else (0, 0)
         scored = engine.score([pixels], engine.encode([pixels]), [0], np.zeros((1, 4), np.float32), [place])
         scores.append(next(iter(scored.fetch())))
@@ -555,11 +555,11 @@ def test_openslide_opens_the_pyramid_in_class_colours(tmp_path: Path) -> None:
         assert slide.level_count == 3
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(2.0)
         pixels = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., :3]
-    for label, colour in enumerate(CLASSES.colours):
-        assert (pixels[band.label == label] == colour).all()
+    for label, color in enumerate(CLASSES.colors):
+        assert (pixels[band.label == label] == color).all()
     with openslide.OpenSlide(str(found.confidence_path)) as slide:
-        grey = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., 0]
-    np.testing.assert_array_equal(grey, band.confidence)
+        gray = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., 0]
+    np.testing.assert_array_equal(gray, band.confidence)
 
 
 def test_map_without_all_rows_is_not_finished(tmp_path: Path) -> None:
@@ -717,7 +717,7 @@ def test_unreadable_places_are_found_before_work_starts(tmp_path: Path) -> None:
     assert 0.2 < found.value < 0.7
     options = PredictOptions(tissue=False, device="cpu", strict=True)
     with pytest.raises(PredictionError, match="places looked at cannot be read"):
-        predict_slide(slide, checkpoint(ColourNetwork()), out=tmp_path / "map", options=options)
+        predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=options)
 
 
 def test_progress_before_the_first_slice_knows_no_time_left() -> None:

@@ -16,8 +16,8 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.cli import main
 from darefine_qupath.errors import CheckpointError, ClassMapError, MissingMppError, PolygonError, PredictionError
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline import predicting
-from darefine_qupath.pipeline.predicting import PredictRequest, predict_project
+from darefine_qupath.pipeline import predict
+from darefine_qupath.pipeline.predict import PredictRequest, predict_project
 from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
 from darefine_qupath.review import WriteOptions
@@ -63,14 +63,14 @@ def request_of(project: Path, model: Path) -> Request:
 def test_an_image_whose_polygons_fail_does_not_stop_the_others(
     request_of: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = predicting._polygons
+    whole = predict._polygons
 
     def fails_once(image, *rest):  # noqa: ANN001, ANN002, ANN202
         if image.name == "train-2.tif":
             raise PolygonError("a ring crosses itself")
         return whole(image, *rest)
 
-    monkeypatch.setattr(predicting, "_polygons", fails_once)
+    monkeypatch.setattr(predict, "_polygons", fails_once)
     found = predict_project(request_of())
     errors = {outcome.image.name: outcome.error for outcome in found.outcomes}
     assert errors == {"train-1.tif": None, "train-2.tif": "a ring crosses itself", "test-3.tif": None}
@@ -80,7 +80,7 @@ def test_an_image_whose_polygons_fail_does_not_stop_the_others(
 def test_a_map_that_is_written_anew_while_it_is_read_gives_no_polygons(
     request_of: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = predicting.vectorise
+    whole = predict.vectorize
 
     def meanwhile(*arguments, **options):  # noqa: ANN002, ANN003, ANN202
         found = whole(*arguments, **options)
@@ -88,7 +88,7 @@ def test_a_map_that_is_written_anew_while_it_is_read_gives_no_polygons(
         path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
         return found
 
-    monkeypatch.setattr(predicting, "vectorise", meanwhile)
+    monkeypatch.setattr(predict, "vectorise", meanwhile)
     (found,) = predict_project(request_of(images=("test-3.tif",))).outcomes
     assert found.written is None
     assert "was written anew by another process while it was read; predict again" in (found.error or "")
@@ -160,12 +160,12 @@ def test_classes_of_annotations_may_be_lain_over(request_of: Request, project: P
 
 def test_polygons_of_a_class_that_the_model_does_not_know(request_of: Request) -> None:
     with pytest.raises(ClassMapError, match=r"does not know the classes \['Tumour'\]; it knows \['Normal'"):
-        predict_project(request_of(polygons=predicting.PolygonOptions(classes=("Tumour",))))
+        predict_project(request_of(polygons=predict.PolygonOptions(classes=("Tumour",))))
 
 
 def test_only_the_classes_and_the_confidence_that_were_asked_for(request_of: Request, project: Path) -> None:
     def names(**more: object) -> list[set[str | None]]:
-        polygons = predicting.PolygonOptions(background=True, min_area_um2=0, **more)  # type: ignore[arg-type]
+        polygons = predict.PolygonOptions(background=True, min_area_um2=0, **more)  # type: ignore[arg-type]
         found = predict_project(request_of(images=("test-3.tif",), polygons=polygons))
         with open_project(project, engine="embedded") as opened:
             ours = opened.annotations(found.outcomes[0].image)

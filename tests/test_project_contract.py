@@ -16,7 +16,7 @@ import pytest
 import shapely
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import (
     ImageNotFoundError,
     ProjectChangedError,
@@ -55,7 +55,7 @@ def annotated(place: Callable[[str], Path], engine: EngineName) -> Iterator[Proj
 @pytest.fixture
 def fresh(tmp_path: Path, engine: EngineName) -> Iterator[Project]:
     shutil.copytree(QUPATH / "images", tmp_path / "images")
-    classes = [PathClass("Benign", Colour(80, 120, 220)), PathClass("Ignore*", Colour(1, 2, 3))]
+    classes = [PathClass("Benign", Color(80, 120, 220)), PathClass("Ignore*", Color(1, 2, 3))]
     with create_project(tmp_path / "new" / "project", classes=classes, engine=engine) as project:
         yield project
 
@@ -75,7 +75,7 @@ def test_a_project_is_what_qupath_says_it_is(name: str, place: Callable[[str], P
         assert project.path == folder / "project.qpproj"
         assert project.name == folder.name
         assert project.version == expected["project"]["version"]
-        assert [(c.name, c.colour.argb) for c in project.classes] == [
+        assert [(c.name, c.color.argb) for c in project.classes] == [
             (c["name"], c["color"]) for c in expected["project"]["classes"]
         ]
         assert len(project.images) == len(expected["images"])
@@ -373,7 +373,7 @@ def test_an_image_of_another_project_is_refused(annotated: Project) -> None:
 
 
 def test_the_class_list_is_written(annotated: Project) -> None:
-    classes = [PathClass("Zebra", Colour(1, 2, 3)), *annotated.classes[:2]]
+    classes = [PathClass("Zebra", Color(1, 2, 3)), *annotated.classes[:2]]
     annotated.set_classes(classes)
     assert annotated.classes == tuple(classes)
     with reopened(annotated) as again:

@@ -19,7 +19,7 @@ import pytest
 import shapely
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import (
     AnnotationError,
     ClassMapError,
@@ -34,7 +34,7 @@ from darefine_qupath.errors import (
     SlideFormatError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.pipeline.parting import note_roles
+from darefine_qupath.pipeline.splitting import note_roles
 from darefine_qupath.project import (
     Changes,
     create_project,
@@ -44,7 +44,7 @@ from darefine_qupath.project import (
     open_project,
     qpdata,
     restore,
-    safety,
+    staging,
 )
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.tiles.split import Role
@@ -181,7 +181,7 @@ def test_a_write_that_was_killed_leaves_no_backup_of_the_present_state(project: 
     assert (done.returncode, data_file(project).read_bytes()) == (9, present)
     assert [backup.path.read_bytes() for backup in list_backups(project.path, "1")] == [first]
     assert list(project.folder.rglob("*.darefine-tmp"))
-    project.set_classes([*project.classes, PathClass("New", Colour(1, 2, 3))])  # any write
+    project.set_classes([*project.classes, PathClass("New", Color(1, 2, 3))])  # any write
     assert not list(project.folder.rglob("*.darefine-tmp"))
     add(project, replace(NEW, id=NEW.id.__class__(int=7)))
     states = [backup.path.read_bytes() for backup in list_backups(project.path, "1")]
@@ -305,9 +305,9 @@ def test_a_full_disk_leaves_the_project_as_it_was(
     name: str, call: str, place: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = place("qupath-0.6.0/empty" if name == "first objects" else "qupath-0.6.0/annotated")
-    with safety.write_lock(folder):
+    with staging.write_lock(folder):
         before = listing(folder)
-    monkeypatch.setattr(safety, "_note_owner", lambda *_: None)
+    monkeypatch.setattr(staging, "_note_owner", lambda *_: None)
     failures = 0
     for nth in range(60):
         project = EmbeddedProject(folder)
@@ -421,8 +421,8 @@ def test_what_comes_back_wrong_is_not_written(
     before = listing(project.folder)
     edit = qpdata.Document.edit
 
-    def meddled(self: qpdata.Document, changes: Changes, colours: dict[str, Colour]) -> qpdata.Edited:
-        edited = edit(self, changes, colours)
+    def meddled(self: qpdata.Document, changes: Changes, colors: dict[str, Color]) -> qpdata.Edited:
+        edited = edit(self, changes, colors)
         with monkeypatch.context() as unmeddled:
             unmeddled.setattr(qpdata.Document, "edit", edit)
             return edited._replace(content=meddler(self, changes, edited))
@@ -458,9 +458,9 @@ def test_after_reading_again_a_changed_image_can_be_written(project: EmbeddedPro
 
 
 def test_two_writers_are_kept_apart(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safety, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(staging, "LOCK_PATIENCE_S", 0.0)
     before = listing(project.folder)
-    with safety.write_lock(project.folder):
+    with staging.write_lock(project.folder):
         for write in WRITES.values():
             with pytest.raises(ProjectLockedError, match="Another darefine process"):
                 write(project)
@@ -605,7 +605,7 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[Path] = []
         self.staged: list[Path] = []
-        read, stage, opened = safety.read_stamped, safety.Batch.stage, embedded.open_file
+        read, stage, opened = staging.read_stamped, staging.Batch.stage, embedded.open_file
 
         def reads(path: Path, *limits: Any) -> Any:  # noqa: ANN401
             self.read.append(path)
@@ -615,13 +615,13 @@ class Reads:
             self.read.append(path)
             return opened(path)
 
-        def stages(batch: safety.Batch, target: Path, data: bytes, **more: Any) -> Path:  # noqa: ANN401
+        def stages(batch: staging.Batch, target: Path, data: bytes, **more: Any) -> Path:  # noqa: ANN401
             self.staged.append(target)
             return stage(batch, target, data, **more)
 
-        monkeypatch.setattr(safety, "read_stamped", reads)
+        monkeypatch.setattr(staging, "read_stamped", reads)
         monkeypatch.setattr(embedded, "open_file", opens)
-        monkeypatch.setattr(safety.Batch, "stage", stages)
+        monkeypatch.setattr(staging.Batch, "stage", stages)
 
 
 def many(project: EmbeddedProject, number: int, *, has_summary: bool = True) -> Path:
@@ -915,7 +915,7 @@ def test_noise_in_a_pixel_size_is_rounded_away(probe: Probe) -> None:
 def test_auto_is_embedded_where_there_is_no_qupath(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", SimpleNamespace(find_qupath=lambda: None))
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", SimpleNamespace(find_qupath=lambda: None))
     caplog.set_level(logging.INFO)
     assert open_project(project.folder).engine == "embedded"
     assert "Engine: embedded" in caplog.text
@@ -927,7 +927,7 @@ def test_auto_takes_paquo_where_it_finds_qupath(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = SimpleNamespace(find_qupath=lambda: Path("/opt/QuPath"), PaquoProject=EmbeddedProject)
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", engine)
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", engine)
     caplog.set_level(logging.INFO)
     with open_project(project.folder) as opened:
         assert opened.images
@@ -935,7 +935,7 @@ def test_auto_takes_paquo_where_it_finds_qupath(
 
 
 def test_paquo_that_is_not_installed_is_said(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo", None)
+    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", None)
     assert open_project(project.folder).engine == "embedded"
     with pytest.raises(EngineError, match="paquo cannot be loaded"):
         create_project(project.folder / "new", engine="paquo")

@@ -21,7 +21,7 @@ import pytest
 import shapely
 
 from darefine_qupath.annotations import Annotation, Plane
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import (
     AnnotationError,
     EngineError,
@@ -29,8 +29,17 @@ from darefine_qupath.errors import (
     ProjectFormatError,
     ProjectWriteError,
 )
-from darefine_qupath.project import Changes, Project, create_project, list_backups, open_project, paquo, qpdata, restore
-from darefine_qupath.project.safety import verify_objects
+from darefine_qupath.project import (
+    Changes,
+    Project,
+    create_project,
+    list_backups,
+    open_project,
+    paquo_engine,
+    qpdata,
+    restore,
+)
+from darefine_qupath.project.staging import verify_objects
 from darefine_qupath.review import RunResult, undo, write_back
 from tests.fake_project import CLASSES, polygon
 
@@ -86,7 +95,7 @@ def options(monkeypatch: pytest.MonkeyPatch, given: object, environment: str | N
         monkeypatch.setenv("PAQUO_JAVA_OPTS", environment)
     return [
         option
-        for option in paquo._java_options({"java_opts": given}, Path("/nothing"))
+        for option in paquo_engine._java_options({"java_opts": given}, Path("/nothing"))
         if "Heap" in option or "Xm" in option or "RAM" in option
     ]
 
@@ -112,7 +121,7 @@ def test_the_heap_is_bounded_unless_the_user_says(
 
 def test_options_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAQUO_JAVA_OPTS", "-ea")
-    found = paquo._java_options({"java_opts": "-ea '-Dname=a b'"}, Path("/nothing"))
+    found = paquo_engine._java_options({"java_opts": "-ea '-Dname=a b'"}, Path("/nothing"))
     assert found[:2] == ["-ea", "-Dname=a b"]
     assert {"-XX:+DisplayVMOutputToStderr", "-Xrs", "-Djava.awt.headless=true"} <= set(found)
 
@@ -120,7 +129,7 @@ def test_options_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("release", "wanted"), [("17.0.15", False), ("21.0.2", False), ("25.0.1", True)])
 def test_a_new_java_is_told_of_native_code(release: str, wanted: bool, tmp_path: Path) -> None:
     (tmp_path / "release").write_text(f'IMPLEMENTOR="x"\nJAVA_VERSION="{release}"\n')
-    assert ("--enable-native-access=ALL-UNNAMED" in paquo._java_options({"java_opts": []}, tmp_path)) == wanted
+    assert ("--enable-native-access=ALL-UNNAMED" in paquo_engine._java_options({"java_opts": []}, tmp_path)) == wanted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the layout of QuPath's folder is another one elsewhere")
@@ -190,7 +199,7 @@ os.wait()
 def test_reading_starts_no_java(place: Place) -> None:
     code = f"""
 import sys
-from darefine_qupath.project.paquo import PaquoProject
+from darefine_qupath.project.paquo_engine import PaquoProject
 with PaquoProject(__import__("pathlib").Path({str(place("qupath-0.6.0/annotated"))!r})) as project:
     print(project.engine, len(project.objects(project.images[0])), len(project.images), "jpype" in sys.modules)
 """
@@ -202,7 +211,7 @@ with PaquoProject(__import__("pathlib").Path({str(place("qupath-0.6.0/annotated"
 
 def shape_of(roi: Any) -> shapely.Geometry | None:  # noqa: ANN401
     """Shape of a Java ROI: a polygon's own corners, else what QuPath makes of it."""
-    from paquo.java import WKBWriter  # noqa: PLC0415
+    from paquo_engine.java import WKBWriter  # noqa: PLC0415
 
     if roi is None:
         return None
@@ -216,21 +225,21 @@ def shape_of(roi: Any) -> shapely.Geometry | None:  # noqa: ANN401
 
 def snapshot(folder: Path, entry_id: str) -> dict[UUID, tuple[object, ...]]:
     """Every object of an image as QuPath's own reader, through paquo, gives it."""
-    paquo.start_qupath()
-    from paquo.java import PathIO  # noqa: PLC0415
+    paquo_engine.start_qupath()
+    from paquo_engine.java import PathIO  # noqa: PLC0415
 
-    file = paquo._java("java.io.File")(str(folder / "data" / entry_id / "data.qpdata"))
+    file = paquo_engine._java("java.io.File")(str(folder / "data" / entry_id / "data.qpdata"))
     root = PathIO.readHierarchy(file).getRootObject()
     found = {}
-    for item in root.getDescendantObjects(paquo._java("java.util.ArrayList")()):
+    for item in root.getDescendantObjects(paquo_engine._java("java.util.ArrayList")()):
         roi, path_class, parent = item.getROI(), item.getPathClass(), item.getParent()
         names = [str(name) for name in item.getMeasurementList().getMeasurementNames()]
-        found[paquo._id_of(item)] = (
+        found[paquo_engine._id_of(item)] = (
             str(item.getClass().getSimpleName()),
             None if path_class is None else str(path_class.toString()),
             None if item.getName() is None else str(item.getName()),
             bool(item.isLocked()),
-            None if parent.isRootObject() else paquo._id_of(parent),
+            None if parent.isRootObject() else paquo_engine._id_of(parent),
             {name: float(item.getMeasurementList().get(name)) for name in names},
             None if roi is None else str(roi.getRoiName()),
             None if roi is None else (int(roi.getC()), int(roi.getZ()), int(roi.getT())),
@@ -304,7 +313,7 @@ def new_objects() -> list[Annotation]:
         Annotation(
             geometry=shapely.MultiPolygon([star(500, 500), star(700, 500)]), metadata={"darefine.run": "r1", "ü": ""}
         ),
-        Annotation(geometry=star(900, 300), path_class="Benign", plane=Plane(1, 2, 3), colour=-65536 & 0xFFFFFFFF),
+        Annotation(geometry=star(900, 300), path_class="Benign", plane=Plane(1, 2, 3), color=-65536 & 0xFFFFFFFF),
         Annotation(geometry=shapely.box(10.25, 20.5, 50, 60).envelope, roi="Ellipse", class_probability=0.25),
         Annotation(geometry=star(50, 900), roi="Geometry", name=""),
         Annotation(geometry=shapely.LineString([(0, 0), (10.01, 10.07)])),
@@ -379,7 +388,7 @@ def everything(folder: Path, entry_id: str) -> dict[str, object]:
         "workflow": data.workflow,
         "grid": data.tma_grid,
         "properties": {key: value for key, value in data.properties.items() if key != "PROJECT_ENTRY_ID"},
-        "colours": dict(data.colours),
+        "colors": dict(data.colors),
         "root": data.root_id,
     }
 
@@ -432,7 +441,7 @@ def test_every_part_of_an_object_is_replaced(place: Place) -> None:
                     metadata={"k": "v"},
                     measurements={"m": 0.5},
                     class_probability=0.75,
-                    colour=None if record.colour is not None else 0x00336699,
+                    color=None if record.color is not None else 0x00336699,
                     geometry=None if record.geometry is None else shapely.affinity.translate(record.geometry, 3, 4),
                     nucleus=None if record.nucleus is None else shapely.affinity.translate(record.nucleus, 3, 4),
                 )
@@ -471,19 +480,19 @@ def test_children_move_up_through_several_removed_objects(place: Place) -> None:
 def test_a_class_keeps_the_colour_of_each_project(tmp_path: Path) -> None:
     # A class is one object in the JVM, whatever project it comes from.
     shutil.copytree(QUPATH / "images", tmp_path / "images")
-    colours = [Colour(10, 20, 30), Colour(200, 100, 50)]
+    colors = [Color(10, 20, 30), Color(200, 100, 50)]
     projects = [
-        create_project(tmp_path / str(n), classes=[PathClass("Benign", colour)], engine="paquo")
-        for n, colour in enumerate(colours)
+        create_project(tmp_path / str(n), classes=[PathClass("Benign", color)], engine="paquo")
+        for n, color in enumerate(colors)
     ]
     for project in projects:
         project.add_image(tmp_path / "images" / "plain.png")
     for _ in range(2):
         for project in projects:
             project.apply(project.images[0], Changes(add=[Annotation(geometry=HOLED, path_class="Benign")]))
-    for n, (project, colour) in enumerate(zip(projects, colours, strict=True)):
-        assert everything(tmp_path / str(n), "1")["colours"] == {"Benign": colour}
-        assert project.classes == (PathClass("Benign", colour),)
+    for n, (project, color) in enumerate(zip(projects, colors, strict=True)):
+        assert everything(tmp_path / str(n), "1")["colors"] == {"Benign": color}
+        assert project.classes == (PathClass("Benign", color),)
 
 
 @qupath
@@ -531,11 +540,11 @@ def test_objects_of_a_rotated_image_are_written_in_a_moved_project(place: Place)
 @qupath
 def test_qupath_opens_a_project_that_was_made(tmp_path: Path) -> None:
     shutil.copytree(QUPATH / "images", tmp_path / "images")
-    with create_project(tmp_path / "new", classes=[PathClass("A", Colour(1, 2, 3))], engine="paquo") as project:
+    with create_project(tmp_path / "new", classes=[PathClass("A", Color(1, 2, 3))], engine="paquo") as project:
         project.add_image(tmp_path / "images" / "slide.tif", name="Schnitt ä", metadata={"split": "train"})
         project.add_image(tmp_path / "images" / "plain.png", mpp=0.25, image_type="OTHER")
         project.apply(project.images[0], Changes(add=[Annotation(geometry=HOLED, path_class="A")]))
-    from paquo.projects import QuPathProject  # noqa: PLC0415
+    from paquo_engine.projects import QuPathProject  # noqa: PLC0415
 
     with QuPathProject(tmp_path / "new" / "project.qpproj", mode="r") as opened:
         first, second = opened.images
@@ -572,15 +581,15 @@ def seen_of(server: Any) -> dict[str, Any]:  # noqa: ANN401
 def test_qupath_opens_and_saves_a_project_of_the_embedded_engine(tmp_path: Path) -> None:
     slides = tmp_path / "Präparate #1, 100 %"
     shutil.copytree(QUPATH / "images", slides)
-    with create_project(tmp_path / "new", classes=[PathClass("A", Colour(1, 2, 3))], engine="embedded") as project:
+    with create_project(tmp_path / "new", classes=[PathClass("A", Color(1, 2, 3))], engine="embedded") as project:
         project.add_image(slides / "slide.tif", name="Schnitt ä", metadata={"split": "train"})
         project.add_image(slides / "slide.tif", name="again", mpp=0.125, image_type="FLUORESCENCE")
         project.add_image(slides / "plain.png", mpp=0.25, image_type="OTHER")
         project.apply(project.images[0], Changes(add=[replace(record, parent=None) for record in new_objects()]))
         images = project.images
         before = [project.objects(image) for image in images]
-    paquo.start_qupath()
-    from paquo.projects import QuPathProject  # noqa: PLC0415
+    paquo_engine.start_qupath()
+    from paquo_engine.projects import QuPathProject  # noqa: PLC0415
 
     seen = []
     with QuPathProject(project.path, mode="r+") as opened:
@@ -597,7 +606,7 @@ def test_qupath_opens_and_saves_a_project_of_the_embedded_engine(tmp_path: Path)
     for image, (found, mpp, image_type) in zip(images, seen, strict=True):
         assert image.path is not None
         assert (found["size"], mpp, image_type) == ((image.width, image.height), image.mpp, image.image_type)
-        with contextlib.closing(paquo._build_server(image.path)) as own:
+        with contextlib.closing(paquo_engine._build_server(image.path)) as own:
             assert found == seen_of(own)  # what QuPath finds in the file by itself
     with open_project(project.path, engine="embedded") as again:
         # QuPath escapes other letters of a URI than Java does; the file is the same.
@@ -644,8 +653,8 @@ def test_damaged_data_never_reach_qupath(damage: Callable[[bytes], bytes], place
 
 @qupath
 def test_an_object_that_does_not_arrive_is_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo._Editor._add
-    monkeypatch.setattr(paquo._Editor, "_add", lambda editor, records, gone: real(editor, records[1:], gone))
+    real = paquo_engine._Editor._add
+    monkeypatch.setattr(paquo_engine._Editor, "_add", lambda editor, records, gone: real(editor, records[1:], gone))
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
         unchanged_after(
@@ -655,9 +664,9 @@ def test_an_object_that_does_not_arrive_is_an_error(place: Place, monkeypatch: p
 
 @qupath
 def test_an_object_that_arrives_otherwise_is_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo._Editor._roi
+    real = paquo_engine._Editor._roi
     monkeypatch.setattr(
-        paquo._Editor, "_roi", lambda editor, shape, roi, plane: real(editor, shape.convex_hull, roi, plane)
+        paquo_engine._Editor, "_roi", lambda editor, shape, roi, plane: real(editor, shape.convex_hull, roi, plane)
     )
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
@@ -668,13 +677,13 @@ def test_an_object_that_arrives_otherwise_is_an_error(place: Place, monkeypatch:
 
 @qupath
 def test_objects_that_qupath_does_not_read_are_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo._OpenImage.__init__
+    real = paquo_engine._OpenImage.__init__
 
     def forgetful(opened: Any, content: bytes, builder: Any) -> None:  # noqa: ANN401
         real(opened, content, builder)
         opened.hierarchy.getRootObject().clearChildObjects()
 
-    monkeypatch.setattr(paquo._OpenImage, "__init__", forgetful)
+    monkeypatch.setattr(paquo_engine._OpenImage, "__init__", forgetful)
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
         unchanged_after(project, lambda: project.apply(image, ADD), ProjectWriteError, "QuPath reads 0 of 35 objects")
@@ -682,13 +691,13 @@ def test_objects_that_qupath_does_not_read_are_an_error(place: Place, monkeypatc
 
 @qupath
 def test_what_qupath_drops_is_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo._OpenImage.written
+    real = paquo_engine._OpenImage.written
 
     def forgetful(opened: Any) -> bytes:  # noqa: ANN401
         opened.data.getHistoryWorkflow().clear()
         return real(opened)
 
-    monkeypatch.setattr(paquo._OpenImage, "written", forgetful)
+    monkeypatch.setattr(paquo_engine._OpenImage, "written", forgetful)
     with open_project(place("qupath-0.6.0/workflow-tma"), engine="paquo") as project:
         image = project.images[0]
         unchanged_after(project, lambda: project.apply(image, ADD), ProjectWriteError, "does not keep the history of")
@@ -697,10 +706,10 @@ def test_what_qupath_drops_is_an_error(place: Place, monkeypatch: pytest.MonkeyP
 @qupath
 def test_an_error_in_java_is_one_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_: object) -> bytes:
-        paquo._java("java.lang.Integer").parseInt("no number")
+        paquo_engine._java("java.lang.Integer").parseInt("no number")
         raise AssertionError
 
-    monkeypatch.setattr(paquo._OpenImage, "written", failing)
+    monkeypatch.setattr(paquo_engine._OpenImage, "written", failing)
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
         unchanged_after(
@@ -808,6 +817,6 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 def test_the_engine_error_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paquo, "find_qupath", lambda: None)
+    monkeypatch.setattr(paquo_engine, "find_qupath", lambda: None)
     with pytest.raises(EngineError, match="paquo finds no QuPath; run `paquo get_qupath"):
         open_project(tmp_path, engine="paquo")

@@ -23,8 +23,8 @@ from darefine_qupath.errors import (
     ProjectNotFoundError,
     ProjectWriteError,
 )
-from darefine_qupath.project import safety
-from darefine_qupath.project.safety import Batch
+from darefine_qupath.project import staging
+from darefine_qupath.project.staging import Batch
 
 ONE, TWO = UUID(int=1), UUID(int=2)
 
@@ -39,40 +39,40 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_a_stamp_tells_one_content_from_another(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
-    data, stamp = safety.read_stamped(path)
+    data, stamp = staging.read_stamped(path)
     assert data == b"one"
-    safety.check_unchanged(path, stamp)
+    staging.check_unchanged(path, stamp)
     path.write_bytes(b"two")
     os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
     with pytest.raises(ProjectChangedError, match="changed since it was read"):
-        safety.check_unchanged(path, stamp)
+        staging.check_unchanged(path, stamp)
 
 
 def test_a_touched_file_has_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
-    stamp = safety.read_stamped(path)[1]
+    stamp = staging.read_stamped(path)[1]
     os.utime(path, (1, 1))
-    safety.check_unchanged(path, stamp)
+    staging.check_unchanged(path, stamp)
 
 
 def test_a_file_that_came_or_went_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    safety.check_unchanged(path, None)
+    staging.check_unchanged(path, None)
     path.write_bytes(b"one")
-    stamp = safety.read_stamped(path)[1]
+    stamp = staging.read_stamped(path)[1]
     with pytest.raises(ProjectChangedError):
-        safety.check_unchanged(path, None)
+        staging.check_unchanged(path, None)
     path.unlink()
     with pytest.raises(ProjectChangedError):
-        safety.check_unchanged(path, stamp)
+        staging.check_unchanged(path, stamp)
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProjectNotFoundError, match="is not there"):
-        safety.read_stamped(tmp_path / "a")
+        staging.read_stamped(tmp_path / "a")
     with pytest.raises(ProjectFormatError, match="cannot be read"):
-        safety.read_stamped(tmp_path)
+        staging.read_stamped(tmp_path)
 
 
 # -- lock
@@ -80,7 +80,7 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from darefine_qupath.project.safety import write_lock
+from darefine_qupath.project.staging import write_lock
 with write_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -93,25 +93,25 @@ def test_another_process_is_kept_out_until_the_holder_is_gone(tmp_path: Path) ->
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         match = rf"Another darefine process \(process {holder.pid} on .*\) is writing to {tmp_path}"
-        with pytest.raises(ProjectLockedError, match=match), safety.write_lock(tmp_path, patience_s=0):
+        with pytest.raises(ProjectLockedError, match=match), staging.write_lock(tmp_path, patience_s=0):
             pass
     finally:
         holder.kill()
         holder.communicate()
-    with safety.write_lock(tmp_path, patience_s=0):
+    with staging.write_lock(tmp_path, patience_s=0):
         pass
 
 
 def test_the_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
-    monkeypatch.setattr(safety, "try_lock", lambda _: next(answers))
-    with safety.write_lock(tmp_path, patience_s=10):
+    monkeypatch.setattr(staging, "try_lock", lambda _: next(answers))
+    with staging.write_lock(tmp_path, patience_s=10):
         assert next(answers, None) is None
 
 
 def test_a_project_that_cannot_be_written_to_says_so(tmp_path: Path) -> None:
     (tmp_path / "darefine").write_text("a file where the folder should be")
-    with pytest.raises(ProjectWriteError, match="Cannot write to"), safety.write_lock(tmp_path):
+    with pytest.raises(ProjectWriteError, match="Cannot write to"), staging.write_lock(tmp_path):
         pass
 
 
@@ -126,7 +126,7 @@ def test_a_lock_that_is_something_else_is_refused_and_left_alone(tmp_path: Path,
         os.mkfifo(lock)
     else:
         lock.symlink_to(notes if kind == "link" else tmp_path / "not there")
-    with pytest.raises(ProjectWriteError, match=r"Cannot write to"), safety.write_lock(tmp_path):
+    with pytest.raises(ProjectWriteError, match=r"Cannot write to"), staging.write_lock(tmp_path):
         pass
     assert (notes.read_text(), (tmp_path / "not there").exists()) == ("weeks of work", False)
 
@@ -136,7 +136,7 @@ def test_a_lock_file_with_a_second_name_keeps_its_content(tmp_path: Path) -> Non
     lock.parent.mkdir()
     notes.write_text("weeks of work")
     os.link(notes, lock)
-    with safety.write_lock(tmp_path):
+    with staging.write_lock(tmp_path):
         pass
     assert notes.read_text() == "weeks of work"
 
@@ -148,7 +148,7 @@ def test_after_a_kill_the_next_write_cleans_every_folder(tmp_path: Path) -> None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "file.0123456789ab.darefine-tmp").write_bytes(b"half")
     (own / ".lock").write_text("1234 on this computer")
-    with safety.write_lock(tmp_path):
+    with staging.write_lock(tmp_path):
         pass
     assert not list(tmp_path.rglob("*.darefine-tmp"))
 
@@ -183,17 +183,17 @@ def test_the_lock_of_windows_keeps_others_out_and_its_owner_can_be_read(
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(safety, "try_lock", module.try_lock)
-    monkeypatch.setattr(safety, "unlock", module.unlock)
+    monkeypatch.setattr(staging, "try_lock", module.try_lock)
+    monkeypatch.setattr(staging, "unlock", module.unlock)
     monkeypatch.setenv("COMPUTERNAME", "PATHOLOGY-7")
     match = rf"process {os.getpid()} on PATHOLOGY-7\) is writing"
-    with safety.write_lock(tmp_path):
+    with staging.write_lock(tmp_path):
         note = (tmp_path / "darefine" / ".lock").stat().st_size
         assert all(place > note for _, place in locks.held)
-        with pytest.raises(ProjectLockedError, match=match), safety.write_lock(tmp_path, patience_s=0):
+        with pytest.raises(ProjectLockedError, match=match), staging.write_lock(tmp_path, patience_s=0):
             pass
     assert not locks.held
-    with safety.write_lock(tmp_path, patience_s=0):
+    with staging.write_lock(tmp_path, patience_s=0):
         pass
 
 
@@ -206,7 +206,7 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with safety.write_lock(tmp_path):
+    with staging.write_lock(tmp_path):
         pass
     assert "has no locks" in caplog.text
 
@@ -335,7 +335,7 @@ def test_leftovers_beside_the_file_of_a_link_are_removed(folder: Path) -> None:
     (folder / "b").rename(folder / "disk" / "b-1")
     (folder / "b").symlink_to("disk/b-1")
     Batch(folder).stage(folder / "b", b"new b")
-    safety.remove_leftovers(folder)
+    staging.remove_leftovers(folder)
     assert listing(folder / "disk") == {"b-1": b"old b"}
 
 
@@ -345,7 +345,7 @@ def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:
     batch.stage(folder / "a", b"new a")
     batch.stage(folder / "b", b"new b")
     assert listing(folder) != before
-    safety.remove_leftovers(folder, folder / "not there")
+    staging.remove_leftovers(folder, folder / "not there")
     assert listing(folder) == before
 
 
@@ -355,13 +355,13 @@ def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:
 def test_the_last_five_backups_are_kept(tmp_path: Path) -> None:
     paths = []
     for number in range(8):
-        path = safety.backup_path(tmp_path, "3")
+        path = staging.backup_path(tmp_path, "3")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number]))
         paths.append(path)
     (paths[0].parent / "notes.txt").write_text("not a backup")
-    safety.prune_backups(tmp_path, "3")
-    found = safety.backups_of(tmp_path, "3")
+    staging.prune_backups(tmp_path, "3")
+    found = staging.backups_of(tmp_path, "3")
     assert [backup.path for backup in found] == paths[:2:-1]
     assert paths[0].parent == tmp_path / "darefine" / "backups" / "3"
     assert all(backup.path.name.endswith("Z-data.qpdata") and backup.size == 1 for backup in found)
@@ -372,7 +372,7 @@ def test_a_backup_is_later_than_those_from_a_clock_that_ran_ahead(tmp_path: Path
     ahead = tmp_path / "darefine" / "backups" / "1" / "29990101T000000.000000Z-data.qpdata"
     ahead.parent.mkdir(parents=True)
     ahead.write_bytes(b"")
-    assert safety.backup_path(tmp_path, "1").name == "29990101T000000.000001Z-data.qpdata"
+    assert staging.backup_path(tmp_path, "1").name == "29990101T000000.000001Z-data.qpdata"
 
 
 # -- verification
@@ -384,7 +384,7 @@ def annotation(identity: UUID = ONE, **more: object) -> Annotation:
 
 def test_the_same_objects_pass() -> None:
     ours = [annotation(), annotation(TWO)]
-    safety.verify_objects(ours, [annotation(TWO, roi="Rectangle"), annotation(roi="Rectangle")], path=Path("x"))
+    staging.verify_objects(ours, [annotation(TWO, roi="Rectangle"), annotation(roi="Rectangle")], path=Path("x"))
 
 
 @pytest.mark.parametrize(
@@ -406,19 +406,19 @@ def test_the_same_objects_pass() -> None:
 )
 def test_an_object_that_changed_is_noticed(change: dict[str, object], match: str) -> None:
     with pytest.raises(ProjectWriteError, match=match):
-        safety.verify_objects([annotation()], [replace(annotation(), **change)], path=Path("x"))  # type: ignore[arg-type]
+        staging.verify_objects([annotation()], [replace(annotation(), **change)], path=Path("x"))  # type: ignore[arg-type]
 
 
 def test_missing_and_doubled_objects_are_noticed() -> None:
     one, two = annotation(), annotation(TWO)
     for found in ([one], [one, one], [one, two, two], []):
         with pytest.raises(ProjectWriteError, match="objects were written"):
-            safety.verify_objects([one, two], found, path=Path("x"))
+            staging.verify_objects([one, two], found, path=Path("x"))
 
 
 def test_a_changed_roi_type_is_noticed_where_it_was_known() -> None:
     with pytest.raises(ProjectWriteError, match="another roi"):
-        safety.verify_objects([annotation(roi="Rectangle")], [annotation(roi="Polygon")], path=Path("x"))
+        staging.verify_objects([annotation(roi="Rectangle")], [annotation(roi="Polygon")], path=Path("x"))
 
 
 # -- QuPath at the same time
@@ -426,16 +426,16 @@ def test_a_changed_roi_type_is_noticed_where_it_was_known() -> None:
 
 def test_a_save_under_way_is_told(tmp_path: Path) -> None:
     data = tmp_path / "data.qpdata"
-    assert safety.qupath_warnings(data, None) == ()
+    assert staging.qupath_warnings(data, None) == ()
     (tmp_path / "data.qpdata.bkp").write_bytes(b"")
-    assert "QuPath is saving this image" in safety.qupath_warnings(data, None)[0]
+    assert "QuPath is saving this image" in staging.qupath_warnings(data, None)[0]
 
 
 def test_a_running_qupath_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "slide.tif"
     image.write_bytes(b"x")
-    monkeypatch.setattr(safety, "_qupath_processes", lambda: [os.getpid()])
-    assert "if this image is open there" in safety.qupath_warnings(tmp_path / "data.qpdata", image)[0]
+    monkeypatch.setattr(staging, "_qupath_processes", lambda: [os.getpid()])
+    assert "if this image is open there" in staging.qupath_warnings(tmp_path / "data.qpdata", image)[0]
     if sys.platform == "linux":
         with image.open("rb"):
-            assert "has slide.tif open" in safety.qupath_warnings(tmp_path / "data.qpdata", image)[0]
+            assert "has slide.tif open" in staging.qupath_warnings(tmp_path / "data.qpdata", image)[0]

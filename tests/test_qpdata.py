@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation, Kind, Plane
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import AnnotationError, ProjectFormatError, ProjectUnsupportedError
+from darefine_qupath.javaserial import decode, encode
+from darefine_qupath.javaserial.nodes import ClassDesc, Field, JavaArray, JavaObject, JavaString, Stream
+from darefine_qupath.javaserial.values import NodeError, hash_code, hash_order, whole_number
 from darefine_qupath.project import qpdata
 from darefine_qupath.project.interface import Changes
-from darefine_qupath.project.javanodes import ClassDesc, Field, JavaArray, JavaObject, JavaString, Stream
-from darefine_qupath.project.javastream import decode, encode
-from darefine_qupath.project.javautil import NodeError, hash_code, hash_order, whole_number
-from darefine_qupath.project.qpnodes import NodeBuilder
-from darefine_qupath.project.qpobjects import Reader
-from darefine_qupath.project.rois import fill
+from darefine_qupath.project.qpdata.build import NodeBuilder
+from darefine_qupath.project.qpdata.objects import Reader
+from darefine_qupath.project.qpdata.rois import fill
 from tests.conftest import DATA
 from tests.fuzzing import damaged
 
@@ -88,16 +88,16 @@ def _same(ours: Sequence[Annotation], theirs: Sequence[Annotation]) -> bool:
 # -- what QuPath reads
 
 
-def _check_object(record: Annotation, wanted: dict[str, Any], colours: dict[str, Colour]) -> None:
+def _check_object(record: Annotation, wanted: dict[str, Any], colors: dict[str, Color]) -> None:
     assert record.kind == wanted["kind"].replace("_", " ")
     assert str(record.id) == wanted["id"]
     assert record.name == wanted["name"]
     assert record.locked == wanted["locked"]
     assert ("root" if record.parent is None else str(record.parent)) == wanted["parent"]
     assert record.path_class == wanted["classification"]
-    assert record.colour == wanted["object_color"]
+    assert record.color == wanted["object_color"]
     if wanted["class_color"] is not None:
-        assert colours[wanted["classification"]].argb == wanted["class_color"]
+        assert colors[wanted["classification"]].argb == wanted["class_color"]
     assert record.class_probability == pytest.approx(float(wanted["class_probability"]), nan_ok=True)
     measured = {name: float(value) for name, value in wanted["measurements"].items()}
     assert list(record.measurements) == list(measured)
@@ -147,7 +147,7 @@ def test_read_gives_every_object_that_qupath_reads(path: Path, wanted: dict[str,
     image = _read(path)
     assert len(image.objects) == wanted["n_objects"]
     for record, expected in zip(image.objects, wanted["objects"], strict=True):
-        _check_object(record, expected, dict(image.colours))
+        _check_object(record, expected, dict(image.colors))
     kinds = Counter(record.kind.replace(" ", "_") for record in image.objects)
     assert kinds == wanted["counts"]
     assert str(image.root_id) == wanted["root"]["id"]
@@ -251,7 +251,7 @@ def test_rings_that_cross_too_often_are_refused() -> None:
 
 def _stream_of(root_parts: Sequence[Any], *, text: str = '{"dataVersion":3}') -> bytes:
     """File with one root whose content is given."""
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     root = builder.external("qupath.lib.objects.PathRootObject", root_parts)
     hierarchy = builder.object("qupath.lib.objects.hierarchy.PathObjectHierarchy", {"rootObject": root})
     title = b"\x00\x13Data file version 3"
@@ -268,7 +268,7 @@ def _old_object(builder: NodeBuilder, name: str) -> JavaObject:
 
 
 def test_objects_of_old_versions_have_the_same_identity_each_time() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     children = [_old_object(builder, "a"), _old_object(builder, "b")]
     data = _stream_of((None, None, None, (2).to_bytes(4, "big"), *children), text="Image path: /x/y.tif")
     first, second = qpdata.read(data), qpdata.read(data)
@@ -284,7 +284,7 @@ def test_objects_of_old_versions_have_the_same_identity_each_time() -> None:
 
 
 def test_the_old_measurements_of_32_bits_are_read() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=False, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=False, colors={})
     name = "qupath.lib.measurements.FloatMeasurement"
     desc = ClassDesc(name, 1, 2, [Field("F", "value"), Field("L", "name", JavaString("Ljava/lang/String;"))])
     items = [JavaObject.of(desc, {"value": value, "name": JavaString(f"m{value}")}) for value in (0.5, -2.25)]
@@ -298,7 +298,7 @@ def test_the_old_measurements_of_32_bits_are_read() -> None:
 
 @pytest.mark.parametrize("num_fields", [0, 1])
 def test_the_layout_with_a_uuid_object_is_read(num_fields: int) -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     desc = decode(_uuid_stream()).contents[0].desc  # type: ignore[union-attr]
     high, low = ID.int >> 64, ID.int & (2**64 - 1)
     identity = JavaObject.of(desc, {"mostSigBits": high - (high >> 63 << 64), "leastSigBits": low - (low >> 63 << 64)})
@@ -323,7 +323,7 @@ def _uuid_stream() -> bytes:
 
 
 def test_the_old_area_roi_is_read() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     outer, hole = [(0, 0), (10, 0), (10, 10), (0, 10)], [(2, 2), (2, 4), (4, 4), (4, 2)]
     columns = []
     for axis in (0, 1):
@@ -345,7 +345,7 @@ def _renamed(desc: ClassDesc, name: str) -> ClassDesc:
 
 
 def test_a_roi_of_a_foreign_library_is_refused_by_name() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     name = "qupath.lib.roi.GeometryROI$SerializationProxy"
     desc = _renamed(builder.desc("qupath.lib.roi.PolygonROI$SerializationProxy"), name)
     old = _old_object(builder, "x").content
@@ -396,7 +396,7 @@ def test_an_object_that_is_its_own_child_is_refused() -> None:
 
 
 def test_values_shared_a_million_times_do_not_fill_memory() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     long_list = builder.measurements({f"m{number}": 0.0 for number in range(3000)}, is_wide=False)
     children = []
     for number in range(3000):
@@ -469,7 +469,7 @@ def test_what_java_cannot_hold_is_not_written(
 
 
 def test_a_hierarchy_may_be_deep() -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     node = None
     for number in range(5_000):
         record = Annotation(geometry=None, id=UUID(int=number))
@@ -523,11 +523,11 @@ def _new(shape: str = "Polygon", **fields: Any) -> Annotation:  # noqa: ANN401
     return Annotation(geometry=SHAPES[shape], **{"path_class": "Tumor", "name": shape, **fields})
 
 
-def _edited(image: qpdata.ImageData, changes: Changes, **colours: Colour) -> qpdata.ImageData:
-    edited = qpdata.read(qpdata.edit(image, changes, colours), path=image.path)
+def _edited(image: qpdata.ImageData, changes: Changes, **colors: Color) -> qpdata.ImageData:
+    edited = qpdata.read(qpdata.edit(image, changes, colors), path=image.path)
     by_id = {record.id: record for record in qpdata.expected(image, changes)}
     assert {record.id: record for record in edited.objects} == by_id
-    _, touched = qpdata.Document(image.data).edit(changes, colours)
+    _, touched = qpdata.Document(image.data).edit(changes, colors)
     qpdata.verify(qpdata.Document(image.data), changes, touched, qpdata.Document(edited.data), path=Path("data.qpdata"))
     return edited
 
@@ -537,7 +537,7 @@ def test_adding_and_removing_gives_the_original_bytes(path: Path) -> None:
     image = _read(path)
     new = [_new(shape, measurements={"a": 1.5, "b": math.nan}, metadata={"k": "ä"}) for shape in SHAPES]
     new += [_new(kind=kind, measurements={"a": 0.1}, path_class="A: B: C") for kind in ("detection", "tile")]
-    new += [_new(kind="cell", nucleus=shapely.box(20, 20, 30, 30), class_probability=0.25, locked=True, colour=-5)]
+    new += [_new(kind="cell", nucleus=shapely.box(20, 20, 30, 30), class_probability=0.25, locked=True, color=-5)]
     if image.objects:
         new.append(_new(parent=image.objects[0].id, plane=Plane(1, 2, 3)))
     edited = _edited(image, Changes(add=new))
@@ -559,7 +559,7 @@ def test_an_object_of_ours_is_laid_out_as_one_of_qupaths(version: str) -> None:
     """Every object, taken out and put back from its record, encodes to as many bytes of the same classes."""
     image = _read(_file(version, "annotated"))
     emptied = _edited(image, Changes(remove=[record.id for record in image.objects]))
-    again = _edited(emptied, Changes(add=image.objects), **dict(image.colours))
+    again = _edited(emptied, Changes(add=image.objects), **dict(image.colors))
     for ours, theirs in zip(again.objects, image.objects, strict=True):
         # Two things a record does not hold: the raw polygon that crosses itself, and 64-bit values of a detection.
         if "bow tie" in (theirs.name or "") or "g1" in theirs.measurements:
@@ -581,7 +581,7 @@ def test_new_objects_share_the_class_of_the_others(annotated: qpdata.ImageData) 
     data = qpdata.edit(
         annotated,
         Changes(add=[_new(path_class="Tumor: Positive"), _new(path_class="Fresh")]),
-        {"Fresh": Colour(1, 2, 3)},
+        {"Fresh": Color(1, 2, 3)},
     )
     classes = [
         node for node in decode(data).nodes if isinstance(node, JavaObject) and node.desc.name.endswith(".PathClass")
@@ -592,7 +592,7 @@ def test_new_objects_share_the_class_of_the_others(annotated: qpdata.ImageData) 
         if isinstance(node, JavaObject) and node.desc.name.endswith(".PathClass")
     ]
     assert len(classes) == len(former) + 1
-    assert qpdata.read(data).colours["Fresh"] == Colour(1, 2, 3)
+    assert qpdata.read(data).colors["Fresh"] == Color(1, 2, 3)
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -623,7 +623,7 @@ def test_replacing_keeps_place_and_children(annotated: qpdata.ImageData) -> None
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 1e13, 131_072.01, 5e-324])
 def test_numbers_of_any_size_are_read(value: float) -> None:
-    builder = NodeBuilder(Stream(()), is_modern=True, colours={})
+    builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     name = "qupath.lib.roi.RectangleROI$SerializationProxy"
     roi = builder.object(name, {"c": -1, "x": value, "x2": value + abs(value), "y": 0.0, "y2": 1.0})
     old = _old_object(builder, "x").content
@@ -745,16 +745,16 @@ names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
     metadata=st.dictionaries(names.filter(lambda key: key != "Object ID"), st.text(max_size=40), max_size=4),
     measurements=st.dictionaries(names, st.floats(), max_size=20),
     kind=st.sampled_from(["annotation", "detection", "tile"]),
-    colour=st.none() | st.integers(-(2**31), 2**31 - 1),
+    color=st.none() | st.integers(-(2**31), 2**31 - 1),
 )
 def test_texts_and_numbers_come_back(
-    name: str | None, metadata: dict[str, str], measurements: dict[str, float], kind: Kind, colour: int | None
+    name: str | None, metadata: dict[str, str], measurements: dict[str, float], kind: Kind, color: int | None
 ) -> None:
     image = _read(_file("0.4.4", "empty", "2"))
     metadata = {key: value.encode("utf-16", "replace").decode("utf-16") for key, value in metadata.items()}
-    record = _new(name=name, metadata=metadata, measurements=measurements, kind=kind, colour=colour)
+    record = _new(name=name, metadata=metadata, measurements=measurements, kind=kind, color=color)
     found = _edited(image, Changes(add=[record])).objects[0]
-    assert (found.name, found.metadata, found.colour) == (name, metadata, colour)
+    assert (found.name, found.metadata, found.color) == (name, metadata, color)
     assert list(found.measurements) == list(measurements)
 
 

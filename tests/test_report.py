@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import GeometryError
 from darefine_qupath.report import Panel, difference, draw_panels, paint_labels
 
 WHITE = np.full((40, 60, 3), 255, np.uint8)
-RED, BLUE = Colour(255, 0, 0), Colour(0, 0, 255)
-CLASSES = ClassMap(names=("A", "B"), colours=(RED, BLUE))
+RED, BLUE = Color(255, 0, 0), Color(0, 0, 255)
+CLASSES = ClassMap(names=("A", "B"), colors=(RED, BLUE))
 
 
 def _halves() -> np.ndarray:
@@ -25,7 +25,7 @@ def _halves() -> np.ndarray:
 
 
 def test_a_label_tints_and_its_border_is_drawn_in_full() -> None:
-    painted = paint_labels(WHITE, _halves(), CLASSES.colours)
+    painted = paint_labels(WHITE, _halves(), CLASSES.colors)
     assert painted[25, 10].tolist() == [255, 127, 127]
     assert painted[25, 50].tolist() == [127, 127, 255]
     assert painted[25, 29].tolist() == [255, 0, 0]
@@ -33,18 +33,18 @@ def test_a_label_tints_and_its_border_is_drawn_in_full() -> None:
 
 
 def test_where_nothing_is_known_the_slide_shows() -> None:
-    painted = paint_labels(WHITE, _halves(), CLASSES.colours)
+    painted = paint_labels(WHITE, _halves(), CLASSES.colors)
     assert (painted[:9] == 255).all()
 
 
 def test_a_hidden_label_hardly_tints() -> None:
-    painted = paint_labels(WHITE, _halves(), CLASSES.colours, hidden=0)
+    painted = paint_labels(WHITE, _halves(), CLASSES.colors, hidden=0)
     assert painted[25, 10].tolist() == [255, 224, 224]
 
 
 def test_labels_of_another_size_are_refused() -> None:
     with pytest.raises(GeometryError, match=r"\(10, 10\) do not lie on a picture of \(40, 60\)"):
-        paint_labels(WHITE, np.zeros((10, 10), np.uint8), CLASSES.colours)
+        paint_labels(WHITE, np.zeros((10, 10), np.uint8), CLASSES.colors)
 
 
 def test_difference_counts_only_what_both_know() -> None:
@@ -68,7 +68,7 @@ def test_a_row_of_panels_has_one_per_picture_and_one_for_the_difference(tmp_path
 @pytest.mark.parametrize("side", [20, 400])
 def test_the_legend_fits_below_pictures_of_any_size(tmp_path: Path, side: int) -> None:
     names = ("Normal tissue", "Benign", "In situ", "Invasive carcinoma")
-    classes = ClassMap(names=names, colours=(RED, RED, RED, BLUE))
+    classes = ClassMap(names=names, colors=(RED, RED, RED, BLUE))
     draw_panels(tmp_path / "row.png", np.full((side, side, 3), 255, np.uint8), [Panel(title="Slide")], classes)
     pixels = np.asarray(Image.open(tmp_path / "row.png"))
     blue = (pixels == (0, 0, 255)).all(axis=2)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from darefine_qupath.errors import ProjectLockedError, ProjectWriteError, ReviewError
 from darefine_qupath.project import Project
-from darefine_qupath.project.safety import Batch, write_lock
-from darefine_qupath.review import WriteOptions, list_runs, survey, undo, write_back
+from darefine_qupath.project.staging import Batch, write_lock
+from darefine_qupath.review import WriteOptions, list_runs, sort_objects, undo, write_back
 from darefine_qupath.review.runs import Run, runs_folder, save_run
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, overlaps, polygon, square, write
 
@@ -34,7 +34,7 @@ def test_objects_say_what_they_are(project: FakeProject) -> None:
     assert record.metadata["darefine.run"] == result.run
     assert record.metadata["darefine.model"] == "m1"
     assert record.metadata["darefine.runner_up"] == "Normal"
-    assert [(c.name, c.colour) for c in project.classes] == [("Invasive", CLASSES.colours[2])]
+    assert [(c.name, c.color) for c in project.classes] == [("Invasive", CLASSES.colors[2])]
     assert result.classes == {"Invasive": 1}
 
 
@@ -83,7 +83,7 @@ def test_another_model_replaces_what_nobody_touched(project: FakeProject) -> Non
         pytest.param({"path_class": None}, id="class removed"),
         pytest.param({"path_class": "Ignore*"}, id="ignored"),
         pytest.param({"name": "look here"}, id="named"),
-        pytest.param({"colour": -1}, id="coloured"),
+        pytest.param({"color": -1}, id="coloured"),
         pytest.param({"metadata+": {"ANNOTATION_DESCRIPTION": "odd"}}, id="described"),
         pytest.param({"metadata+": {"darefine.review": "accepted"}}, id="accepted"),
         pytest.param({"measurements": {"darefine.review": 1.0}}, id="accepted by measurement"),
@@ -267,12 +267,12 @@ def test_what_returns_gives_way_to_what_was_taken_over_or_rejected_since(project
     assert (large.path_class, right.geometry.bounds[0]) == ("Benign", 4000)  # type: ignore[union-attr]
     assert large.area == 1000**2 - 401**2
     assert large.measurements["DA-RefineNet: area µm^2"] == large.area * 0.25
-    assert {item.written.id: item.status for item in survey(project, SLIDE).ours} == {
+    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).ours} == {
         locked.id: "accepted", gone.id: "rejected", large.id: "untouched", right.id: "untouched",
     }  # fmt: skip
-    after = {item.written.id: item.status for item in survey(project, SLIDE).ours}
+    after = {item.written.id: item.status for item in sort_objects(project, SLIDE).ours}
     assert [(result.added, result.removed) for result in undo(project)] == [(0, 0)]
-    assert {item.written.id: item.status for item in survey(project, SLIDE).ours} == after
+    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).ours} == after
     assert [(result.added, result.removed) for result in undo(project)] == [(0, 2)]
     assert [record.id for record in ours(project)] == [locked.id]
 
@@ -317,7 +317,7 @@ def test_a_write_that_failed_leaves_no_trace(project: FakeProject) -> None:
 def test_a_run_cut_off_after_the_project_was_written(
     project: FakeProject, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    module = f"darefine_qupath.review.{'writeback' if state == 'pending' else 'takeback'}.save_run"
+    module = f"darefine_qupath.review.{'writeback' if state == 'pending' else 'undo'}.save_run"
 
     def stop(project: Project, run: Run) -> Path:
         if run.state in ("done", "undone"):
@@ -330,7 +330,7 @@ def test_a_run_cut_off_after_the_project_was_written(
         patch.setattr(module, stop)
         write(project, grid(2)) if state == "pending" else undo(project)
     assert list_runs(project)[-1].state == state
-    found = survey(project, SLIDE)
+    found = sort_objects(project, SLIDE)
     assert (found.run is None) == (state == "undoing")
     assert not found.rejected
     result = write(project, grid(2))
@@ -343,7 +343,7 @@ def test_objects_whose_run_has_no_file_are_still_ours(project: FakeProject) -> N
     project.edit(ours(project)[0].id, geometry=square(0, 1500))
     for path in runs_folder(project).iterdir():
         path.unlink()
-    found = survey(project, SLIDE)
+    found = sort_objects(project, SLIDE)
     assert [item.status for item in found.ours] == ["reshaped", "untouched", "untouched"]
     result = write(project, [], model="m2")
     assert (result.removed, result.adopted) == (2, 1)
@@ -386,7 +386,7 @@ def test_nothing_a_pathologist_did_is_ever_changed(
             project.delete(record.id) if change is None else project.edit(record.id, **change)
         if choice.draw(st.booleans()):
             project.draw(square(choice.draw(st.integers(0, 5000)) + 0.37, 900.11), "Benign")
-    found = survey(project, SLIDE)
+    found = sort_objects(project, SLIDE)
     standing = {repr(record) for record in (*found.theirs, *(item.current for item in found.adopted))}
     refused = [(item.written.training_class, item.written.record.geometry) for item in found.rejected]
     write(project, grid(5, shift=choice.draw(shifts)), model="m3")

@@ -11,13 +11,13 @@ import pytest
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.pipeline.predicting import map_folder
+from darefine_qupath.pipeline.predict import map_folder
 from darefine_qupath.pipeline.reviewing import find_places
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
 from darefine_qupath.project import Project, open_project
-from darefine_qupath.review import mark_places, survey, undo, write_back
+from darefine_qupath.review import mark_places, sort_objects, undo, write_back
 from tests.conftest import Run
 from tests.fake_project import square
 
@@ -150,7 +150,7 @@ def test_undo_names_a_damaged_backup_and_goes_by_the_record(
 ) -> None:
     with open_project(folder, engine="embedded") as project:
         predict(project, "m2", 10)
-        before = {image.id: survey(project, image).run for image in project.images}
+        before = {image.id: sort_objects(project, image).run for image in project.images}
     first = before["2"]
     assert first is not None
     assert first.backup is not None
@@ -166,7 +166,7 @@ def test_undo_names_a_damaged_backup_and_goes_by_the_record(
     assert (code, backup.name in caplog.text) == (0, kind != "gone")
     with open_project(folder, engine="embedded") as project:
         for image in project.images:
-            found = survey(project, image)
+            found = sort_objects(project, image)
             assert (found.run and found.run.model, [item.status for item in found.ours]) == ("m1", ["untouched"])
 
 

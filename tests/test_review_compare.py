@@ -18,7 +18,7 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import IGNORE, PathClass
 from darefine_qupath.errors import EngineError
 from darefine_qupath.geometry import Box
-from darefine_qupath.polygons import ClassPolygon, vectorise
+from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.project import Changes, ImageEntry, Project, open_project
 from darefine_qupath.review import (
     RunResult,
@@ -27,7 +27,7 @@ from darefine_qupath.review import (
     labels,
     manual_annotations,
     reviewed_annotations,
-    survey,
+    sort_objects,
     undo,
     write_back,
     write_page,
@@ -184,11 +184,11 @@ def predicted(columns: range, shift: int) -> tuple[ClassPolygon, ...]:
     for number, column in enumerate(columns):
         labels[70 + shift : 82 + shift, column : column + 12] = number % 3
     labels[20:40] = 1
-    return vectorise(labels, box=Box(0, 0, 2048, 1536), mpp=0.5, confidence=np.full_like(labels, 51))
+    return vectorize(labels, box=Box(0, 0, 2048, 1536), mpp=0.5, confidence=np.full_like(labels, 51))
 
 
 def by_place(project: Project, image: ImageEntry) -> list[Annotation]:
-    found = [item.current for item in survey(project, image).ours if item.current is not None]
+    found = [item.current for item in sort_objects(project, image).ours if item.current is not None]
     return sorted((r for r in found if r.geometry.bounds[1] > 500), key=lambda r: r.geometry.bounds)  # type: ignore[union-attr]
 
 
@@ -201,8 +201,8 @@ def test_from_annotations_to_polygons_and_back(data: Path, tmp_path: Path) -> No
     shapes = {**dict(rows), "Invasive": ring}
     drawn = [Annotation(geometry=shape, path_class=name) for name, shape in shapes.items()]
     mask = LabelPainter(drawn, CLASSES).paint(Box(0, 0, 2048, 1536), (512, 384))
-    write_back(project, image, vectorise(mask, box=Box(0, 0, 2048, 1536), mpp=0.5), model="m", classes=CLASSES)
-    again = [item.current for item in survey(project, image).ours]
+    write_back(project, image, vectorize(mask, box=Box(0, 0, 2048, 1536), mpp=0.5), model="m", classes=CLASSES)
+    again = [item.current for item in sort_objects(project, image).ours]
     assert {record.path_class for record in again if record} == set(shapes)
     for record in again:
         assert record is not None
@@ -249,7 +249,7 @@ def test_scenario_on_a_project_that_qupath_wrote(
     bytes_at_first = stored.read_bytes()
     for _ in range(3):
         predict("m1", 0)
-    assert len(project.objects(image)) == len(theirs) + 1 + len(survey(project, image).ours)
+    assert len(project.objects(image)) == len(theirs) + 1 + len(sort_objects(project, image).ours)
     locked, moved, other, gone, _ = by_place(project, image)
     assert moved.geometry is not None
     assert gone.geometry is not None

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import DarefineError, ProjectChangedError, ReviewError
-from darefine_qupath.project import Project, open_project, paquo
+from darefine_qupath.project import Project, open_project, paquo_engine
 from darefine_qupath.review import (
     apply_plan,
     compare,
@@ -34,13 +34,13 @@ from darefine_qupath.review import (
     plan_write,
     reviewed_annotations,
     run_states,
-    survey,
+    sort_objects,
     undo,
     write_back,
 )
 from darefine_qupath.review import runs as recording
 from darefine_qupath.review import writeback as writing
-from darefine_qupath.review.ours import _statuses
+from darefine_qupath.review.ownership import _statuses
 from darefine_qupath.review.runs import (
     Run,
     RunObject,
@@ -65,7 +65,7 @@ def states(project: FakeProject) -> list[str]:
 
 
 def statuses(project: FakeProject) -> dict[str, int]:
-    found = [item.status for item in survey(project, SLIDE).ours]
+    found = [item.status for item in sort_objects(project, SLIDE).ours]
     return {status: found.count(status) for status in found}
 
 
@@ -119,7 +119,7 @@ def test_a_state_between_two_runs_is_that_of_the_first(project: FakeProject) -> 
         project.save_from(state)
         assert statuses(project)["rejected"] == 1
     project.save_from(seen)
-    found = survey(project, SLIDE)
+    found = sort_objects(project, SLIDE)
     assert (found.run and found.run.id, [run.id for run in found.past.overwritten]) == (first.run, [second.run])
     assert statuses(project) == {"untouched": 2, "rejected": 1}
     assert [result.removed for result in undo(project, dry_run=True)] == [2]
@@ -172,7 +172,7 @@ def test_an_image_that_was_duplicated_with_its_data_lost_nothing(project: FakePr
     copy = project.images[1]
     project.stored[copy.id] = project.stored[SLIDE.id][1:]
     project.properties[copy.id] = dict(project.properties[SLIDE.id])
-    found = survey(project, copy)
+    found = sort_objects(project, copy)
     assert [item.status for item in found.ours] == ["untouched"] * 2
     assert (found.past.overwritten, found.theirs) == ((), ())
 
@@ -202,7 +202,7 @@ def test_whatever_state_comes_back_nothing_that_vanished_is_rejected(
             gone = set(deleted[state.version])
         kept.append(project.state(SLIDE))
         deleted[kept[-1].version] = deleted.get(kept[-1].version, set()) | gone
-        rejected = {item.written.id for item in survey(project, SLIDE).rejected}
+        rejected = {item.written.id for item in sort_objects(project, SLIDE).rejected}
         assert rejected <= set().union(*deleted.values())
 
 
@@ -337,7 +337,7 @@ def test_a_plan_for_another_state_is_refused(project: FakeProject) -> None:
     write(project, grid(2))
     plan = plan_write(project, SLIDE, grid(3, shift=30), model="m2", classes=CLASSES)
     mine = project.draw(square(0, 5000), "Benign")
-    survey(project, SLIDE)
+    sort_objects(project, SLIDE)
     before = project.stored[SLIDE.id]
     with pytest.raises(ProjectChangedError, match=r"'slide.svs' changed since the prediction was laid out"):
         apply_plan(project, SLIDE, plan)
@@ -505,14 +505,14 @@ def test_an_object_that_was_duplicated_counts_as_drawn(project: FakeProject, rec
     copy = project.draw(square(moved, 1000), first.path_class, metadata=dict(first.metadata), name=first.name)
     if not recorded:
         run_files(project)[0].path.unlink()
-    found = survey(project, SLIDE)
+    found = sort_objects(project, SLIDE)
     assert found.theirs == (copy,)
     assert statuses(project) == {"untouched": 2}
     if recorded:
         assert compare(project).counts["drawn"] == 1
     write(project, grid(3, shift=30), model="m2")
     assert copy in project.objects(SLIDE)
-    assert survey(project, SLIDE).theirs == (copy,)
+    assert sort_objects(project, SLIDE).theirs == (copy,)
 
 
 def test_an_object_that_was_pasted_into_another_image_counts_as_drawn_there(project: FakeProject) -> None:
@@ -521,7 +521,7 @@ def test_an_object_that_was_pasted_into_another_image_counts_as_drawn_there(proj
     other = project.images[1]
     pasted = replace(first, id=uuid4())
     project.stored[other.id] = (pasted,)
-    assert survey(project, other).theirs == (pasted,)
+    assert sort_objects(project, other).theirs == (pasted,)
     assert manual_annotations(project, other, taken_over=False) == (pasted,)
 
 
@@ -548,7 +548,7 @@ class InQuPath:
     """An image as QuPath's window holds it: read once, and saved as a whole."""
 
     def __init__(self, project: Path) -> None:
-        paquo.start_qupath()
+        paquo_engine.start_qupath()
         import jpype  # noqa: PLC0415
 
         java = jpype.JClass
@@ -579,7 +579,7 @@ def in_project(project: Project, count: int = 3) -> list[Annotation]:
     image = project.images[0]
     polygons = [polygon(1, square(100 + 500 * number, 1000, 300)) for number in range(count)]
     write_back(project, image, polygons, model="m", classes=CLASSES)
-    return [item.current for item in survey(project, image).ours if item.current is not None]
+    return [item.current for item in sort_objects(project, image).ours if item.current is not None]
 
 
 @pytest.fixture(params=["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
@@ -597,7 +597,7 @@ def test_qupath_keeps_the_witness_through_open_and_save(annotated: Path, engine:
         window = InQuPath(annotated)
         window.delete(*(record.id for record in written[:deleted]))
         window.save()
-        found = survey(project, project.images[0])
+        found = sort_objects(project, project.images[0])
         assert found.past.is_seen
         assert [item.status for item in found.ours].count("rejected") == deleted
         assert [item.status for item in found.ours].count("untouched") == 3 - deleted
@@ -613,7 +613,7 @@ def test_qupaths_save_over_an_image_that_was_open_overwrites_the_run(annotated: 
         window = InQuPath(annotated)
         in_project(project)
         window.save()
-        found = survey(project, image)
+        found = sort_objects(project, image)
         assert (found.ours, len(found.past.overwritten)) == ((), 1)
         assert len(in_project(project)) == 3
-        assert not survey(project, image).rejected
+        assert not sort_objects(project, image).rejected

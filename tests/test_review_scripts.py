@@ -12,10 +12,10 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.prediction import ScoreMap
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import write_score_map
-from darefine_qupath.project import paquo
+from darefine_qupath.project import paquo_engine
 from darefine_qupath.review import install_scripts, script_names
-from darefine_qupath.review.ours import RUN
-from darefine_qupath.review.places import _PREFIX as PLACE_NAME
+from darefine_qupath.review.ownership import RUN
+from darefine_qupath.review.review_queue import _PREFIX as PLACE_NAME
 from darefine_qupath.review.writeback import _PREFIX as MEASUREMENT
 from tests.prediction_stubs import CLASSES, blobs
 from tests.test_project_paquo import qupath
@@ -97,19 +97,17 @@ def argb(image: Any) -> NDArray[np.uint32]:  # noqa: ANN401 - of Java
     return pixels.view(np.uint32).reshape(height, width)
 
 
-def class_colours() -> NDArray[np.uint32]:
+def class_colors() -> NDArray[np.uint32]:
     """0xAARRGGBB per label; nothing at all where nothing was predicted."""
-    colours = np.zeros(256, np.uint32)
-    colours[: len(CLASSES.colours)] = [
-        0xFF000000 | red << 16 | green << 8 | blue for red, green, blue in CLASSES.colours
-    ]
-    return colours
+    colors = np.zeros(256, np.uint32)
+    colors[: len(CLASSES.colors)] = [0xFF000000 | red << 16 | green << 8 | blue for red, green, blue in CLASSES.colors]
+    return colors
 
 
 def opened_by_openslide(servers: Any, path: Path) -> Any:  # noqa: ANN401 - Java's
     jpype = pytest.importorskip("jpype")
     try:
-        server = servers.buildServer(paquo._java("java.io.File")(str(path)).toURI())
+        server = servers.buildServer(paquo_engine._java("java.io.File")(str(path)).toURI())
     except jpype.JException:
         return None
     return server if "OpenSlide" in str(server.getServerType()) else None
@@ -118,21 +116,21 @@ def opened_by_openslide(servers: Any, path: Path) -> Any:  # noqa: ANN401 - Java
 @qupath
 def test_qupath_opens_the_files_of_a_score_map(tmp_path: Path) -> None:
     found, layers = a_map(tmp_path / "map")
-    paquo.start_qupath()
+    paquo_engine.start_qupath()
     servers, request = (
-        paquo._java("qupath.lib.images.servers.ImageServers"),
-        paquo._java("qupath.lib.regions.RegionRequest"),
+        paquo_engine._java("qupath.lib.images.servers.ImageServers"),
+        paquo_engine._java("qupath.lib.regions.RegionRequest"),
     )
     # A slide that every OpenSlide opens tells a QuPath without it from a map that QuPath does not like.
     plain = write_pyramid(tmp_path / "plain.tif", np.full((600, 600, 3), 200, np.uint8), (2, 4))
     control = opened_by_openslide(servers, plain)
     if control is None:
         pytest.skip("this QuPath finds no OpenSlide")
-    expected = class_colours()
+    expected = class_colors()
     expected[255] = 0xFFFFFFFF  # A TIFF has no transparent colour.
-    grey = np.arange(256, dtype=np.uint32) * 0x010101 | 0xFF000000
-    for layer, pixels, colours in (("class", layers.label, expected), ("confidence", layers.confidence, grey)):
-        uri = paquo._java("java.io.File")(str(found.path(layer))).toURI()
+    gray = np.arange(256, dtype=np.uint32) * 0x010101 | 0xFF000000
+    for layer, pixels, colors in (("class", layers.label, expected), ("confidence", layers.confidence, gray)):
+        uri = paquo_engine._java("java.io.File")(str(found.path(layer))).toURI()
         server = servers.buildServer(uri)
         assert (server.getWidth(), server.getHeight(), server.nResolutions()) == (*MAP, 3)
         assert server.nChannels() in (1, 3)
@@ -140,7 +138,7 @@ def test_qupath_opens_the_files_of_a_score_map(tmp_path: Path) -> None:
         if control.getPixelCalibration().hasPixelSizeMicrons():
             assert float(server.getPixelCalibration().getAveragedPixelSizeMicrons()) == pytest.approx(2.0)
         whole = server.readRegion(request.createInstance(server.getPath(), 1.0, 0, 0, *MAP))
-        np.testing.assert_array_equal(argb(whole), colours[pixels])
+        np.testing.assert_array_equal(argb(whole), colors[pixels])
         half = server.readRegion(request.createInstance(server.getPath(), 2.0, 0, 0, *MAP))
         assert (half.getWidth(), half.getHeight()) == (350, 450)
         server.close()
@@ -177,7 +175,7 @@ return picture
 
 def painted(project: Path, layer: str, box: Box, scale: float, *, largest: int = 6000) -> NDArray[np.uint32]:
     """What QuPath's overlay paints over `box` at `scale`, after the script has run in a stand-in of its window."""
-    paquo.start_qupath()
+    paquo_engine.start_qupath()
     jpype = pytest.importorskip("jpype")
     try:
         shell = jpype.JClass("groovy.lang.GroovyShell")()
@@ -212,10 +210,10 @@ def test_the_script_paints_each_map_pixel_where_it_belongs(
     found, layers = a_map(tmp_path / "darefine" / "maps" / "7", downsample=downsample, corner=corner)
     step = found.box.width / MAP.width
     whole = painted(tmp_path, "class", found.box, step)
-    np.testing.assert_array_equal(whole[:900, :700], class_colours()[layers.label])
+    np.testing.assert_array_equal(whole[:900, :700], class_colors()[layers.label])
     # Four pixels of the picture for every one of the map: borders lie where they do, not half a pixel beside.
     part = painted(tmp_path, "class", Box(corner[0], corner[1], 800, 800), step / 2)
-    twice = class_colours()[layers.label].repeat(2, axis=0).repeat(2, axis=1)
+    twice = class_colors()[layers.label].repeat(2, axis=0).repeat(2, axis=1)
     if downsample.is_integer():
         np.testing.assert_array_equal(part, twice[: part.shape[0], : part.shape[1]])
 
@@ -223,19 +221,19 @@ def test_the_script_paints_each_map_pixel_where_it_belongs(
 @qupath
 def test_the_script_paints_scores_in_grey_and_leaves_glass_clear(tmp_path: Path) -> None:
     found, layers = a_map(tmp_path / "darefine" / "maps" / "7")
-    grey = np.arange(256, dtype=np.uint32) * 0x010101 | 0xFF000000
-    grey[0] = 0
-    np.testing.assert_array_equal(painted(tmp_path, "confidence", found.box, 8.0), grey[layers.confidence])
+    gray = np.arange(256, dtype=np.uint32) * 0x010101 | 0xFF000000
+    gray[0] = 0
+    np.testing.assert_array_equal(painted(tmp_path, "confidence", found.box, 8.0), gray[layers.confidence])
 
 
 @qupath
 def test_the_script_paints_a_large_map_from_its_pyramid(tmp_path: Path) -> None:
     found, layers = a_map(tmp_path / "darefine" / "maps" / "7")
     pixels = painted(tmp_path, "class", found.box, 8.0, largest=500)
-    colours = class_colours()
+    colors = class_colors()
     shown = np.full(pixels.shape, 3, np.uint8)
     for label in range(3):
-        shown[pixels == colours[label]] = label
+        shown[pixels == colors[label]] = label
     truth = np.where(layers.label == 255, 3, layers.label)
     # Two map pixels are one here: what is shown must be there within one such pixel.
     for label in range(4):

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import ClassMapError, ConfigError, DarefineError, ModelError, TileError
-from darefine_qupath.models import ModelConfig, Normalisation
-from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
+from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
 from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.review.writeback import WriteOptions
 from darefine_qupath.tiles import TileSpec
-from darefine_qupath.tiles.screening import Screening
+from darefine_qupath.tiles.scan import Screening
 from darefine_qupath.training import TrainConfig
 
 LIST = (
-    PathClass("Normal", Colour(1, 2, 3)),
-    PathClass("Tumor", Colour(4, 5, 6)),
-    PathClass("Ignore*", Colour(7, 8, 9)),
-    PathClass("Unused", Colour(0, 0, 0)),
+    PathClass("Normal", Color(1, 2, 3)),
+    PathClass("Tumor", Color(4, 5, 6)),
+    PathClass("Ignore*", Color(7, 8, 9)),
+    PathClass("Unused", Color(0, 0, 0)),
 )
 
 
@@ -76,7 +76,7 @@ def test_what_is_no_settings_file_is_named(tmp_path: Path, kind: str) -> None:
 def test_without_a_table_the_classes_are_those_in_use_in_the_order_of_the_project() -> None:
     found = Settings().class_map(LIST, {"Tumor": 2, "Normal": 1, "Ignore*": 4})
     assert found.names == ("Normal", "Tumor")
-    assert found.colours == (Colour(1, 2, 3), Colour(4, 5, 6))
+    assert found.colors == (Color(1, 2, 3), Color(4, 5, 6))
     assert found.unlabelled == "ignore"
 
 
@@ -93,13 +93,13 @@ def test_the_table_orders_maps_and_colours(tmp_path: Path) -> None:
         names = ["Cancer", "Normal"]
         [classes.map]
         Tumor = "Cancer"
-        [classes.colours]
+        [classes.colors]
         Cancer = "#0a0b0c"
         """,
     )
     found = settings.class_map(LIST, {"Tumor": 2, "Normal": 1})
     assert found.names == ("Cancer", "Normal")
-    assert found.colours == (Colour(10, 11, 12), Colour(1, 2, 3))
+    assert found.colors == (Color(10, 11, 12), Color(1, 2, 3))
     assert found.label("Tumor") == 0
 
 
@@ -168,7 +168,7 @@ def test_a_pixel_size_must_be_positive(value: object) -> None:
         ('names = ["Normal", 3]', "must be a list of names"),
         ('map = "x"', r"map = 'x' must be a table \[classes.map\]"),
         ("[classes.map]\nTumor = 3", r"map = \{'Tumor': 3\} must be a table"),
-        ("[classes.colours]\nTumor = 3", r"colours = \{'Tumor': 3\} must be a table"),
+        ("[classes.colors]\nTumor = 3", r"colors = \{'Tumor': 3\} must be a table"),
         ("unlabelled = 3", "unlabelled = 3 must be the name of a class"),
         ('region_unlabelled = ["Normal"]', r"region_unlabelled = \['Normal'\] must be the name of a class"),
     ],
@@ -200,7 +200,7 @@ KINDS = {
     SamplingSpec: {},
     PredictOptions: {},
     WriteOptions: {},
-    Normalisation: {},
+    Normalization: {},
 }
 FLOATS = [
     (kind, name)

@@ -78,17 +78,17 @@ def assert_in_place(slide: PyramidSlide, box: Box, size: tuple[int, int], offset
     pixels = slide.read(box, size)
     assert pixels.shape == (size[1], size[0], 3)
     steps = (box.width / size[0], box.height / size[1])
-    centres = [
+    centers = [
         start + (np.arange(count) + 0.5) * step - 0.5
         for start, count, step in zip((box.x, box.y), size, steps, strict=True)
     ]
     margins = [3 * max(step, 4) for step in steps]
     inside = [
         (c > m) & (c < whole - m - 1) & (np.abs(np.mod(c + o, 200) - 100) < 100 - m)
-        for c, m, o, whole in zip(centres, margins, offset, slide.size, strict=True)
+        for c, m, o, whole in zip(centers, margins, offset, slide.size, strict=True)
     ]
-    outside = [(c < -m) | (c > whole + m) for c, m, whole in zip(centres, margins, slide.size, strict=True)]
-    expected = [wave(c + o) for c, o in zip(centres, offset, strict=True)]
+    outside = [(c < -m) | (c > whole + m) for c, m, whole in zip(centers, margins, slide.size, strict=True)]
+    expected = [wave(c + o) for c, o in zip(centers, offset, strict=True)]
     # Half a grey level of the level's rounding and half a one of the result's. OpenSlide takes whole level-0 pixels
     # and interpolates, which cuts off fractions of a grey level.
     slack = 1.5 if slide.reader == "openslide" else 0.0
@@ -692,13 +692,13 @@ def test_resolve_mpp(pyramid: Path) -> None:
 def painted(tmp_path: Path, **areas: tuple[tuple[int, int, int, int], tuple[int, int, int]]) -> Path:
     """Slide of 1500 x 1000 pixels with rectangles (x, y, width, height) of a colour; noise as from a camera."""
     pixels = np.full((1000, 1500, 3), 240, np.int16)
-    for (x, y, width, height), colour in areas.values():
-        pixels[y : y + height, x : x + width] = colour
+    for (x, y, width, height), color in areas.values():
+        pixels[y : y + height, x : x + width] = color
     rng = np.random.default_rng(0)
     pixels += rng.integers(-12, 13, (1000, 1500, 1), np.int16) + rng.integers(-3, 4, (1000, 1500, 3), np.int16)
-    for name, ((x, y, width, height), colour) in areas.items():
+    for name, ((x, y, width, height), color) in areas.items():
         if name.startswith("flat"):
-            pixels[y : y + height, x : x + width] = colour
+            pixels[y : y + height, x : x + width] = color
     path = tmp_path / "painted.tif"
     tiff(path, pixels.clip(0, 255).astype(np.uint8), photometric="rgb", tile=(256, 256))
     return path
@@ -724,9 +724,9 @@ NOT_TISSUE = {
 }
 
 
-@pytest.mark.parametrize("colour", STAINED.values(), ids=STAINED)
-def test_tissue_is_found(tmp_path: Path, colour: tuple[int, int, int]) -> None:
-    with open_slide(painted(tmp_path, tissue=((300, 200, 500, 400), colour))) as slide:
+@pytest.mark.parametrize("color", STAINED.values(), ids=STAINED)
+def test_tissue_is_found(tmp_path: Path, color: tuple[int, int, int]) -> None:
+    with open_slide(painted(tmp_path, tissue=((300, 200, 500, 400), color))) as slide:
         mask = tissue_mask(slide, mpp=1.0)
     assert mask.fraction(Box(300, 200, 500, 400)) > 0.97
     assert mask.fraction(Box(0, 0, 1500, 150)) == 0
@@ -761,18 +761,18 @@ def test_holes_are_filled_and_specks_dropped(tmp_path: Path) -> None:
 
 
 def test_grey_dust_is_left_out_and_costs_no_tissue(tmp_path: Path) -> None:
-    grey = (120, 118, 121)
+    gray = (120, 118, 121)
     areas = {
         "tissue": ((300, 200, 700, 600), (225, 160, 190)),
-        "dust": ((600, 450, 80, 80), grey),
-        "more": ((1200, 450, 80, 80), grey),
+        "dust": ((600, 450, 80, 80), gray),
+        "more": ((1200, 450, 80, 80), gray),
     }
     with open_slide(painted(tmp_path, **areas)) as slide:
         mask = tissue_mask(slide, mpp=1.0)
     assert mask.fraction(Box(300, 200, 700, 600)) > 0.97
     assert not mask.any(Box(1100, 350, 300, 300))
     # A stain without colour, or a grey scanner.
-    with open_slide(painted(tmp_path, silver=((300, 200, 700, 600), grey))) as slide:
+    with open_slide(painted(tmp_path, silver=((300, 200, 700, 600), gray))) as slide:
         assert tissue_mask(slide, mpp=1.0).fraction(Box(300, 200, 700, 600)) > 0.97
 
 

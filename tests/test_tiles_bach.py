@@ -18,7 +18,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles import PixelSpec, TileSpec, plan_tiles
-from darefine_qupath.tiles.screening import Screening, index_tiles
+from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import TileSource, paint_mask
 from darefine_qupath.tiles.split import spatial_split, split_images
 
@@ -98,11 +98,11 @@ def _masks(
     """Mask of every tile without overlap, and the source mask at the centres of its pixels; `IGNORE` beyond it."""
     size = Size(known.shape[1], known.shape[0])
     padded = np.pad(known, ((0, spec.slice_px), (0, spec.slice_px)), constant_values=IGNORE)
-    centres = np.ceil((np.arange(spec.size_px) + 0.5) * spec.slice_downsample - 1).astype(int)
+    centers = np.ceil((np.arange(spec.size_px) + 0.5) * spec.slice_downsample - 1).astype(int)
     painter = LabelPainter(source.annotations, CLASSES)
     for pair in plan_tiles(size, spec):
         mask = paint_mask(painter, pair, spec, size)
-        yield mask, padded[np.ix_(pair.slice.y + centres, pair.slice.x + centres)]
+        yield mask, padded[np.ix_(pair.slice.y + centers, pair.slice.x + centers)]
 
 
 @pytest.mark.parametrize(("size_px", "slice_px"), SIZES)

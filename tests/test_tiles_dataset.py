@@ -23,21 +23,21 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from darefine_qupath.annotations import Annotation, LabelPainter, Plane
-from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import MissingMppError, SlideError, SlideNotFoundError, TileError
 from darefine_qupath.geometry import Box
 from darefine_qupath.tiles import TileSpec, plan_tiles, read_pair
-from darefine_qupath.tiles import screening as screening_module
+from darefine_qupath.tiles import scan as screening_module
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
 from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.reading import read_context
-from darefine_qupath.tiles.screening import Screening, index_tiles
+from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage, encode_mask, palette
 from tests.tile_slides import ArraySlide, ramps, write_pyramid
 
-CLASSES = ClassMap(names=("A", "B"), colours=(Colour(1, 2, 3), Colour(250, 20, 30)))
+CLASSES = ClassMap(names=("A", "B"), colors=(Color(1, 2, 3), Color(250, 20, 30)))
 SPEC = TileSpec(size_px=32, slice_px=64, context_px=192, stride_px=32)
 LOSSLESS = Storage(pixels="webp")
 

@@ -10,16 +10,16 @@ import shapely
 from PIL import Image
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import ClassMap, Colour
+from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import TileError
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.preview import check_sheet, choose_examples, contact_sheet
-from darefine_qupath.tiles.screening import index_tiles
+from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource
 from tests.tile_slides import ArraySlide
 
-CLASSES = ClassMap(names=("Normal", "Rare"), colours=(Colour(10, 200, 30), Colour(200, 10, 220)), unlabelled="Normal")
+CLASSES = ClassMap(names=("Normal", "Rare"), colors=(Color(10, 200, 30), Color(200, 10, 220)), unlabelled="Normal")
 
 
 def opener(_: TileSource) -> ArraySlide:
@@ -62,11 +62,11 @@ def test_a_sheet_holds_slices_masks_contexts_and_the_table(source: TileSource, t
     tiles = tiles_of(source, spec)
     path = contact_sheet(tiles, SlideReader([source], CLASSES, opener=opener), tmp_path / "sheet.png", number=4)
     with Image.open(path) as image:
-        colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
-    assert colours[(240, 180, 210)] > 4 * 220 * 220
-    assert colours[(200, 10, 220)] > 1000
-    assert (0, 200, 255) in colours
-    assert colours[(10, 200, 30)] > 100
+        colors = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+    assert colors[(240, 180, 210)] > 4 * 220 * 220
+    assert colors[(200, 10, 220)] > 1000
+    assert (0, 200, 255) in colors
+    assert colors[(10, 200, 30)] > 100
 
 
 def test_no_tiles_give_no_sheet(source: TileSource, tmp_path: Path) -> None:

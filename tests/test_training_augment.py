@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.training import PRESETS, TrainConfig
-from darefine_qupath.training.augment import Batch, Draw, apply_augmentation, draw_augmentation
+from darefine_qupath.training.augment import AugmentationParams, Batch, apply_augmentation, draw_augmentation
 
 SIZE = 64
 DRAWS = st.builds(
-    Draw,
+    AugmentationParams,
     symmetry=st.integers(0, 7),
     scale=st.floats(0.7, 1.5),
     place=st.tuples(*[st.floats(0, 1)] * 4),
@@ -49,7 +49,9 @@ def look_up(image: torch.Tensor, x: float, y: float) -> torch.Tensor:
 
 @given(draw=DRAWS, left=st.floats(0, 0.7), top=st.floats(0, 0.7), side=st.floats(0.1, 0.3))
 @settings(deadline=None, derandomize=True, max_examples=60)
-def test_the_box_keeps_showing_where_the_slice_lies(draw: Draw, left: float, top: float, side: float) -> None:
+def test_the_box_keeps_showing_where_the_slice_lies(
+    draw: AugmentationParams, left: float, top: float, side: float
+) -> None:
     turned = apply_augmentation(placed_batch((left, top, left + side, top + side)), [draw])
     box = turned.boxes[0].tolist()
     for x, y in ((0.5, 0.5), (0.35, 0.6)):
@@ -60,7 +62,7 @@ def test_the_box_keeps_showing_where_the_slice_lies(draw: Draw, left: float, top
 
 @given(draw=DRAWS)
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_the_mask_goes_with_the_slice(draw: Draw) -> None:
+def test_the_mask_goes_with_the_slice(draw: AugmentationParams) -> None:
     turned = apply_augmentation(placed_batch((0.25, 0.25, 0.75, 0.75)), [draw])
     (red, _, blue), mask = turned.slices[0].int(), turned.masks[0]
     # Blue is 128 all over: elsewhere the white beyond the edge mixes in.
@@ -72,7 +74,7 @@ def test_the_mask_goes_with_the_slice(draw: Draw) -> None:
 
 @given(draw=DRAWS, left=st.floats(0, 0.7), top=st.floats(0, 0.7), side=st.floats(0.1, 0.3))
 @settings(deadline=None, derandomize=True, max_examples=60)
-def test_the_slice_stays_inside_its_context(draw: Draw, left: float, top: float, side: float) -> None:
+def test_the_slice_stays_inside_its_context(draw: AugmentationParams, left: float, top: float, side: float) -> None:
     magnified = replace(draw, scale=max(1.0, draw.scale))
     box = apply_augmentation(placed_batch((left, top, left + side, top + side)), [magnified]).boxes[0]
     assert float(box.min()) >= -1e-5
@@ -82,14 +84,18 @@ def test_the_slice_stays_inside_its_context(draw: Draw, left: float, top: float,
 @pytest.mark.parametrize("symmetry", range(8))
 def test_symmetries_are_exact_and_distinct(symmetry: int) -> None:
     batch = placed_batch((0.1, 0.2, 0.4, 0.5))
-    turned = apply_augmentation(batch, [Draw(symmetry=symmetry)])
+    turned = apply_augmentation(batch, [AugmentationParams(symmetry=symmetry)])
     assert sorted(turned.slices.flatten().tolist()) == sorted(batch.slices.flatten().tolist())
-    others = [apply_augmentation(batch, [Draw(symmetry=other)]).slices for other in range(8) if other != symmetry]
+    others = [
+        apply_augmentation(batch, [AugmentationParams(symmetry=other)]).slices
+        for other in range(8)
+        if other != symmetry
+    ]
     assert not any(torch.equal(turned.slices, other) for other in others)
 
 
 def test_zooming_out_shows_glass_and_ignores_it() -> None:
-    turned = apply_augmentation(placed_batch((0.4, 0.4, 0.6, 0.6)), [Draw(scale=0.5)])
+    turned = apply_augmentation(placed_batch((0.4, 0.4, 0.6, 0.6)), [AugmentationParams(scale=0.5)])
     border = torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[15:-15, 15:-15] = False
     assert (turned.slices[0, :, border] == 255).all()
@@ -100,7 +106,7 @@ def test_zooming_out_shows_glass_and_ignores_it() -> None:
 def test_multisize_context_shows_the_same_crop() -> None:
     """Where the context is the slice itself, both stay the same picture."""
     batch = placed_batch((0.0, 0.0, 1.0, 1.0))
-    turned = apply_augmentation(batch, [Draw(scale=1.3, place=(0.2, 0.9, 0.7, 0.1))])
+    turned = apply_augmentation(batch, [AugmentationParams(scale=1.3, place=(0.2, 0.9, 0.7, 0.1))])
     assert torch.equal(turned.slices, turned.contexts)
     assert turned.boxes[0].tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
 
@@ -108,7 +114,7 @@ def test_multisize_context_shows_the_same_crop() -> None:
 def test_glass_keeps_its_colour_whatever_the_stain() -> None:
     batch = placed_batch((0, 0, 1, 1))
     white = replace(batch, slices=torch.full_like(batch.slices, 255))
-    turned = apply_augmentation(white, [Draw(stains=(0.3, -0.3, 0.2))])
+    turned = apply_augmentation(white, [AugmentationParams(stains=(0.3, -0.3, 0.2))])
     assert (turned.slices == 255).all()
 
 
@@ -116,7 +122,7 @@ def test_more_haematoxylin_darkens_nuclei_not_eosin() -> None:
     nucleus, stroma = torch.tensor([90, 60, 140]), torch.tensor([235, 140, 190])
     image = torch.stack([nucleus, stroma], dim=1)[None, :, :, None].to(torch.uint8)
     batch = Batch(slices=image, contexts=image, masks=torch.zeros(1, 2, 1), boxes=torch.tensor([[0.0, 0, 1, 1]]))
-    turned = apply_augmentation(batch, [Draw(stains=(0.2, 0.0, 0.0))])
+    turned = apply_augmentation(batch, [AugmentationParams(stains=(0.2, 0.0, 0.0))])
     change = turned.slices[0].float().mean(dim=0) - image[0].float().mean(dim=0)
     assert change[0] < -10
     assert abs(change[1]) < 5
@@ -130,16 +136,16 @@ def test_more_haematoxylin_darkens_nuclei_not_eosin() -> None:
 )
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_brightness_contrast_and_saturation_are_applied(
-    colour: tuple[int, int, int], drawn: tuple[float, float, float], which: tuple[int, int, int]
+    color: tuple[int, int, int], drawn: tuple[float, float, float], which: tuple[int, int, int]
 ) -> None:
     brightness, contrast, saturation = (amount * factor for amount, factor in zip(drawn, which, strict=True))
-    image = torch.tensor(colour, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 2, 2)
+    image = torch.tensor(color, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 2, 2)
     batch = Batch(slices=image, contexts=image, masks=torch.zeros(1, 2, 2), boxes=torch.tensor([[0.0, 0, 1, 1]]))
-    turned = apply_augmentation(batch, [Draw(colours=(brightness, contrast, saturation))])
-    grey = sum(colour) / 3
+    turned = apply_augmentation(batch, [AugmentationParams(colors=(brightness, contrast, saturation))])
+    gray = sum(color) / 3
     expected = [
-        (((grey + (value - grey) * (1 + saturation)) - 128) * (1 + contrast) + 128) * (1 + brightness)
-        for value in colour
+        (((gray + (value - gray) * (1 + saturation)) - 128) * (1 + contrast) + 128) * (1 + brightness)
+        for value in color
     ]
     assert turned.slices[0, :, 0, 0].tolist() == pytest.approx(np.clip(expected, 0, 255).tolist(), abs=0.6)
     assert torch.equal(turned.slices, turned.contexts)
@@ -154,13 +160,13 @@ def test_no_change_is_no_change() -> None:
 
 def test_stain_space_leads_back_to_the_same_colours() -> None:
     batch = placed_batch((0, 0, 1, 1))
-    turned = apply_augmentation(batch, [Draw(stains=(1e-9, 0, 0))])
+    turned = apply_augmentation(batch, [AugmentationParams(stains=(1e-9, 0, 0))])
     assert (turned.slices.int() - batch.slices.int()).abs().max() <= 1
 
 
 def test_dropped_context_is_white_and_the_slice_stays() -> None:
     batch = placed_batch((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))
-    turned = apply_augmentation(batch, [Draw(), Draw(blank_context=True)])
+    turned = apply_augmentation(batch, [AugmentationParams(), AugmentationParams(blank_context=True)])
     assert torch.equal(turned.slices, batch.slices)
     assert torch.equal(turned.contexts[0], batch.contexts[0])
     assert (turned.contexts[1] == 255).all()
@@ -186,13 +192,11 @@ def test_switching_one_change_off_leaves_the_others() -> None:
 
 
 def test_draws_stay_within_the_recipe() -> None:
-    config = TrainConfig(
-        symmetries="flip", scale=(0.8, 1.25), stain_jitter=0.1, colour_jitter=0.2, context_dropout=0.25
-    )
+    config = TrainConfig(symmetries="flip", scale=(0.8, 1.25), stain_jitter=0.1, color_jitter=0.2, context_dropout=0.25)
     draws = [draw_augmentation(config, epoch=0, position=position) for position in range(400)]
     assert {draw.symmetry for draw in draws} == {0, 1, 2, 3}
     assert 0.8 <= min(draw.scale for draw in draws) < 0.85
     assert 1.2 < max(draw.scale for draw in draws) <= 1.25
     assert max(abs(value) for draw in draws for value in draw.stains) <= 0.1
-    assert max(abs(value) for draw in draws for value in draw.colours) <= 0.2
+    assert max(abs(value) for draw in draws for value in draw.colors) <= 0.2
     assert 60 <= sum(draw.blank_context for draw in draws) <= 140

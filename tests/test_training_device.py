@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from darefine_qupath.models import ModelConfig, Normalisation, build_model
+from darefine_qupath.models import ModelConfig, Normalization, build_model
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import Batch, draw_augmentation
-from darefine_qupath.training.distributed import World
-from darefine_qupath.training.initial import FrozenNorms
-from darefine_qupath.training.stepping import StepOutcome, Stepper
+from darefine_qupath.training.distributed import ProcessGroup
+from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.train_step import StepOutcome, Stepper
 
 META = torch.device("meta")
 RECIPES = {
@@ -34,8 +34,8 @@ def step_on_meta(model: ModelConfig, config: TrainConfig) -> StepOutcome:
     stepper = Stepper(
         network,
         config,
-        world=World(device=META),
-        normalisation=Normalisation(),
+        world=ProcessGroup(device=META),
+        normalization=Normalization(),
         norms=FrozenNorms(network, config, ()),
         class_weights=torch.ones(4) if config.class_weights == "inverse" else None,
     )

@@ -18,7 +18,7 @@ from darefine_qupath.errors import TileError, TrainingError, TrainingStoppedErro
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.training import RunFolder
 from darefine_qupath.training import distributed as distributed_module
-from darefine_qupath.training.distributed import World, join_world, resolve_device
+from darefine_qupath.training.distributed import ProcessGroup, join_process_group, resolve_device
 from tests.training_toy import toy_config, toy_data, toy_train
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +213,7 @@ def test_two_processes_of_the_command_line_have_the_loss_of_one(tmp_path: Path) 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    world = join_world("cpu")
+    world = join_process_group("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.sum(torch.tensor(3)).item() == 3
 
@@ -221,27 +221,27 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_broken_environments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(TrainingError, match="not a number"):
-        join_world("cpu")
+        join_process_group("cpu")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(TrainingError, match="could not join the others"):
-        join_world("cpu")
+        join_process_group("cpu")
 
 
 PEER = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
 
 
 def test_a_lost_process_is_told_in_one_line(tmp_path: Path) -> None:
-    two = World(rank=0, size=2)
+    two = ProcessGroup(rank=0, size=2)
     with (
         pytest.raises(TrainingError, match=r"Process 0 of 2 has lost another one.*--resume .*run$"),
-        two.talking(tmp_path / "run"),
+        two.report_lost_peers(tmp_path / "run"),
     ):
         raise PEER
-    with pytest.raises(RuntimeError, match="something else"), two.talking(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), two.report_lost_peers(tmp_path):
         raise RuntimeError("something else")
-    with pytest.raises(RuntimeError, match="Connection reset"), World().talking(tmp_path):
+    with pytest.raises(RuntimeError, match="Connection reset"), ProcessGroup().report_lost_peers(tmp_path):
         raise PEER
 
 
@@ -259,7 +259,7 @@ def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
 ) -> None:
     farewells = [1]
     monkeypatch.setattr(distributed_module.atexit, "unregister", lambda _: farewells.clear())
-    with pytest.raises(type(error)), World(size=2, device=torch.device("cuda", 0)).talking(tmp_path):
+    with pytest.raises(type(error)), ProcessGroup(size=2, device=torch.device("cuda", 0)).report_lost_peers(tmp_path):
         raise error
     assert farewells == parts
 
@@ -267,7 +267,7 @@ def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
 def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=r"cannot share cuda:0; with --device cuda each takes its own"):
-        join_world("cuda:0")
+        join_process_group("cuda:0")
 
 
 def test_devices_by_name() -> None:

@@ -38,12 +38,12 @@ from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.sampling import expected_shares
 from darefine_qupath.tiles.sources import TilePixels, TileSource
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
-from darefine_qupath.training import batches as batches_module
+from darefine_qupath.training import loader as batches_module
 from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
-from darefine_qupath.training.batches import load_batches, num_workers, plan_epoch, plan_run
 from darefine_qupath.training.interrupt import stop_on_signals
-from darefine_qupath.training.stepping import compile_advice, memory_advice
+from darefine_qupath.training.loader import load_batches, num_workers, plan_epoch, plan_run
+from darefine_qupath.training.train_step import compile_advice, memory_advice
 from tests.test_tiles_sampling import COUNTS, TILES, index_of
 from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train
 

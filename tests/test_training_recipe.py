@@ -11,14 +11,14 @@ from darefine_qupath.errors import ConfigError
 from darefine_qupath.models import ModelConfig, build_model, encoder_parameters
 from darefine_qupath.tiles.sampling import tile_weights
 from darefine_qupath.training import PRESETS, TrainConfig
-from darefine_qupath.training.schedule import build_optimiser, learning_rate_factor, set_learning_rates
+from darefine_qupath.training.schedule import build_optimizer, learning_rate_factor, set_learning_rates
 from tests.test_tiles_sampling import index_of
 
 
 def test_default_is_the_papers_recipe() -> None:
     paper = TrainConfig()
     assert paper == PRESETS["paper"] == TrainConfig.from_mapping({})
-    assert (paper.optimiser, paper.momentum, paper.weight_decay, paper.loss) == ("sgd", 0.9, 1e-5, "nll")
+    assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.loss) == ("sgd", 0.9, 1e-5, "nll")
     assert (paper.batch_size, paper.epochs, paper.freeze_batch_norm) == (12, 75, "auto")
 
 
@@ -62,7 +62,7 @@ def test_unknown_key_is_refused_with_the_nearest() -> None:
         ("epochs", 2.5, "epochs = 2.5 must be a whole number"),
         ("epochs", True, "epochs = True must be a whole number"),
         ("epochs", 0, "at least 1"),
-        ("optimiser", "adam", "one of"),
+        ("optimizer", "adam", "one of"),
         ("encoder_lr", "fast", "must be a number"),
         ("compile", 1, "true or false"),
         ("device", 3, "must be text"),
@@ -94,16 +94,16 @@ def test_dashes_stand_for_underscores() -> None:
 
 
 def test_preset_values_can_be_overridden_one_by_one() -> None:
-    changed = TrainConfig.from_mapping({"preset": "modern", "optimiser": "sgd"})
-    assert changed.optimiser == "sgd"
+    changed = TrainConfig.from_mapping({"preset": "modern", "optimizer": "sgd"})
+    assert changed.optimizer == "sgd"
     assert changed.schedule == PRESETS["modern"].schedule
 
 
 def test_encoders_learn_at_their_own_rate() -> None:
     model = build_model(ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8), seed=0)
-    optimiser = build_optimiser(model, TrainConfig())
-    set_learning_rates(optimiser, 0.5)
-    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = build_optimizer(model, TrainConfig())
+    set_learning_rates(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     encoder = {id(p) for p in encoder_parameters(model)}
     assert len(rates) == len(list(model.parameters()))
     assert all(rate == pytest.approx(2.5e-4 if key in encoder else 2.5e-3) for key, rate in rates.items())
@@ -111,9 +111,9 @@ def test_encoders_learn_at_their_own_rate() -> None:
 
 def test_adamw_decays_kernels_alone() -> None:
     model = build_model(ModelConfig(network="unet", width=16), seed=0)
-    optimiser = build_optimiser(model, PRESETS["modern"])
-    decayed = {p.ndim > 1: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
-    assert isinstance(optimiser, torch.optim.AdamW)
+    optimizer = build_optimizer(model, PRESETS["modern"])
+    decayed = {p.ndim > 1: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert decayed == {True: 1e-2, False: 0.0}
 
 

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, read_header
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import TrainingError
-from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model, encoder_parameters
-from darefine_qupath.prediction.forward import Engine, EngineSettings
+from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model, encoder_parameters
+from darefine_qupath.prediction.engine import Engine, EngineSettings
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training import loop as loop_module
-from darefine_qupath.training.augment import Batch, Draw
-from darefine_qupath.training.distributed import World
+from darefine_qupath.training.augment import AugmentationParams, Batch
+from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.evaluation import evaluate
-from darefine_qupath.training.initial import FrozenNorms
-from darefine_qupath.training.stepping import Stepper
+from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.train_step import Stepper
 from tests.training_toy import CLASSES, toy_config, toy_data, toy_model, toy_spec, toy_train
 
 LIGHT = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
@@ -52,19 +52,19 @@ def stepper_of(
     config: TrainConfig,
     model: ModelConfig = LIGHT,
     trained: tuple[str, ...] | None = None,
-    normalisation: Normalisation = Normalisation(),  # noqa: B008 - frozen
+    normalization: Normalization = Normalization(),  # noqa: B008 - frozen
 ) -> Stepper:
     """Stepper of a network whose encoders count as trained elsewhere unless said otherwise."""
     network = build_model(model, seed=0)
     norms = FrozenNorms(network, config, tuple(network.encoders) if trained is None else trained)
-    return Stepper(network, config, world=World(), normalisation=normalisation, norms=norms)
+    return Stepper(network, config, world=ProcessGroup(), normalization=normalization, norms=norms)
 
 
 def change(config: TrainConfig, batch: Batch, model: ModelConfig = LIGHT) -> torch.Tensor:
     """What a step adds to the weights."""
     stepper = stepper_of(config, model)
     before = flat(stepper.network)
-    stepper.train_on(batch, [Draw()] * len(batch.masks), 1.0)
+    stepper.train_on(batch, [AugmentationParams()] * len(batch.masks), 1.0)
     return flat(stepper.network) - before
 
 
@@ -100,7 +100,7 @@ def test_parts_are_told_where_batch_norm_sees_them(
     assert warned is None or warned in said[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimiser": "adamw", "ema_decay": 0.9}, {"freeze_batch_norm": "no"}])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "ema_decay": 0.9}, {"freeze_batch_norm": "no"}])
 @pytest.mark.parametrize("encoder", ["resnet18", "efficientnet-lite0"])
 def test_encoders_without_a_learning_rate_stay_to_the_bit(encoder: str, changes: dict[str, object]) -> None:
     config = toy_config(encoder_lr=0, weight_decay=0.1, **changes)
@@ -108,7 +108,7 @@ def test_encoders_without_a_learning_rate_stay_to_the_bit(encoder: str, changes:
     before = {role: dict(copied(module)) for role, module in stepper.network.encoders.items()}
     decoder = flat(stepper.network)
     for seed in range(3):
-        stepper.train_on(batch_of(4, seed), [Draw()] * 4, 1.0)
+        stepper.train_on(batch_of(4, seed), [AugmentationParams()] * 4, 1.0)
     for role, module in stepper.network.encoders.items():
         assert all(torch.equal(before[role][name], value) for name, value in module.state_dict().items())
         assert not any(layer.training for layer in module.modules())
@@ -118,7 +118,7 @@ def test_encoders_without_a_learning_rate_stay_to_the_bit(encoder: str, changes:
         )
     assert not torch.equal(decoder, flat(stepper.network))
     assert not {id(p) for p in encoder_parameters(stepper.network)} & {
-        id(parameter) for group in stepper.optimiser.param_groups for parameter in group["params"]
+        id(parameter) for group in stepper.optimizer.param_groups for parameter in group["params"]
     }
 
 
@@ -158,22 +158,22 @@ def shown_to(network: SegmentationNetwork, *, during: Callable[[], object]) -> d
 def test_each_encoder_sees_what_it_was_trained_on(mode: str) -> None:
     """Grey 127 is zero for EfficientNet-lite0; training, validation and prediction show the same."""
     model = replace(DUAL, context_encoder="efficientnet-lite0", input=mode)
-    data, normalisation = toy_data(1), Normalisation.of(model)
+    data, normalization = toy_data(1), Normalization.of(model)
     item = data[0]
     batch = Batch(
         slices=item.slice[None], contexts=item.context[None], masks=item.mask[None], boxes=torch.tensor([[0, 0, 1, 1]])
     )
     pixels = torch.nn.functional.avg_pool2d(batch.slices.float(), 2) if mode == "multisize" else batch.contexts.float()
-    stepper = stepper_of(toy_config(), model, normalisation=normalisation)
+    stepper = stepper_of(toy_config(), model, normalization=normalization)
     stepper.network.eval()  # a single value per channel is nothing to take statistics of
     trained = shown_to(stepper.network, during=lambda: stepper.loss_of(batch, torch.ones(2)))
     network = build_model(model, seed=0)
-    validated = shown_to(network, during=lambda: evaluate(network, data, normalisation=normalisation))
+    validated = shown_to(network, during=lambda: evaluate(network, data, normalization=normalization))
     checkpoint = Checkpoint(
-        state=network.state_dict(), model=model, tiles=toy_spec(), classes=CLASSES, normalisation=normalisation
+        state=network.state_dict(), model=model, tiles=toy_spec(), classes=CLASSES, normalization=normalization
     )
     built = checkpoint.build()
-    engine = Engine(built, normalisation, EngineSettings(device="cpu", precision="fp32", batch_size=1))
+    engine = Engine(built, normalization, EngineSettings(device="cpu", precision="fp32", batch_size=1))
     images = [image[0].permute(1, 2, 0).numpy() for image in (batch.slices, batch.contexts)]
     predicted = shown_to(
         built,
@@ -183,17 +183,17 @@ def test_each_encoder_sees_what_it_was_trained_on(mode: str) -> None:
     )
     for seen in (trained, validated, predicted):
         torch.testing.assert_close(seen["context"], (pixels - 127) / 128, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(seen["slice"], Normalisation().apply(batch.slices), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen["slice"], Normalization().apply(batch.slices), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_goes_on_with_the_normalisation_of_the_model_it_starts_from(tmp_path: Path) -> None:
-    model, other = replace(DUAL, context_encoder="efficientnet-lite0"), Normalisation(mean=(0.5,) * 3)
+    model, other = replace(DUAL, context_encoder="efficientnet-lite0"), Normalization(mean=(0.5,) * 3)
     config = toy_config(epochs=1, samples_per_epoch=4)
-    first = toy_train(tmp_path / "a", config, model=model, val_data=None, normalisation=other).last
+    first = toy_train(tmp_path / "a", config, model=model, val_data=None, normalization=other).last
     second = toy_train(tmp_path / "b", config, model=model, val_data=None, init_from=first).last
-    assert read_header(first).normalisation == read_header(second).normalisation == other
+    assert read_header(first).normalization == read_header(second).normalization == other
     assert toy_train(tmp_path / "b", config, model=model, val_data=None, init_from=first, resume=True).epochs == 1
-    assert load_checkpoint(first).build().normalisation == other
+    assert load_checkpoint(first).build().normalization == other
 
 
 class Spoilt(Stepper):
@@ -238,11 +238,11 @@ def test_float32_is_never_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     next(network.slice_encoder.parameters()).register_hook(look)
     config = toy_config(precision="fp32")
     norms = FrozenNorms(network, config, ())
-    Stepper(network, config, world=World(), normalisation=Normalisation(), norms=norms).train_on(
-        batch_of(4, 0), [Draw()] * 4, 1.0
+    Stepper(network, config, world=ProcessGroup(), normalization=Normalization(), norms=norms).train_on(
+        batch_of(4, 0), [AugmentationParams()] * 4, 1.0
     )
     evaluate(network, toy_data(1))
-    engine = Engine(network, Normalisation(), EngineSettings(device="cpu", precision="fp32", batch_size=1))
+    engine = Engine(network, Normalization(), EngineSettings(device="cpu", precision="fp32", batch_size=1))
     image = np.zeros((32, 32, 3), np.uint8)
     engine.score([image], engine.encode([image]), [0], np.array([[0, 0, 1, 1]], "f4"), [(0, 0)])
     after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -257,5 +257,5 @@ def test_gradients_are_clipped_without_the_loss_scale(scale: float) -> None:
     stepper = stepper_of(config)
     stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = flat(stepper.network)
-    stepper.train_on(batch_of(4, 0), [Draw()] * 4, 1.0)
+    stepper.train_on(batch_of(4, 0), [AugmentationParams()] * 4, 1.0)
     assert float((flat(stepper.network) - before).norm()) == pytest.approx(1e-2, rel=1e-2)

@@ -16,7 +16,7 @@ from darefine_qupath.tiles.sources import TilePixels
 from darefine_qupath.training import TrainConfig, TrainResult, train
 
 CLASSES = ClassMap(names=("Normal", "Benign", "Invasive"))
-COLOURS = np.array([[200, 160, 190], [120, 60, 140], [60, 40, 110]])
+COLORS = np.array([[200, 160, 190], [120, 60, 140], [60, 40, 110]])
 
 
 class ToyReader:
@@ -39,8 +39,8 @@ def toy_pixels(size: int, context_size: int, seed: int) -> tuple[np.ndarray, np.
     rows, columns = np.mgrid[:size, :size]
     edge = rows * np.sin(seed) + columns * np.cos(seed) > size * (np.sin(seed) + np.cos(seed)) / 2
     mask = np.where(edge, seed % 3, (seed + 1) % 3).astype(np.uint8)
-    image = COLOURS[mask] + rng.normal(0, 12, (size, size, 3))
-    context = COLOURS[seed % 3] + rng.normal(0, 12, (context_size, context_size, 3))
+    image = COLORS[mask] + rng.normal(0, 12, (size, size, 3))
+    context = COLORS[seed % 3] + rng.normal(0, 12, (context_size, context_size, 3))
     mask[:2] = IGNORE
     return image.clip(0, 255).astype(np.uint8), context.clip(0, 255).astype(np.uint8), mask
 

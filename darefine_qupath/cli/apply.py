@@ -32,7 +32,7 @@ from darefine_qupath.cli.output import (
     table,
 )
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.pipeline.predicting import (
+from darefine_qupath.pipeline.predict import (
     Evaluation,
     PolygonOptions,
     Prediction,

@@ -19,7 +19,7 @@ from darefine_qupath.cli.options import (
     whole_number,
 )
 from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, say, table
-from darefine_qupath.pipeline.exchanging import (
+from darefine_qupath.pipeline.annotation_io import (
     Import,
     ImportOptions,
     create_from_slides,
@@ -28,7 +28,7 @@ from darefine_qupath.pipeline.exchanging import (
     import_files,
     match_files,
 )
-from darefine_qupath.pipeline.inspection import ImageSummary, ProjectSummary, check_project, summarise
+from darefine_qupath.pipeline.inspection import ImageSummary, ProjectSummary, check_project, summarize
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.project import list_backups, open_project
 from darefine_qupath.project import restore as restore_backup
@@ -109,7 +109,7 @@ def create(
             project, slides, annotations=annotations, options=options, mpp=mpp, engine=engine, progress=report
         )
     with opened:
-        summary = summarise(opened)
+        summary = summarize(opened)
     if as_json:
         echo_json(
             {"project": summary.path, "images": len(summary.images), "imports": [_import_json(i) for i in imports]}
@@ -126,7 +126,7 @@ def create(
 def info(project: Path, engine: Engine, as_json: bool) -> None:
     """Show the images, classes and annotations of PROJECT (a .qpproj or its folder)."""
     with open_project(project, engine=engine) as opened:
-        summary = summarise(opened)
+        summary = summarize(opened)
     if as_json:
         echo_json(_summary_json(summary))
     else:

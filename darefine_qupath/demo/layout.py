@@ -18,9 +18,9 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.errors import ConfigError
 
-__all__ = ["COLLAR_PX", "TUMOUR_CLASSES", "WALL_PX", "Layout", "Nest", "plan_layout"]
+__all__ = ["COLLAR_PX", "TUMOR_CLASSES", "WALL_PX", "Layout", "Nest", "plan_layout"]
 
-TUMOUR_CLASSES = ("Benign", "In situ", "Invasive")
+TUMOR_CLASSES = ("Benign", "In situ", "Invasive")
 COLLAR_PX = 150
 """Width of the collar of plain stroma that every nest wears, in level-0 pixels."""
 WALL_PX = 70
@@ -38,7 +38,7 @@ class Nest:
     Attributes
     ----------
     path_class : str
-        One of `TUMOUR_CLASSES`.
+        One of `TUMOR_CLASSES`.
     shape : Polygon
         Outline in level-0 pixels; a hole is a lumen.
     """
@@ -103,7 +103,7 @@ def plan_layout(size: tuple[int, int], rng: np.random.Generator) -> Layout:
     territories = _territories(size, tissue, rng)
     nests = tuple(
         Nest(path_class=name, shape=shape)
-        for name in TUMOUR_CLASSES
+        for name in TUMOR_CLASSES
         for shape in _nests(territories[name], min(size), rng)
     )
     normal = territories["Normal"]
@@ -150,7 +150,7 @@ def _territories(size: tuple[int, int], tissue: Polygon, rng: np.random.Generato
         left.difference(upper),
         shapely.box(0, 0, width, height).difference(left).difference(upper),
     ]
-    names = rng.permutation(["Normal", *TUMOUR_CLASSES])
+    names = rng.permutation(["Normal", *TUMOR_CLASSES])
     return {str(name): quarter.intersection(tissue) for name, quarter in zip(names, quarters, strict=True)}
 
 

@@ -18,7 +18,7 @@ __all__ = ["paint"]
 FloatMap = NDArray[np.float32]
 
 # Optical density of unit stain in red, green and blue (Ruifrok and Johnston 2001, as QuPath's H&E default).
-_HAEMATOXYLIN = np.array([0.651, 0.701, 0.290], np.float32)
+_HEMATOXYLIN = np.array([0.651, 0.701, 0.290], np.float32)
 _EOSIN = np.array([0.216, 0.801, 0.558], np.float32)
 _TEXTURE = 1024
 _BAND = 512
@@ -40,13 +40,13 @@ def paint(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
         RGB.
     """
     shape = (layout.size[1], layout.size[0])
-    haematoxylin = np.zeros(shape, np.float32)
+    hematoxylin = np.zeros(shape, np.float32)
     eosin = np.zeros(shape, np.float32)
-    _paint_stroma(layout, eosin, haematoxylin, rng)
-    _paint_surroundings(layout, eosin, haematoxylin, rng)
-    _paint_normal(layout, eosin, haematoxylin, rng)
-    _paint_nests(layout, eosin, haematoxylin, rng)
-    return _to_rgb(haematoxylin, eosin, rng)
+    _paint_stroma(layout, eosin, hematoxylin, rng)
+    _paint_surroundings(layout, eosin, hematoxylin, rng)
+    _paint_normal(layout, eosin, hematoxylin, rng)
+    _paint_nests(layout, eosin, hematoxylin, rng)
+    return _to_rgb(hematoxylin, eosin, rng)
 
 
 def _mask(shapes: Iterable[BaseGeometry], shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -65,7 +65,7 @@ def _soft(shapes: Iterable[BaseGeometry], shape: tuple[int, int], blur: int) -> 
     return np.asarray(soft, np.float32) / np.float32(255)
 
 
-def _fibres(rng: np.random.Generator, *, length: float, width: float, angle: float) -> FloatMap:
+def _fibers(rng: np.random.Generator, *, length: float, width: float, angle: float) -> FloatMap:
     """Periodic texture of wavy fibres in -1..1, shaped in Fourier space."""
     freq = np.fft.fftfreq(_TEXTURE)
     fx, fy = np.meshgrid(freq, freq)
@@ -74,8 +74,8 @@ def _fibres(rng: np.random.Generator, *, length: float, width: float, angle: flo
     envelope = np.exp(-((along * length) ** 2) - (across * width) ** 2) - np.exp(-((fx**2 + fy**2) * (6 * length) ** 2))
     noise = np.fft.fft2(rng.normal(size=(_TEXTURE, _TEXTURE)))
     texture = np.fft.ifft2(noise * np.maximum(envelope, 0)).real
-    fibres: FloatMap = np.clip(texture / (3 * texture.std()), -1, 1).astype(np.float32)
-    return fibres
+    fibers: FloatMap = np.clip(texture / (3 * texture.std()), -1, 1).astype(np.float32)
+    return fibers
 
 
 def _cover(texture: FloatMap, shape: tuple[int, int]) -> FloatMap:
@@ -83,16 +83,16 @@ def _cover(texture: FloatMap, shape: tuple[int, int]) -> FloatMap:
     return np.tile(texture, repeats)[: shape[0], : shape[1]]
 
 
-def _paint_stroma(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap, rng: np.random.Generator) -> None:
+def _paint_stroma(layout: Layout, eosin: FloatMap, hematoxylin: FloatMap, rng: np.random.Generator) -> None:
     tissue = _soft([layout.tissue], eosin.shape, 4)
-    one = _cover(_fibres(rng, length=60, width=9, angle=rng.uniform(0, np.pi)), eosin.shape)
-    two = _cover(_fibres(rng, length=45, width=7, angle=rng.uniform(0, np.pi)), eosin.shape)
+    one = _cover(_fibers(rng, length=60, width=9, angle=rng.uniform(0, np.pi)), eosin.shape)
+    two = _cover(_fibers(rng, length=45, width=7, angle=rng.uniform(0, np.pi)), eosin.shape)
     eosin += tissue * (0.42 + 0.16 * one + 0.14 * two)
-    haematoxylin += tissue * 0.05
-    _stamp_nuclei(haematoxylin, _sparse_points(layout.tissue, 0.000035, rng), rng, length=(15, 21), ratio=0.38)
+    hematoxylin += tissue * 0.05
+    _stamp_nuclei(hematoxylin, _sparse_points(layout.tissue, 0.000035, rng), rng, length=(15, 21), ratio=0.38)
 
 
-def _paint_surroundings(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap, rng: np.random.Generator) -> None:
+def _paint_surroundings(layout: Layout, eosin: FloatMap, hematoxylin: FloatMap, rng: np.random.Generator) -> None:
     """Paint what tells the classes apart; kept out of every nest's collar."""
     scale = min(1.0, min(layout.size) / 3600)
     collars = {
@@ -100,14 +100,14 @@ def _paint_surroundings(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap,
         for name in layout.territories
     }
     loose = _soft([layout.territories["Benign"].difference(collars["Benign"])], eosin.shape, 48)
-    veil = _cover(_fibres(rng, length=30, width=22, angle=0.4), eosin.shape)
+    veil = _cover(_fibers(rng, length=30, width=22, angle=0.4), eosin.shape)
     eosin += loose * (0.14 + 0.06 * veil - eosin)
-    haematoxylin += loose * (0.20 + 0.08 * veil - haematoxylin)
+    hematoxylin += loose * (0.20 + 0.08 * veil - hematoxylin)
     dense = layout.territories["Invasive"].difference(collars["Invasive"])
     desmoplastic = _soft([dense], eosin.shape, 48)
-    coarse = _cover(_fibres(rng, length=120, width=14, angle=rng.uniform(0, np.pi)), eosin.shape)
+    coarse = _cover(_fibers(rng, length=120, width=14, angle=rng.uniform(0, np.pi)), eosin.shape)
     eosin += desmoplastic * (0.95 + 0.45 * coarse - eosin)
-    _stamp_nuclei(haematoxylin, _sparse_points(dense, 0.00016, rng), rng, length=(9, 11), ratio=0.95)
+    _stamp_nuclei(hematoxylin, _sparse_points(dense, 0.00016, rng), rng, length=(9, 11), ratio=0.95)
     walls = [
         nest.shape.buffer((COLLAR_PX + WALL_PX) * scale).difference(nest.shape.buffer(COLLAR_PX * scale))
         for nest in layout.nests
@@ -115,24 +115,24 @@ def _paint_surroundings(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap,
     ]
     wall = _soft(walls, eosin.shape, 8)
     eosin += wall * (1.15 + 0.12 * coarse - eosin)
-    haematoxylin += wall * (0.16 - haematoxylin)
+    hematoxylin += wall * (0.16 - hematoxylin)
 
 
-def _paint_normal(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap, rng: np.random.Generator) -> None:
+def _paint_normal(layout: Layout, eosin: FloatMap, hematoxylin: FloatMap, rng: np.random.Generator) -> None:
     for lobule in layout.fat:
         cells = _fat_cells(lobule, rng)
         _paint_local(eosin, cells, rim=3, inside=0.02, edge=0.5)
-        _paint_local(haematoxylin, cells, rim=3, inside=0.0, edge=0.06)
+        _paint_local(hematoxylin, cells, rim=3, inside=0.0, edge=0.06)
     for gland in layout.glands:
         outline = np.asarray(gland.exterior.coords)[:-1]
         inner = gland.buffer(-26)
         _paint_local(eosin, [gland], rim=2, inside=0.35, edge=0.5)
         if not inner.is_empty:
             _paint_local(eosin, [inner], rim=2, inside=0.04, edge=0.3)
-            _paint_local(haematoxylin, [inner], rim=0, inside=0.0, edge=0.0)
-        centre = outline.mean(axis=0)
-        ring = np.concatenate([centre + (outline - centre) * factor for factor in (0.9, 0.8)])
-        _stamp_nuclei(haematoxylin, ring[:: max(1, len(ring) // 60)], rng, length=(14, 18), ratio=0.7)
+            _paint_local(hematoxylin, [inner], rim=0, inside=0.0, edge=0.0)
+        center = outline.mean(axis=0)
+        ring = np.concatenate([center + (outline - center) * factor for factor in (0.9, 0.8)])
+        _stamp_nuclei(hematoxylin, ring[:: max(1, len(ring) // 60)], rng, length=(14, 18), ratio=0.7)
 
 
 def _fat_cells(lobule: BaseGeometry, rng: np.random.Generator) -> list[BaseGeometry]:
@@ -161,17 +161,17 @@ def _paint_local(canvas: FloatMap, shapes: list[BaseGeometry], *, rim: int, insi
         window[_mask([shape.boundary.buffer(rim / 2) for shape in moved], window.shape)] = edge
 
 
-def _paint_nests(layout: Layout, eosin: FloatMap, haematoxylin: FloatMap, rng: np.random.Generator) -> None:
+def _paint_nests(layout: Layout, eosin: FloatMap, hematoxylin: FloatMap, rng: np.random.Generator) -> None:
     shapes = [nest.shape for nest in layout.nests]
     body = _soft(shapes, eosin.shape, 4)
-    grain = _cover(_fibres(rng, length=10, width=10, angle=0), eosin.shape)
+    grain = _cover(_fibers(rng, length=10, width=10, angle=0), eosin.shape)
     eosin += body * (0.34 + 0.07 * grain - eosin)
-    haematoxylin += body * (0.12 + 0.05 * grain - haematoxylin)
+    hematoxylin += body * (0.12 + 0.05 * grain - hematoxylin)
     lumens = [shapely.Polygon(ring) for shape in shapes for ring in shape.interiors]
-    for canvas, value in ((eosin, 0.05), (haematoxylin, 0.0)):
+    for canvas, value in ((eosin, 0.05), (hematoxylin, 0.0)):
         _paint_local(canvas, lumens, rim=2, inside=value, edge=0.25)
     for shape in shapes:
-        _stamp_nuclei(haematoxylin, _packed_points(shape.buffer(-9), 21, rng), rng, length=(15, 21), ratio=0.78)
+        _stamp_nuclei(hematoxylin, _packed_points(shape.buffer(-9), 21, rng), rng, length=(15, 21), ratio=0.78)
 
 
 def _packed_points(shape: BaseGeometry, spacing: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -238,7 +238,7 @@ def _nucleus(rng: np.random.Generator, length: tuple[float, float], ratio: float
     return nucleus
 
 
-def _to_rgb(haematoxylin: FloatMap, eosin: FloatMap, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _to_rgb(hematoxylin: FloatMap, eosin: FloatMap, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Turn stain into light, band by band; a scanner's stain strength and noise differ per slide."""
     strength = rng.normal(1, 0.05, 2).astype(np.float32)
     background = np.array([244, 242, 246], np.float32)
@@ -246,7 +246,7 @@ def _to_rgb(haematoxylin: FloatMap, eosin: FloatMap, rng: np.random.Generator) -
     grain = rng.normal(0, 2.2, (_BAND, eosin.shape[1], 1)).astype(np.float32)
     for top in range(0, eosin.shape[0], _BAND):
         band = slice(top, top + _BAND)
-        density = haematoxylin[band, :, None] * (strength[0] * 1.35 * _HAEMATOXYLIN) + np.maximum(
+        density = hematoxylin[band, :, None] * (strength[0] * 1.35 * _HEMATOXYLIN) + np.maximum(
             eosin[band, :, None], 0
         ) * (strength[1] * _EOSIN)
         light = background * np.exp(-density) + grain[: density.shape[0]]

@@ -16,17 +16,17 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.shutil import copy as copy_raster
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour, PathClass
-from darefine_qupath.demo.layout import TUMOUR_CLASSES, Layout, plan_layout
+from darefine_qupath.classes import Color, PathClass
+from darefine_qupath.demo.layout import TUMOR_CLASSES, Layout, plan_layout
 from darefine_qupath.demo.painting import paint
 
 __all__ = ["CLASSES", "MPP", "DemoSlide", "draw_slide", "write_slide"]
 
 CLASSES = (
-    PathClass("Normal", Colour(50, 160, 60)),
-    PathClass("Benign", Colour(80, 120, 220)),
-    PathClass("In situ", Colour(240, 170, 40)),
-    PathClass("Invasive", Colour(200, 30, 40)),
+    PathClass("Normal", Color(50, 160, 60)),
+    PathClass("Benign", Color(80, 120, 220)),
+    PathClass("In situ", Color(240, 170, 40)),
+    PathClass("Invasive", Color(200, 30, 40)),
 )
 """The four classes of BACH, in label order."""
 
@@ -111,7 +111,7 @@ def write_slide(path: Path, pixels: NDArray[np.uint8], *, mpp: float, quality: i
 
 def _annotate(layout: Layout, seed: int, rng: np.random.Generator) -> tuple[Annotation, ...]:
     records = []
-    for number, name in enumerate(TUMOUR_CLASSES):
+    for number, name in enumerate(TUMOR_CLASSES):
         shapes = [_by_hand(nest.shape, rng) for nest in layout.nests if nest.path_class == name]
         if number == 0 and len(shapes) > 2:
             shapes = [shapely.MultiPolygon(shapes[:2]), *shapes[2:]]

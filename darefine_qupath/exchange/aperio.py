@@ -106,7 +106,7 @@ def _read_layer(
                 continue
             _check_area(collector, item, element, drawn, mpp)
             choice = collector.choose(_fields(element, layer))
-            collector.colour(choice.name, line_colour(layer))
+            collector.color(choice.name, line_colour(layer))
             name = (element.get("Text") or "").strip() or None
             regions.append(Region(item, geometry, roi, choice, name))
     add_regions(collector, layer_name, regions, holes)

@@ -10,7 +10,7 @@ import numpy as np
 from shapely.geometry import LineString, MultiPoint, Point, Polygon
 
 from darefine_qupath.annotations import Annotation, RoiKind
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.classfields import ClassChoice
 from darefine_qupath.exchange.records import Collector, number
@@ -50,7 +50,7 @@ def read_asap(path: Path, root: Element, *, classes: Sequence[str] = (), class_f
     """
     collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
     for group in root.iterfind("AnnotationGroups/Group"):
-        collector.colour(collector.class_name(group.get("Name")), _colour(group.get("Color")))
+        collector.color(collector.class_name(group.get("Name")), _color(group.get("Color")))
     for index, element in enumerate(root.iterfind("Annotations/Annotation")):
         name = (element.get("Name") or "").strip()
         item = f"annotation {index} ({name})" if name else f"annotation {index}"
@@ -60,7 +60,7 @@ def read_asap(path: Path, root: Element, *, classes: Sequence[str] = (), class_f
             if geometry is None:
                 continue
             choice = _choice(collector, element, name)
-            collector.colour(choice.name, _colour(element.get("Color")))
+            collector.color(choice.name, _color(element.get("Color")))
             record = Annotation(geometry=geometry, path_class=choice.name, name=name or None, roi=roi)
             collector.add(item, record, choice)
     return collector.result("ASAP XML")
@@ -100,8 +100,8 @@ def _geometry(element: Element, points: NDArray[np.float64], item: str) -> tuple
     return Polygon(points), None
 
 
-def _colour(text: str | None) -> Colour | None:
+def _color(text: str | None) -> Color | None:
     try:
-        return Colour.from_hex(text or "")
+        return Color.from_hex(text or "")
     except ClassMapError:
         return None

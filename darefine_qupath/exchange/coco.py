@@ -17,7 +17,7 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry import shape as shapely_shape
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.classfields import scalars
 from darefine_qupath.exchange.records import Collector
@@ -184,7 +184,7 @@ class _Reader:
             return
         category = self._categories.get(_key(entry.get("category_id")), {})
         choice = self._choice(entry, category)
-        self._collector.colour(choice.name, _colour(category.get("color")))
+        self._collector.color(choice.name, _color(category.get("color")))
         self._collector.add(item, Annotation(geometry=geometry, path_class=choice.name), choice)
 
     def _choice(self, entry: Mapping[str, Any], category: Mapping[str, Any]) -> ClassChoice:
@@ -303,10 +303,10 @@ def _differences(text: str) -> Iterator[int]:
         raise ValueError("run lengths whose text is cut short")
 
 
-def _colour(value: object) -> Colour | None:
+def _color(value: object) -> Color | None:
     if isinstance(value, list) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
-        return Colour(*(min(max(int(band), 0), 255) for band in value[:3]))
+        return Color(*(min(max(int(band), 0), 255) for band in value[:3]))
     try:
-        return Colour.from_hex(value) if isinstance(value, str) else None
+        return Color.from_hex(value) if isinstance(value, str) else None
     except ClassMapError:
         return None

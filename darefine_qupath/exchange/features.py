@@ -18,11 +18,11 @@ import shapely
 from shapely.geometry import GeometryCollection, LineString, MultiLineString, MultiPoint, MultiPolygon, Point, Polygon
 
 from darefine_qupath.annotations import Annotation, Kind, Plane
-from darefine_qupath.atomic import replacing
-from darefine_qupath.classes import Colour, PathClass, default_colour
+from darefine_qupath.classes import Color, PathClass, default_color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.classfields import ClassChoice, scalars
 from darefine_qupath.exchange.records import Collector, Imported, snapped
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import spoken
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _annotation(
         locked=properties.get("isLocked", properties.get("locked", False)) is True,
         is_missing=properties.get("isMissing") is True,
         parent=parent,
-        colour=_object_colour(properties.get("color")),
+        color=_object_color(properties.get("color")),
         measurements=_measurements(_unwrapped(properties.get("measurements"))),
         metadata=_metadata(_unwrapped(properties.get("metadata"))),
         nucleus=None if nucleus is None else collector.shape(f"the nucleus of {item}", _geometry(nucleus)),
@@ -244,11 +244,11 @@ def _choice(collector: Collector, properties: Mapping[str, Any]) -> ClassChoice:
     """Class of an object by ``classification``, or by the properties that the user named; its color is noted."""
     names: dict[str, str | None] = {}
     for field in collector.fields.asked or (_CLASS,):
-        name, colour = _class(_property(properties, field))
+        name, color = _class(_property(properties, field))
         names[field] = name
         known = collector.class_name(name)
         if known is not None:
-            collector.colour(known, colour)
+            collector.color(known, color)
             break
     choice = collector.choose(names)
     if choice.name is not None:
@@ -262,13 +262,13 @@ def _property(properties: Mapping[str, Any], field: str) -> object:
     return next((value for name, value in properties.items() if name.casefold() == field.casefold()), None)
 
 
-def _class(value: object) -> tuple[str | None, Colour | None]:
+def _class(value: object) -> tuple[str | None, Color | None]:
     """Full class name and color of ``classification`` in any of its forms, JSON or Python as text too."""
     value = _unwrapped(value)
     if isinstance(value, list):
         value = {"names": value}
     if isinstance(value, dict):
-        return ": ".join(_class_names(value)), _colour(value.get("color", value.get("colorRGB")))
+        return ": ".join(_class_names(value)), _color(value.get("color", value.get("colorRGB")))
     if value is None or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return None, None
     text = str(value)
@@ -306,15 +306,15 @@ def _class_names(value: Mapping[str, Any]) -> list[str]:
 _BANDS = re.compile(r"(?:rgb)?[\[(]\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[\])]", re.ASCII)
 
 
-def _colour(value: object) -> Colour | None:
+def _color(value: object) -> Color | None:
     if isinstance(value, str):
         value = _colour_value(value.strip())
-    if isinstance(value, Colour):
+    if isinstance(value, Color):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        return Colour.from_argb(value)
+        return Color.from_argb(value)
     if isinstance(value, (list, tuple)) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
-        return Colour(*(min(max(int(band), 0), 255) for band in value[:3]))
+        return Color(*(min(max(int(band), 0), 255) for band in value[:3]))
     return None
 
 
@@ -324,14 +324,14 @@ def _colour_value(text: str) -> object:
     if bands:
         return [int(band) for band in bands.groups()]
     try:
-        return Colour.from_hex(text) if text.startswith("#") else int(text)
+        return Color.from_hex(text) if text.startswith("#") else int(text)
     except (ClassMapError, ValueError):
         return None
 
 
-def _object_colour(value: object) -> int | None:
-    colour = _colour(value)
-    return None if colour is None else colour.argb
+def _object_color(value: object) -> int | None:
+    color = _color(value)
+    return None if color is None else color.argb
 
 
 def _measurements(value: object) -> dict[str, float]:
@@ -402,12 +402,12 @@ def write_geojson(annotations: Iterable[Annotation], path: Path | str, *, classe
     int
         Features written.
     """
-    colours = {path_class.name: path_class.colour for path_class in classes}
+    colors = {path_class.name: path_class.color for path_class in classes}
     count = 0
-    with replacing(Path(path), ExchangeError) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(Path(path), ExchangeError) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write('{"type":"FeatureCollection","features":[')
         for annotation in annotations:
-            made = feature(annotation, colours)
+            made = feature(annotation, colors)
             if made is not None:
                 file.write(",\n" if count else "\n")
                 file.write(geojson.dumps(made, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
@@ -416,7 +416,7 @@ def write_geojson(annotations: Iterable[Annotation], path: Path | str, *, classe
     return count
 
 
-def feature(annotation: Annotation, colours: Mapping[str, Colour] | None = None) -> geojson.Feature | None:
+def feature(annotation: Annotation, colors: Mapping[str, Color] | None = None) -> geojson.Feature | None:
     """One object as QuPath's GeoJSON feature.
 
     Parameters
@@ -437,7 +437,7 @@ def feature(annotation: Annotation, colours: Mapping[str, Colour] | None = None)
     members: dict[str, Any] = {}
     if annotation.nucleus is not None:
         members["nucleusGeometry"] = _mapping(annotation.nucleus, Plane())
-    made = geojson.Feature(id=str(annotation.id), properties=_properties(annotation, colours or {}), **members)
+    made = geojson.Feature(id=str(annotation.id), properties=_properties(annotation, colors or {}), **members)
     made["geometry"] = _mapping(geometry, annotation.plane)
     if annotation.roi == "Ellipse":
         made["geometry"]["isEllipse"] = True
@@ -452,14 +452,14 @@ def _mapping(geometry: BaseGeometry, plane: Plane) -> dict[str, Any]:
     return member
 
 
-def _properties(annotation: Annotation, colours: Mapping[str, Colour]) -> dict[str, Any]:
+def _properties(annotation: Annotation, colors: Mapping[str, Color]) -> dict[str, Any]:
     properties: dict[str, Any] = {"objectType": _OBJECT_TYPES.get(annotation.kind, annotation.kind)}
     if annotation.name is not None:
         properties["name"] = annotation.name
-    if annotation.colour is not None:
-        properties["color"] = list(Colour.from_argb(annotation.colour))
+    if annotation.color is not None:
+        properties["color"] = list(Color.from_argb(annotation.color))
     if annotation.path_class is not None:
-        properties["classification"] = _classification(annotation.path_class, colours)
+        properties["classification"] = _classification(annotation.path_class, colors)
     if annotation.locked:
         properties["isLocked"] = True
     if annotation.kind == "tma core":
@@ -471,10 +471,10 @@ def _properties(annotation: Annotation, colours: Mapping[str, Colour]) -> dict[s
     return properties
 
 
-def _classification(path_class: str, colours: Mapping[str, Colour]) -> dict[str, Any]:
+def _classification(path_class: str, colors: Mapping[str, Color]) -> dict[str, Any]:
     names = path_class.split(": ")
-    colour = list(colours.get(path_class) or default_colour(path_class))
-    return {"name": names[0], "color": colour} if len(names) == 1 else {"names": names, "color": colour}
+    color = list(colors.get(path_class) or default_color(path_class))
+    return {"name": names[0], "color": color} if len(names) == 1 else {"names": names, "color": color}
 
 
 def _json_number(value: float) -> float | str:

@@ -82,7 +82,7 @@ def _read_layer(collector: Collector, layer: Element, elements: Sequence[Element
                 continue
             comment = _comment(element)
             choice = collector.choose(_fields(collector, layer, comment))
-            collector.colour(choice.name, line_colour(layer))
+            collector.color(choice.name, line_colour(layer))
             regions.append(Region(item, geometry, roi, choice, comment))
     add_regions(collector, layer_name, regions, holes)
 

@@ -124,7 +124,7 @@ def _as_stored(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
 def _details(record: Annotation) -> str:
     """Fingerprint of what a person changes in an object beside its content; measurements are QuPath's."""
     others = sorted((key, text) for key, text in record.metadata.items() if not key.startswith(_OURS))
-    return _digest(repr((record.name, record.locked, record.colour, others)), 8)
+    return _digest(repr((record.name, record.locked, record.color, others)), 8)
 
 
 def _digest(text: str, length: int, data: bytes = b"") -> str:

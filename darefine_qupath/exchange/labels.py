@@ -19,10 +19,10 @@ from rasterio.windows import Window
 from shapely.geometry import shape
 
 from darefine_qupath.annotations import Annotation, LabelPainter
-from darefine_qupath.atomic import replacing
-from darefine_qupath.classes import IGNORE, Colour
+from darefine_qupath.classes import IGNORE, Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.records import Collector, Imported
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.geometry import Box, Size
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = ["read_label_mask", "write_label_png", "write_label_tiff"]
 _MAX_PIXELS = 500_000_000
 _TAG = "DAREFINE_LABELS"
 _TILE = 512
-_IGNORE_COLOUR = Colour(235, 235, 235)
+_IGNORE_COLOR = Color(235, 235, 235)
 _IGNORE_CLASS = "Ignore*"
 _LISTED = 8
 
@@ -78,7 +78,7 @@ def read_label_mask(
     collector = Collector(path)
     known = _classes(collector, pixels, labels, notes)
     for label, name in known.items():
-        collector.colour(name, palette.get(label))
+        collector.color(name, palette.get(label))
     is_known = np.zeros(np.iinfo(pixels.dtype).max + 1, bool)
     is_known[[label for label in known if label < len(is_known)]] = True
     for geometry, value in shapes(pixels, mask=is_known[pixels], connectivity=4):
@@ -90,7 +90,7 @@ def read_label_mask(
     return collector.result("label mask")
 
 
-def _read(path: Path) -> tuple[NDArray[np.uint8 | np.uint16], dict[int, Colour], dict[str, Any]]:
+def _read(path: Path) -> tuple[NDArray[np.uint8 | np.uint16], dict[int, Color], dict[str, Any]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[NDArray[np.uint8 | np.uint16], dict[int, Colour],
                         f"{path}: a mask of {dataset.width} x {dataset.height} pixels is too large to be traced (at "
                         f"most {_MAX_PIXELS:,}); reduce it, and give the size of the image"
                     )
-                palette = {key: Colour(*value[:3]) for key, value in _colormap(dataset).items()}
+                palette = {key: Color(*value[:3]) for key, value in _colormap(dataset).items()}
                 return dataset.read(1), palette, _notes(dataset.tags().get(_TAG))
     except RasterioError as error:
         raise ExchangeError(f"{path}: the mask cannot be read ({error})") from error
@@ -253,7 +253,7 @@ def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: P
         "BIGTIFF": "IF_SAFER",
     }
     try:
-        with replacing(Path(path), ExchangeError) as temporary, warnings.catch_warnings():
+        with atomic_write(Path(path), ExchangeError) as temporary, warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(temporary, "w", **profile) as dataset:
                 dataset.write_colormap(1, _palette(painter))
@@ -299,10 +299,10 @@ def write_label_png(painter: LabelPainter, image_size: tuple[int, int], path: Pa
     for window, mask in _tiles(painter, image_size, size, downsample):
         canvas[window.y : window.bottom, window.x : window.right] = mask
     image = Image.fromarray(canvas, "P")
-    image.putpalette([band for colour in _palette(painter).values() for band in colour])
+    image.putpalette([band for color in _palette(painter).values() for band in color])
     notes = PngInfo()
     notes.add_text(_TAG, _described(painter, image_size, downsample))
-    with replacing(Path(path), ExchangeError) as temporary:
+    with atomic_write(Path(path), ExchangeError) as temporary:
         image.save(temporary, "png", pnginfo=notes)
     return size
 
@@ -330,6 +330,6 @@ def _tiles(
             yield window, painter.paint(box, window.size, image_size=image_size)
 
 
-def _palette(painter: LabelPainter) -> dict[int, Colour]:
-    colours = dict(enumerate(painter.class_map.colours))
-    return {label: colours.get(label, _IGNORE_COLOUR if label == IGNORE else Colour(0, 0, 0)) for label in range(256)}
+def _palette(painter: LabelPainter) -> dict[int, Color]:
+    colors = dict(enumerate(painter.class_map.colors))
+    return {label: colors.get(label, _IGNORE_COLOR if label == IGNORE else Color(0, 0, 0)) for label in range(256)}

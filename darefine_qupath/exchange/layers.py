@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation, RoiKind
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.classfields import ClassChoice
 from darefine_qupath.exchange.records import Collector, number, snapped
@@ -139,10 +139,10 @@ def _meetings(
     return region[order], hole[order]
 
 
-def line_colour(layer: Element) -> Colour | None:
+def line_colour(layer: Element) -> Color | None:
     """Colour of a layer's lines; a COLORREF of Windows has red in its lowest byte."""
     try:
         packed = int(layer.get("LineColor") or "")
     except ValueError:
         return None
-    return Colour(packed & 255, (packed >> 8) & 255, (packed >> 16) & 255)
+    return Color(packed & 255, (packed >> 8) & 255, (packed >> 16) & 255)

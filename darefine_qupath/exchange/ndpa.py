@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shapely.geometry import LineString, Point, Polygon
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.records import Collector, ellipse, number
 from darefine_qupath.geometry import GlassFrame
@@ -101,7 +101,7 @@ def _read_state(collector: Collector, item: str, state: Element, frame: GlassFra
         # A remark; a class only where the user says so.
         fields.pop("details")
     choice = collector.choose(fields)
-    collector.colour(choice.name, _colour(element.get("color")))
+    collector.color(choice.name, _color(element.get("color")))
     name = (title or "").strip() or None
     collector.add(item, Annotation(geometry=geometry, path_class=choice.name, name=name, roi=roi), choice)
 
@@ -158,8 +158,8 @@ def _point(element: Element, item: str, suffix: str = "") -> tuple[float, float]
     return number(element.findtext(f"x{suffix}"), item), number(element.findtext(f"y{suffix}"), item)
 
 
-def _colour(text: str | None) -> Colour | None:
+def _color(text: str | None) -> Color | None:
     try:
-        return Colour.from_hex((text or "").strip())
+        return Color.from_hex((text or "").strip())
     except ClassMapError:
         return None

@@ -15,7 +15,7 @@ import shapely
 from shapely.geometry import MultiLineString, MultiPolygon, Polygon
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour
+from darefine_qupath.classes import Color
 from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange.classfields import ClassChoice, FieldTally
 from darefine_qupath.limits import DATA, Budget, naming, proper_text
@@ -115,7 +115,7 @@ class Imported:
     repaired: tuple[Note, ...] = ()
     refused: tuple[Note, ...] = ()
     cut_outs: int = 0
-    colours: Mapping[str, Colour] = field(default_factory=dict)
+    colors: Mapping[str, Color] = field(default_factory=dict)
     mpp: float | None = None
     warnings: tuple[str, ...] = ()
     class_notes: tuple[str, ...] = ()
@@ -171,7 +171,7 @@ def merged(parts: Sequence[Imported]) -> Imported:
         repaired=tuple(note for part in parts for note in part.repaired),
         refused=tuple(note for part in parts for note in part.refused),
         cut_outs=sum(part.cut_outs for part in parts),
-        colours={name: colour for part in reversed(parts) for name, colour in part.colours.items()},
+        colors={name: color for part in reversed(parts) for name, color in part.colors.items()},
         mpp=next((part.mpp for part in parts if part.mpp is not None), None),
         warnings=tuple(warning for part in parts for warning in part.warnings),
         class_notes=tuple(note for part in parts for note in part.class_notes),
@@ -323,7 +323,7 @@ class Collector:
         self.repaired: list[Note] = []
         self.refused: list[Note] = []
         self.warnings: list[str] = []
-        self.colours: dict[str, Colour] = {}
+        self.colors: dict[str, Color] = {}
         self.cut_outs = 0
         self._crossings = float(_FILE_CROSSINGS)
         self._items: list[str] = []
@@ -452,10 +452,10 @@ class Collector:
         """Note an item that cannot be imported."""
         self.refused.append(Note(item=item, reason=reason))
 
-    def colour(self, name: str | None, colour: Colour | None) -> None:
+    def color(self, name: str | None, color: Color | None) -> None:
         """Note the colour of a class; the first one stays."""
-        if name is not None and colour is not None:
-            self.colours.setdefault(name, colour)
+        if name is not None and color is not None:
+            self.colors.setdefault(name, color)
 
     def result(self, format_name: str, *, mpp: float | None = None) -> Imported:
         """Everything gathered.
@@ -479,7 +479,7 @@ class Collector:
             repaired=tuple(self.repaired),
             refused=tuple(self.refused),
             cut_outs=self.cut_outs,
-            colours=self.colours,
+            colors=self.colors,
             mpp=mpp,
             warnings=tuple(self.warnings),
             class_notes=self.fields.notes(),

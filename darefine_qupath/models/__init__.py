@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from darefine_qupath.models.config import ENCODERS, Fusion, InputMode, ModelConfig, NetworkName, Normalisation
+from darefine_qupath.models.config import ENCODERS, Fusion, InputMode, ModelConfig, NetworkName, Normalization
 from darefine_qupath.models.darefinenet import DARefineNet
 from darefine_qupath.models.encoders import LoadedWeights, load_encoder_weights, load_imagenet_weights
 from darefine_qupath.models.network import ContextFeatures, SegmentationNetwork, box_within
@@ -26,7 +26,7 @@ __all__ = [
     "LoadedWeights",
     "ModelConfig",
     "NetworkName",
-    "Normalisation",
+    "Normalization",
     "SegmentationNetwork",
     "box_within",
     "build_model",

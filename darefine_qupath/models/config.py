@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from darefine_qupath.devices import sent
 from darefine_qupath.errors import ModelError
 from darefine_qupath.limits import require_finite
-from darefine_qupath.models.devices import sent
 
-__all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalisation"]
+__all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalization"]
 
 NetworkName = Literal["da-refinenet", "refinenet", "unet"]
 Fusion = Literal["attention", "add", "concat", "aligned"]
@@ -121,7 +121,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Normalisation:
+class Normalization:
     """Mean and standard deviation that are taken from the pixels, per channel, where 1 is white.
 
     Attributes
@@ -134,7 +134,7 @@ class Normalisation:
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    context: Normalisation | None = None
+    context: Normalization | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -149,7 +149,7 @@ class Normalisation:
             object.__setattr__(self, "context", None)
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Normalisation:
+    def of(cls, config: ModelConfig) -> Normalization:
         """Normalisation with which the weights of the encoders, each of its own, were trained on ImageNet."""
         if config.network == "unet":
             return cls()
@@ -159,7 +159,7 @@ class Normalisation:
         return cls(**values, context=cls(**_IMAGENET.get(config.context_encoder, {})))
 
     @property
-    def of_context(self) -> Normalisation:
+    def of_context(self) -> Normalization:
         """What the context encoder's pixels are taken through."""
         return self if self.context is None else self.context
 
@@ -208,7 +208,7 @@ class Normalisation:
         return {"mean": list(self.mean), "std": list(self.std), **context}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Normalisation:
+    def from_json(cls, data: Mapping[str, Any]) -> Normalization:
         """Rebuild what `to_json` wrote."""
         try:
             context = None if data.get("context") is None else cls.from_json(data["context"])

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from darefine_qupath.models.blocks import ChainedResidualPooling, conv, residual_conv_units, resize
-from darefine_qupath.models.config import ModelConfig, Normalisation
+from darefine_qupath.models.config import ModelConfig, Normalization
 from darefine_qupath.models.encoders import build_encoder
 from darefine_qupath.models.network import ContextFeatures, SegmentationNetwork
 
@@ -104,7 +104,7 @@ class DARefineNet(SegmentationNetwork):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.normalisation = Normalisation()
+        self.normalization = Normalization()
         widths = (2 * config.width, config.width, config.width, config.width)
         self.slice_encoder = build_encoder(config.slice_encoder)
         slice_channels = self.slice_encoder.channels[::-1]
@@ -129,9 +129,9 @@ class DARefineNet(SegmentationNetwork):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = conv(config.width, config.num_classes, 3, bias=True)
 
-    def expect(self, normalisation: Normalisation) -> None:
+    def expect(self, normalization: Normalization) -> None:
         """Take note of how pixels come; see the base class."""
-        self.normalisation = normalisation
+        self.normalization = normalization
 
     def _join(self, step: int, width: int) -> nn.Module:
         fusion = self.config.fusion
@@ -186,7 +186,7 @@ class DARefineNet(SegmentationNetwork):
     ) -> Tensor:
         """Label slices whose contexts are encoded already; see the base class."""
         if self.config.input == "multisize":  # one "context" per slice, whatever was given
-            half_B3HW = self.normalisation.slice_to_context(F.avg_pool2d(slice_B3HW, 2, ceil_mode=True))
+            half_B3HW = self.normalization.slice_to_context(F.avg_pool2d(slice_B3HW, 2, ceil_mode=True))
             context, index_B, box_B4 = self._encode(half_B3HW), None, None
         context = context.of_slices(slice_B3HW.shape[0], index_B)
         encoded_BCHW = self._drop_deepest(self.slice_encoder(slice_B3HW))  # Eq. 4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from darefine_qupath.errors import ModelError
 from darefine_qupath.geometry import Box
-from darefine_qupath.models.config import ModelConfig, Normalisation
+from darefine_qupath.models.config import ModelConfig, Normalization
 
 __all__ = ["ContextFeatures", "SegmentationNetwork", "box_within"]
 
@@ -75,7 +75,7 @@ class SegmentationNetwork(nn.Module, ABC):
         super().__init__()
         self.config = config
 
-    def expect(self, normalisation: Normalisation) -> None:
+    def expect(self, normalization: Normalization) -> None:
         """Take note of how the pixels will come: a network that makes its context of the slice must convert them."""
 
     @property

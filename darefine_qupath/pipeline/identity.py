@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from darefine_qupath.atomic import replacing
 from darefine_qupath.checkpoint import CheckpointHeader
 from darefine_qupath.errors import LimitError, ProjectError, SlideError
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import file_digest
@@ -48,7 +48,7 @@ def project_id(project: Project) -> str | None:
         return found
     try:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path, ProjectError) as temporary:
+        with atomic_write(path, ProjectError) as temporary:
             temporary.write_text(json.dumps({"id": str(uuid4())}) + "\n", encoding="utf-8")
     except (OSError, ProjectError) as error:
         _log.info("The project gets no id: %s", error)

@@ -17,8 +17,8 @@ from darefine_qupath.annotations import Annotation, Plane, class_counts, count_u
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
-from darefine_qupath.pipeline.placing import look_below
-from darefine_qupath.pipeline.selection import choose_images, misfit
+from darefine_qupath.pipeline.alignment import look_below
+from darefine_qupath.pipeline.selection import choose_images, size_mismatch
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import PyramidSlide, Slide, open_slide, resolve_mpp
@@ -26,7 +26,7 @@ from darefine_qupath.slides import PyramidSlide, Slide, open_slide, resolve_mpp
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["ClassSummary", "Finding", "ImageSummary", "ProjectSummary", "check_project", "summarise"]
+__all__ = ["ClassSummary", "Finding", "ImageSummary", "ProjectSummary", "check_project", "summarize"]
 
 _FEW_PIXELS = 500_000
 _OVERHANG = 0.01
@@ -110,7 +110,7 @@ class ProjectSummary:
         return dict(sorted(counts.items()))
 
 
-def summarise(project: Project) -> ProjectSummary:
+def summarize(project: Project) -> ProjectSummary:
     """Describe a project without opening its slides.
 
     Parameters
@@ -127,7 +127,7 @@ def summarise(project: Project) -> ProjectSummary:
     known = {entry.id for entry in readable}
     others = [entry.id for entry in project.images if entry.id not in known]
     problems = {entry_id: image.why for entry_id, image in zip(others, skipped, strict=True)}
-    images = tuple(_summarise_image(project, entry, problems.get(entry.id)) for entry in project.images)
+    images = tuple(_summarize_image(project, entry, problems.get(entry.id)) for entry in project.images)
     return ProjectSummary(
         path=project.path,
         version=project.version,
@@ -137,7 +137,7 @@ def summarise(project: Project) -> ProjectSummary:
     )
 
 
-def _summarise_image(project: Project, entry: ImageEntry, problem: str | None) -> ImageSummary:
+def _summarize_image(project: Project, entry: ImageEntry, problem: str | None) -> ImageSummary:
     try:
         with wording(ProjectError):
             return _counted(entry, project.objects(entry), problem)
@@ -285,7 +285,7 @@ def _check_image(
         areas[name] = areas.get(name, 0.0) + area
     _, skipped = choose_images(project, [entry.id])
     given = settings.mpp if mpp is None else mpp
-    why = skipped[0].why if skipped else misfit(entry, given)
+    why = skipped[0].why if skipped else size_mismatch(entry, given)
     if why is not None:
         yield error(why)
         return

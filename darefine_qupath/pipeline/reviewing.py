@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from darefine_qupath.errors import PredictionError, SlideError
 from darefine_qupath.geometry import Box, Size, fit_within
-from darefine_qupath.pipeline.predicting import map_folder
+from darefine_qupath.pipeline.predict import map_folder
 from darefine_qupath.prediction import StainStatistics, read_score_map, stain_statistics
 from darefine_qupath.prediction.checks import stain_distance
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.review import MapLayers, OnError, Place, next_places, survey
+from darefine_qupath.review import MapLayers, OnError, Place, next_places, sort_objects
 from darefine_qupath.slides import open_slide
 
 __all__ = ["find_places"]
@@ -59,7 +59,7 @@ def find_places(
         )
 
     def unlike(image: ImageEntry, boxes: Sequence[Box]) -> list[float]:
-        run = survey(project, image).run
+        run = sort_objects(project, image).run
         trained = None if run is None else run.parameters.get("stain")
         return _unlike(image, boxes, StainStatistics.from_json(trained)) if trained else [0.0] * len(boxes)
 

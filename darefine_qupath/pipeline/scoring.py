@@ -24,7 +24,7 @@ from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
 from darefine_qupath.tiles.loading import TileDataset
-from darefine_qupath.tiles.screening import index_tiles
+from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader
 from darefine_qupath.training import ContextMode, evaluate
 
@@ -218,6 +218,6 @@ def score_context(
     data = TileDataset(tiles, SlideReader(sources, checkpoint.classes))
     network = checkpoint.build()
     return {
-        mode: evaluate(network, data, normalisation=checkpoint.normalisation, device=device, context=mode)
+        mode: evaluate(network, data, normalization=checkpoint.normalization, device=device, context=mode)
         for mode in modes
     }

@@ -26,14 +26,14 @@ from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.sources import TileSource
 
 __all__ = [
-    "Corpus",
     "Skipped",
+    "TrainingSet",
     "check_annotators",
     "choose_images",
+    "collect_training_images",
     "every_annotation",
-    "gather",
-    "misfit",
     "say_what_cannot_train",
+    "size_mismatch",
     "source_of",
 ]
 
@@ -62,7 +62,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class TrainingSet:
     """What there is to learn from.
 
     Attributes
@@ -156,7 +156,7 @@ def _unreadable(image: ImageEntry) -> str | None:
     return None
 
 
-def misfit(image: ImageEntry, mpp: float | None = None) -> str | None:
+def size_mismatch(image: ImageEntry, mpp: float | None = None) -> str | None:
     """Say why an image's file is not what QuPath annotated, or not what can be read; None where it is.
 
     Coordinates are level-0 pixels of the image as QuPath sees it: where the file opens with another size, they would
@@ -217,14 +217,14 @@ def source_of(image: ImageEntry, annotations: Sequence[Annotation], mpp: float |
     )
 
 
-def gather(
+def collect_training_images(
     project: Project,
     settings: Settings,
     annotations_of: AnnotationsOf,
     *,
     names: Sequence[str] = (),
     mpp: float | None = None,
-) -> Corpus:
+) -> TrainingSet:
     """Collect everything in a project that can be learnt from.
 
     Parameters
@@ -265,7 +265,7 @@ def gather(
     classes = settings.class_map(project.classes, counts)
     classes.check(counts)
     given = settings.mpp if mpp is None else mpp
-    wrong = {image.id: misfit(image, given) for image in readable}
+    wrong = {image.id: size_mismatch(image, given) for image in readable}
     skipped += tuple(Skipped(id=i.id, name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
     readable = tuple(image for image in readable if wrong[image.id] is None)
     if not readable:
@@ -276,7 +276,7 @@ def gather(
     if skipped:
         _log.warning("%d of %d annotated images are left out", len(skipped), len(skipped) + len(readable))
     sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
-    return Corpus(classes=classes, sources=sources, skipped=skipped)
+    return TrainingSet(classes=classes, sources=sources, skipped=skipped)
 
 
 def _drawn(

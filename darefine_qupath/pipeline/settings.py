@@ -29,14 +29,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from darefine_qupath.classes import ClassMap, Colour, PathClass, is_ignored
+from darefine_qupath.classes import ClassMap, Color, PathClass, is_ignored
 from darefine_qupath.errors import ConfigError
 from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
-from darefine_qupath.pipeline.parting import SamplingSpec, SplitSpec
+from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
 from darefine_qupath.tiles import TileSpec
-from darefine_qupath.tiles.screening import Screening
+from darefine_qupath.tiles.scan import Screening
 from darefine_qupath.tiles.storage import Storage
 
 __all__ = ["FILE_NAME", "Settings", "read_settings"]
@@ -45,7 +45,7 @@ FILE_NAME = "darefine.toml"
 
 T = TypeVar("T")
 
-_CLASS_KEYS = ("names", "unlabelled", "region_unlabelled", "map", "colours")
+_CLASS_KEYS = ("names", "unlabelled", "region_unlabelled", "map", "colors")
 _SECTIONS = ("classes", "tiles", "split", "sampling", "model", "train", "images")
 _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "a whole number"),
@@ -113,7 +113,7 @@ class Settings:
         table = self.classes
         _refuse_unknown(table, _CLASS_KEYS, "classes", self.path)
         self._check_class_values()
-        listed = {path_class.name: path_class.colour for path_class in project_classes}
+        listed = {path_class.name: path_class.color for path_class in project_classes}
         sources = dict(table.get("map", {}))
         names = table.get("names")
         if names is None:
@@ -128,14 +128,14 @@ class Settings:
                 "The project has no annotation of any class to learn; draw some in QuPath and give each a class "
                 "(classes whose name ends in '*' do not count)"
             )
-        given = {name: Colour.from_hex(text) for name, text in table.get("colours", {}).items()}
+        given = {name: Color.from_hex(text) for name, text in table.get("colors", {}).items()}
         plain = ClassMap(names=tuple(names))
-        colours = tuple(
-            given.get(name) or listed.get(name) or colour for name, colour in zip(names, plain.colours, strict=True)
+        colors = tuple(
+            given.get(name) or listed.get(name) or color for name, color in zip(names, plain.colors, strict=True)
         )
         return ClassMap(
             names=tuple(names),
-            colours=colours,
+            colors=colors,
             sources=sources,
             unlabelled=table.get("unlabelled", "ignore"),
             region_unlabelled=table.get("region_unlabelled", "ignore"),
@@ -145,7 +145,7 @@ class Settings:
         for key, value in self.classes.items():
             if key == "names":
                 fits, wanted = isinstance(value, list) and _all_text(value), 'a list of names, ["Normal", "Tumor"]'
-            elif key in ("map", "colours"):
+            elif key in ("map", "colors"):
                 fits, wanted = isinstance(value, dict) and _all_text(value.values()), f"a table [classes.{key}] of text"
             else:
                 fits, wanted = isinstance(value, str), "the name of a class, or 'ignore'"

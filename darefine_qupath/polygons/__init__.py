@@ -14,6 +14,6 @@ last bit: no gap, no overlap. Three facts make that hold from the first pixel to
 """
 
 from darefine_qupath.polygons.plan import FEWEST_VERTICES, GRID, ClassPolygon, Dataset, Layer, snap
-from darefine_qupath.polygons.vectorising import vectorise
+from darefine_qupath.polygons.vectorize import vectorize
 
-__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "Layer", "snap", "vectorise"]
+__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "Layer", "snap", "vectorize"]

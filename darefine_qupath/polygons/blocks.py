@@ -13,12 +13,12 @@ import shapely
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.geometry import Box
-from darefine_qupath.polygons.outlines import outlines_of
 from darefine_qupath.polygons.plan import Plan
 from darefine_qupath.polygons.pool import BlockPieces, Pool, Sets
-from darefine_qupath.polygons.rings import Rings, trace
 from darefine_qupath.polygons.sieve import give_away
+from darefine_qupath.polygons.simplify import outlines_of
 from darefine_qupath.polygons.threads import SCRATCH
+from darefine_qupath.polygons.trace import Rings, trace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -79,11 +79,11 @@ def give_away(sieved: NDArray[np.uint8], seed: tuple[int, int], bounds: Box) -> 
     region = np.zeros_like(same)
     region[seed[0] - at.y, seed[1] - at.x] = True
     while True:
-        grown = _neighbours(region).any(axis=0) & same | region
+        grown = _neighbors(region).any(axis=0) & same | region
         if np.array_equal(grown, region):
             break
         region = grown
-    around = [window[side & ~region] for side in _neighbours(region)]
+    around = [window[side & ~region] for side in _neighbors(region)]
     shares = np.bincount(np.concatenate(around), minlength=1)
     if not shares.any():
         return None
@@ -91,7 +91,7 @@ def give_away(sieved: NDArray[np.uint8], seed: tuple[int, int], bounds: Box) -> 
     return at
 
 
-def _neighbours(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _neighbors(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels above, below, left and right of those in a region; shape (4, height, width)."""
     sides = np.zeros((4, *region.shape), bool)
     sides[0, :-1], sides[1, 1:] = region[1:], region[:-1]

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import PredictionError
+from darefine_qupath.filesystem import atomic_write, open_lock, try_lock
 from darefine_qupath.limits import NOTES, naming, open_file, parse_json, read_file
-from darefine_qupath.locks import open_lock, try_lock
 from darefine_qupath.prediction.blend import Layers
-from darefine_qupath.prediction.forward import EngineSettings
+from darefine_qupath.prediction.engine import EngineSettings
 from darefine_qupath.prediction.scoremap import SlideWarning, write_json
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ class Journal:
 
 
 def _write_array(path: Path, values: NDArray[Any]) -> None:
-    with replacing(path, PredictionError) as temporary:
+    with atomic_write(path, PredictionError) as temporary:
         np.savez_compressed(temporary, values=values)
 
 

@@ -16,9 +16,9 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from darefine_qupath.atomic import followed, keep_attributes, put_in_place, replacing
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import LimitError, PredictionError
+from darefine_qupath.filesystem import atomic_write, followed, keep_attributes, replace_file
 from darefine_qupath.geometry import MPP_LIMITS, Box, Size
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 
@@ -347,7 +347,7 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
         for layer, path in partial.items():
             if targets[layer].is_file():
                 keep_attributes(targets[layer], path)
-            put_in_place(path, targets[layer])
+            replace_file(path, targets[layer])
     # Where the disk fills up while overviews are built, rasterio lets GDAL's own error through.
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
@@ -425,7 +425,7 @@ def _create(path: Path, layer: Layer, score_map: ScoreMap) -> Any:  # noqa: ANN4
 
 def _palette(classes: ClassMap) -> dict[int, tuple[int, int, int, int]]:
     palette = dict.fromkeys(range(256), (0, 0, 0, 255))
-    palette.update({label: (*colour, 255) for label, colour in enumerate(classes.colours)})
+    palette.update({label: (*color, 255) for label, color in enumerate(classes.colors)})
     palette[IGNORE] = (255, 255, 255, 0)
     return palette
 
@@ -448,5 +448,5 @@ def _add_pyramid(path: Path, layer: Layer, size: Size) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    with replacing(path, PredictionError) as temporary:
+    with atomic_write(path, PredictionError) as temporary:
         temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")

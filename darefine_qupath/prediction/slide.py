@@ -23,7 +23,7 @@ from darefine_qupath.geometry import Box
 from darefine_qupath.models import box_within
 from darefine_qupath.prediction.blend import Layers, RollingBand, Score
 from darefine_qupath.prediction.checks import check_slide
-from darefine_qupath.prediction.forward import (
+from darefine_qupath.prediction.engine import (
     EncodedContext,
     Engine,
     EngineSettings,
@@ -243,7 +243,7 @@ class _Run:
 
     def _predict_rows(self, state: JournalState, progress: Callable[[Progress], None] | None) -> JournalState:
         build = self.checkpoint.build
-        engine = Engine(build(), self.checkpoint.normalisation, state.settings, build=build)
+        engine = Engine(build(), self.checkpoint.normalization, state.settings, build=build)
         band = RollingBand(self.checkpoint.classes.num_classes, self.plan.grid.size.width)
         if state.rows_done:
             band.top = self.plan.rows[state.rows_done - 1].bottom

@@ -13,7 +13,7 @@ from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project, image_titles
-from darefine_qupath.project.safety import Backup
+from darefine_qupath.project.staging import Backup
 
 __all__ = [
     "Applied",
@@ -32,7 +32,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_PAQUO_MODULE = "darefine_qupath.project.paquo"
+_PAQUO_MODULE = "darefine_qupath.project.paquo_engine"
 _GET_QUPATH = "run `paquo get_qupath --install-path FOLDER` and set PAQUO_QUPATH_DIR to what it prints"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from darefine_qupath.classes import Colour, PathClass, default_colour
+from darefine_qupath.classes import Color, PathClass, default_color
 from darefine_qupath.errors import (
     ClassMapError,
     ConfigError,
@@ -27,10 +27,10 @@ from darefine_qupath.errors import (
     SlideError,
 )
 from darefine_qupath.geometry import Size
+from darefine_qupath.javaserial.nodes import paused_garbage_collection
 from darefine_qupath.limits import open_file
-from darefine_qupath.project import files, qpdata, safety, uris
+from darefine_qupath.project import qpdata, qpproj, staging, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
-from darefine_qupath.project.javanodes import no_collection
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,7 +75,7 @@ _Verify = Callable[[qpdata.Document], None]
 class _Read:
     """One image's data as last read."""
 
-    stamp: safety.Stamp
+    stamp: staging.FileVersion
     data: qpdata.ImageData
 
 
@@ -102,10 +102,10 @@ class EmbeddedProject(Project):
 
     def __init__(self, path: Path) -> None:
         self.path = project_file(path)
-        self._stamps: dict[str, safety.Stamp | None] = {}
-        self._entries: dict[int, tuple[files.EntryRecord, ImageEntry]] = {}
+        self._stamps: dict[str, staging.FileVersion | None] = {}
+        self._entries: dict[int, tuple[qpproj.EntryRecord, ImageEntry]] = {}
         self._last: tuple[str, _Read] | None = None
-        self._classes_stamp: safety.Stamp | None = None
+        self._classes_stamp: staging.FileVersion | None = None
         self._classes_read = False
         self._load()
 
@@ -134,25 +134,25 @@ class EmbeddedProject(Project):
         path = path if path.suffix == ".qpproj" else path / PROJECT_FILE
         if path.exists():
             raise ProjectWriteError(f"There is a project already: {path}; open it or give another folder")
-        document = files.new_project(path, timestamp_ms=_now_ms(), version=cls._new_version())
-        with safety.Batch(path.parent) as batch:
+        document = qpproj.new_project(path, timestamp_ms=_now_ms(), version=cls._new_version())
+        with staging.Batch(path.parent) as batch:
             if classes:
                 target = path.parent / "classifiers" / "classes.json"
-                batch.stage(target, files.classes_json(classes, None, target))
+                batch.stage(target, qpproj.classes_json(classes, None, target))
             batch.stage(path.parent / "data" / "metadata.json", b"{}")
-            batch.stage(path, files.json_bytes(document))
+            batch.stage(path, qpproj.json_bytes(document))
             batch.commit()
         return cls(path)
 
     @classmethod
     def _new_version(cls) -> str:
         """QuPath version in whose form a new project is written."""
-        return files.NEW_PROJECT_VERSION
+        return qpproj.NEW_PROJECT_VERSION
 
     def _load(self) -> None:
-        data, self._stamp = safety.read_stamped(self.path, files.LIMITS)
-        self._document = files.parse_project(data, self.path)
-        self._records = {str(record.id): record for record in files.entry_records(self._document, self.path)}
+        data, self._stamp = staging.read_stamped(self.path, qpproj.LIMITS)
+        self._document = qpproj.parse_project(data, self.path)
+        self._records = {str(record.id): record for record in qpproj.entry_records(self._document, self.path)}
         self._images: tuple[ImageEntry, ...] | None = None
 
     # -- reading
@@ -160,7 +160,7 @@ class EmbeddedProject(Project):
     @property
     def version(self) -> str:
         """QuPath version that wrote the project file."""
-        return files.version_of(self._document)
+        return qpproj.version_of(self._document)
 
     @property
     def images(self) -> tuple[ImageEntry, ...]:
@@ -169,7 +169,7 @@ class EmbeddedProject(Project):
             self._images = tuple(self._known_entry(record) for record in self._records.values())
         return self._images
 
-    def _known_entry(self, record: files.EntryRecord) -> ImageEntry:
+    def _known_entry(self, record: qpproj.EntryRecord) -> ImageEntry:
         """Entry of a record; of an image whose server is what it was, nothing is looked up on the disk again."""
         known = self._entries.get(record.id)
         if known is None or known[0].builder != record.builder:
@@ -181,8 +181,8 @@ class EmbeddedProject(Project):
         self._entries[record.id] = (record, entry)
         return entry
 
-    def _entry(self, record: files.EntryRecord) -> ImageEntry:
-        server = files.server_of(record.builder)
+    def _entry(self, record: qpproj.EntryRecord) -> ImageEntry:
+        server = qpproj.server_of(record.builder)
         uri, path, exists = self._resolved(server.uri)
         size, pixel_size = server.size, server.pixel_size
         if exists and path is not None and not server.has_metadata and server.unsupported is None:
@@ -229,12 +229,12 @@ class EmbeddedProject(Project):
         summary = path.with_name("summary.json")
         with contextlib.suppress(ProjectError, LimitError, OSError):
             if _is_file(summary):
-                found = files.parse_json(safety.read_stamped(summary, files.LIMITS)[0], summary)
+                found = qpproj.parse_json(staging.read_stamped(summary, qpproj.LIMITS)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
             with open_file(path) as file:
                 stored = qpdata.image_type_of(file.read(_HEAD_BYTES))
-            return stored or qpdata.read(safety.read_stamped(path)[0], path=path).image_type
+            return stored or qpdata.read(staging.read_stamped(path)[0], path=path).image_type
         return _UNSET
 
     def _data_file(self, entry_id: str) -> Path:
@@ -245,15 +245,15 @@ class EmbeddedProject(Project):
         """The class list, in the project's order."""
         data, self._classes_stamp = self._stored_classes()
         self._classes_read = True
-        return () if data is None else files.parse_classes(data, self._classes_file)
+        return () if data is None else qpproj.parse_classes(data, self._classes_file)
 
     @property
     def _classes_file(self) -> Path:
         return self.folder / "classifiers" / "classes.json"
 
-    def _stored_classes(self) -> tuple[bytes | None, safety.Stamp | None]:
+    def _stored_classes(self) -> tuple[bytes | None, staging.FileVersion | None]:
         path = self._classes_file
-        return safety.read_stamped(path, files.LIMITS) if safety.is_there(path) else (None, None)
+        return staging.read_stamped(path, qpproj.LIMITS) if staging.is_there(path) else (None, None)
 
     def state(self, image: ImageEntry) -> ImageState:
         """Read what is stored for an image.
@@ -279,7 +279,7 @@ class EmbeddedProject(Project):
 
     def _has_data(self, entry_id: str) -> bool:
         path = self._data_file(entry_id)
-        if safety.is_there(path):
+        if staging.is_there(path):
             return True
         left = path.with_name(f"{_DATA_FILE}.bkp")
         if left.is_file():
@@ -288,7 +288,7 @@ class EmbeddedProject(Project):
 
     def _read(self, entry_id: str) -> _Read:
         path = self._data_file(entry_id)
-        data, stamp = safety.read_stamped(path)
+        data, stamp = staging.read_stamped(path)
         self._stamps[entry_id] = stamp
         if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
             return self._last[1]
@@ -301,7 +301,7 @@ class EmbeddedProject(Project):
         path = self._data_file(image.id)
         if not self._has_data(image.id):
             return qpdata.Document(self._blank(self._record(image), image.image_type), path=path)
-        data, self._stamps[image.id] = safety.read_stamped(path)
+        data, self._stamps[image.id] = staging.read_stamped(path)
         return qpdata.Document(data, path=path)
 
     # -- objects
@@ -336,16 +336,16 @@ class EmbeddedProject(Project):
         ProjectWriteError
             If the write failed; the former state stands.
         """
-        with no_collection(), self._writing(image) as path:
+        with paused_garbage_collection(), self._writing(image) as path:
             self._check_version(image, version)
             # What was read before is about to change, and takes more memory than the write.
             self._last = None
             before = self._opened_data(image)
             if changes.is_empty:
                 return Applied(added=0, replaced=0, removed=0, num_objects=before.num_objects, backup=None)
-            warnings = (*safety.qupath_warnings(path, image.path), *self._project_warnings())
+            warnings = (*staging.qupath_warnings(path, image.path), *self._project_warnings())
             classes = self._classes_for(changes, before)
-            content, verify = self._edited(image, before, changes, {known.name: known.colour for known in classes})
+            content, verify = self._edited(image, before, changes, {known.name: known.color for known in classes})
             del before  # its nodes are changed and used up
             after, backup = self._store(image.id, content, verify, classes, is_kept=changes.touches_objects)
         return Applied(
@@ -363,7 +363,7 @@ class EmbeddedProject(Project):
         if version is None and image.id in self._stamps:
             version = self._digest(image) or ""
         path = self._data_file(image.id)
-        if version is None or version == (safety.read_stamped(path)[1].digest if path.is_file() else ""):
+        if version is None or version == (staging.read_stamped(path)[1].digest if path.is_file() else ""):
             return
         raise ProjectChangedError(
             f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
@@ -374,22 +374,22 @@ class EmbeddedProject(Project):
         image: ImageEntry,
         before: qpdata.Document,
         changes: Changes,
-        colours: Mapping[str, Colour],
+        colors: Mapping[str, Color],
     ) -> tuple[bytes, _Verify]:
-        """Make the new ``data.qpdata``, and what compares it; `colours` are those of the project's classes."""
+        """Make the new ``data.qpdata``, and what compares it; `colors` are those of the project's classes."""
         path, former = self._data_file(image.id), before.data
-        content, touched = before.edit(changes, colours)
+        content, touched = before.edit(changes, colors)
         # What was made is compared with the former file as it is, not with the nodes that the edit changed.
         return content, lambda after: qpdata.verify(
             qpdata.Document(former, path=path), changes, touched, after, path=path
         )
 
-    def backups(self, image: ImageEntry) -> tuple[safety.Backup, ...]:
+    def backups(self, image: ImageEntry) -> tuple[staging.Backup, ...]:
         """Former states of an image's objects, newest first."""
         self._check_known(image)
-        return safety.without_present(safety.backups_of(self.folder, image.id), self._data_file(image.id))
+        return staging.without_present(staging.backups_of(self.folder, image.id), self._data_file(image.id))
 
-    def restore(self, image: ImageEntry, backup: safety.Backup) -> Applied:
+    def restore(self, image: ImageEntry, backup: staging.Backup) -> Applied:
         """Bring back a former state of an image's objects; the present one is kept as a backup.
 
         Parameters
@@ -412,14 +412,14 @@ class EmbeddedProject(Project):
             As for `apply`.
         """
         with self._writing(image) as path:
-            content = safety.read_stamped(backup.path)[0]
+            content = staging.read_stamped(backup.path)[0]
             restored = {record.id for record in qpdata.read(content, path=backup.path).objects}
             self._last = None
             kept: set[UUID] = set()
             if path.is_file():
                 with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
                     kept = {item.id for item in self._opened_data(image).found[1:]}
-            warnings = safety.qupath_warnings(path, image.path)
+            warnings = staging.qupath_warnings(path, image.path)
             after, former = self._store(image.id, content, lambda _: None, None)
         return Applied(
             added=len(restored - kept),
@@ -436,7 +436,7 @@ class EmbeddedProject(Project):
         kept = next((known for known in self.backups(image) if known.path == backup), None)
         if kept is None or not self._has_data(image.id):
             return None
-        stamp = safety.read_stamped(self._data_file(image.id))[1]
+        stamp = staging.read_stamped(self._data_file(image.id))[1]
         return self.restore(image, kept) if stamp.digest == digest else None
 
     def _digest(self, image: ImageEntry) -> str | None:
@@ -447,9 +447,9 @@ class EmbeddedProject(Project):
     def _writing(self, image: ImageEntry) -> Iterator[Path]:
         self._check_known(image)
         path = self._data_file(image.id)
-        with safety.write_lock(self.folder):
-            safety.remove_leftovers(self.folder, self._classes_file.parent, path.parent)
-            safety.drop_copy_of_present(self.folder, image.id, path)
+        with staging.write_lock(self.folder):
+            staging.remove_leftovers(self.folder, self._classes_file.parent, path.parent)
+            staging.drop_copy_of_present(self.folder, image.id, path)
             yield path
 
     def _store(
@@ -467,18 +467,18 @@ class EmbeddedProject(Project):
         """
         path = self._data_file(entry_id)
         basis = self._stamps.get(entry_id) if path.is_file() else None
-        with safety.Batch(self.folder) as batch:
+        with staging.Batch(self.folder) as batch:
             if classes is not None:
                 self._stage_classes(batch, classes)
-            backup = safety.backup_path(self.folder, entry_id) if is_kept and path.is_file() else None
+            backup = staging.backup_path(self.folder, entry_id) if is_kept and path.is_file() else None
             after = _read_back(batch.stage(path, content, backup=backup), content, path)
             verify(after)
             summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
-            batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False), like=path)
-            safety.check_unchanged(path, basis)
+            batch.stage(path.with_name("summary.json"), qpproj.json_bytes(summary, pretty=False), like=path)
+            staging.check_unchanged(path, basis)
             batch.commit()
-        safety.prune_backups(self.folder, entry_id)
-        self._stamps[entry_id] = safety.read_stamped(path)[1]
+        staging.prune_backups(self.folder, entry_id)
+        self._stamps[entry_id] = staging.read_stamped(path)[1]
         del self._entries[int(entry_id)]  # its image type may be another
         self._images = None
         return after, backup
@@ -487,11 +487,11 @@ class EmbeddedProject(Project):
         image = self._known_entry(self._records[entry_id])
         return None if image.width is None or image.height is None else Size(image.width, image.height)
 
-    def _first_data(self, record: files.EntryRecord, image_type: str) -> bytes:
+    def _first_data(self, record: qpproj.EntryRecord, image_type: str) -> bytes:
         """Make the ``data.qpdata`` of an image that was just added."""
         return self._blank(record, image_type)
 
-    def _blank(self, record: files.EntryRecord, image_type: str) -> bytes:
+    def _blank(self, record: qpproj.EntryRecord, image_type: str) -> bytes:
         """Make the data of an image without objects, as QuPath would save it first."""
         return qpdata.create(
             image_type=image_type,
@@ -500,11 +500,11 @@ class EmbeddedProject(Project):
             version=self.version,
         )
 
-    def _record(self, image: ImageEntry) -> files.EntryRecord:
+    def _record(self, image: ImageEntry) -> qpproj.EntryRecord:
         return self._records[image.id]
 
     def _project_warnings(self) -> tuple[str, ...]:
-        if safety.read_stamped(self.path)[1].digest == self._stamp.digest:
+        if staging.read_stamped(self.path)[1].digest == self._stamp.digest:
             return ()
         return (f"{self.path.name} was saved by another program while this one ran: QuPath may have the project open",)
 
@@ -523,28 +523,28 @@ class EmbeddedProject(Project):
         names = [path_class.name for path_class in classes]
         if len(set(names)) != len(names) or not all(names):
             raise ClassMapError(f"Class names must be there and differ, got {names}")
-        with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
-            safety.remove_leftovers(self.folder, self._classes_file.parent)
+        with staging.write_lock(self.folder), staging.Batch(self.folder) as batch:
+            staging.remove_leftovers(self.folder, self._classes_file.parent)
             if self._classes_read:
-                safety.check_unchanged(self._classes_file, self._classes_stamp)
+                staging.check_unchanged(self._classes_file, self._classes_stamp)
             self._stage_classes(batch, classes)
             batch.commit()
         self._classes_read = False
 
-    def _stage_classes(self, batch: safety.Batch, classes: Sequence[PathClass]) -> None:
+    def _stage_classes(self, batch: staging.Batch, classes: Sequence[PathClass]) -> None:
         former, _ = self._stored_classes()
-        content = files.classes_json(classes, former, self._classes_file)
+        content = qpproj.classes_json(classes, former, self._classes_file)
         if content != former and (classes or former is not None):
             batch.stage(self._classes_file, content)
 
     def _classes_for(self, changes: Changes, data: qpdata.Document) -> tuple[PathClass, ...]:
         """Return the class list with the classes that new objects bring, in the colours they already have."""
         former, _ = self._stored_classes()
-        listed = () if former is None else files.parse_classes(former, self._classes_file)
+        listed = () if former is None else qpproj.parse_classes(former, self._classes_file)
         names = dict.fromkeys(record.path_class for record in (*changes.add, *changes.replace))
-        known = {**changes.class_colors, **data.colours}
-        more = [PathClass(name, known.get(name, default_colour(name))) for name in names if name is not None]
-        return files.merged_classes(listed, more)
+        known = {**changes.class_colors, **data.colors}
+        more = [PathClass(name, known.get(name, default_color(name))) for name in names if name is not None]
+        return qpproj.merged_classes(listed, more)
 
     # -- images
 
@@ -573,41 +573,41 @@ class EmbeddedProject(Project):
         path = Path(path).absolute()
         builder, size, small = self._opened(path, name or path.name, mpp)
         with self._editing() as (document, batch):
-            version = files.version_of(document)
-            record = files.EntryRecord(
+            version = qpproj.version_of(document)
+            record = qpproj.EntryRecord(
                 id=self._next_id(document),
                 name=name or path.name,
                 description=None,
                 metadata=dict(metadata or {}),
                 builder=builder,
             )
-            document.setdefault("images", []).append(files.entry_json(record, version=version))
+            document.setdefault("images", []).append(qpproj.entry_json(record, version=version))
             document["lastID"] = record.id
             # The project file comes first: an entry without its data is what QuPath makes too, data without an entry
             # would be taken for that of the next image.
             self._stage_project(batch, document)
             folder = self._data_file(str(record.id)).parent
             batch.stage(folder / "thumbnail.jpg", small)
-            batch.stage(folder / "server.json", files.server_json(builder, version=version))
+            batch.stage(folder / "server.json", qpproj.server_json(builder, version=version))
             if image_type != _UNSET:
                 self._stage_blank(batch, record, size, image_type)
             batch.commit()
         self._load()
         return self.image(str(record.id))
 
-    def _opened(self, path: Path, name: str, mpp: float | None) -> tuple[files.JsonObject, Size, bytes]:
+    def _opened(self, path: Path, name: str, mpp: float | None) -> tuple[qpproj.JsonObject, Size, bytes]:
         """Open an image file to be added: its server builder, level-0 size and thumbnail."""
         from darefine_qupath.project import imagefile  # noqa: PLC0415
 
         found, small = imagefile.probe(path), imagefile.thumbnail(path)
         return _builder(path, name, found, mpp, self.version), found.size, small
 
-    def _stage_blank(self, batch: safety.Batch, record: files.EntryRecord, size: Size, image_type: str) -> None:
+    def _stage_blank(self, batch: staging.Batch, record: qpproj.EntryRecord, size: Size, image_type: str) -> None:
         path = self._data_file(str(record.id))
         content = self._first_data(record, image_type)
         data = _read_back(batch.stage(path, content), content, path)
         summary = qpdata.summary(data, size=size, timestamp_ms=_now_ms())
-        batch.stage(path.with_name("summary.json"), files.json_bytes(summary, pretty=False))
+        batch.stage(path.with_name("summary.json"), qpproj.json_bytes(summary, pretty=False))
 
     def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
         """Take an image out of the project.
@@ -622,7 +622,7 @@ class EmbeddedProject(Project):
             batch.commit()
             data = self._data_file(image.id).parent
             if delete_data and data.is_dir():
-                _move_folder(data, safety.backup_path(self.folder, image.id).with_suffix(""))
+                _move_folder(data, staging.backup_path(self.folder, image.id).with_suffix(""))
         self._stamps.pop(image.id, None)
         self._load()
 
@@ -659,7 +659,7 @@ class EmbeddedProject(Project):
         if not metadata:
             return
         with self._editing() as (document, batch):
-            records = files.entry_records(document, self.path)
+            records = qpproj.entry_records(document, self.path)
             entries = {str(record.id): entry for record, entry in zip(records, document["images"], strict=True)}
             for entry_id, values in metadata.items():
                 if entry_id not in entries:
@@ -670,27 +670,27 @@ class EmbeddedProject(Project):
         self._load()
 
     @contextlib.contextmanager
-    def _editing(self) -> Iterator[tuple[files.JsonObject, safety.Batch]]:
+    def _editing(self) -> Iterator[tuple[qpproj.JsonObject, staging.Batch]]:
         """Give the project file as it is now, not as it was when opened: what others wrote meanwhile stays."""
-        with safety.write_lock(self.folder), safety.Batch(self.folder) as batch:
-            safety.remove_leftovers(self.folder)
-            yield files.parse_project(safety.read_stamped(self.path, files.LIMITS)[0], self.path), batch
+        with staging.write_lock(self.folder), staging.Batch(self.folder) as batch:
+            staging.remove_leftovers(self.folder)
+            yield qpproj.parse_project(staging.read_stamped(self.path, qpproj.LIMITS)[0], self.path), batch
 
-    def _raw_entry(self, document: files.JsonObject, image: ImageEntry) -> files.JsonObject:
+    def _raw_entry(self, document: qpproj.JsonObject, image: ImageEntry) -> qpproj.JsonObject:
         self._check_known(image)
-        records = files.entry_records(document, self.path)
+        records = qpproj.entry_records(document, self.path)
         for entry, record in zip(document["images"], records, strict=True):
             if str(record.id) == image.id:
-                found: files.JsonObject = entry
+                found: qpproj.JsonObject = entry
                 return found
         raise ProjectChangedError(f"{image.name!r} (entry {image.id}) was taken out of {self.path} meanwhile")
 
-    def _stage_project(self, batch: safety.Batch, document: files.JsonObject) -> None:
-        former = safety.read_stamped(self.path, files.LIMITS)[0]
+    def _stage_project(self, batch: staging.Batch, document: qpproj.JsonObject) -> None:
+        former = staging.read_stamped(self.path, qpproj.LIMITS)[0]
         batch.stage(self.path.with_name(f"{self.path.name}.backup"), former, like=self.path)
-        batch.stage(self.path, files.json_bytes(self._at_home(document)))
+        batch.stage(self.path, qpproj.json_bytes(self._at_home(document)))
 
-    def _at_home(self, document: files.JsonObject) -> files.JsonObject:
+    def _at_home(self, document: qpproj.JsonObject) -> qpproj.JsonObject:
         """Rewrite the URIs of a moved project as QuPath does, but only when every image was found.
 
         Until then the former place in ``uri`` is what leads to the images that are still missing.
@@ -699,19 +699,19 @@ class EmbeddedProject(Project):
         if not isinstance(stored, str) or uris.local_path(stored) == self.path:
             return document
         entries = []
-        for entry, record in zip(document["images"], files.entry_records(document, self.path), strict=True):
-            stored = files.server_of(record.builder).uri
+        for entry, record in zip(document["images"], qpproj.entry_records(document, self.path), strict=True):
+            stored = qpproj.server_of(record.builder).uri
             uri, path, exists = self._resolved(stored)
-            builder = record.builder if uri is None else files.with_uri(record.builder, uri)
+            builder = record.builder if uri is None else qpproj.with_uri(record.builder, uri)
             if (path is not None and not exists) or (uri != stored and builder is record.builder):
                 return document
             entries.append(entry | {"serverBuilder": builder})
         return document | {"uri": uris.file_uri(self.path), "images": entries}
 
-    def _next_id(self, document: files.JsonObject) -> int:
+    def _next_id(self, document: qpproj.JsonObject) -> int:
         number = _last_id(document) + 1
         while (folder := self._data_file(str(number)).parent).exists():
-            safety.remove_leftovers(folder)
+            staging.remove_leftovers(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()
                 break
@@ -733,7 +733,7 @@ def _now_ms() -> int:
 def _last_id(document: Mapping[str, object]) -> int:
     last, images = document.get("lastID"), document.get("images")
     ids = [int(entry["entryID"]) for entry in images] if isinstance(images, list) else []
-    return max([0, *ids, last if isinstance(last, int) and last < files.NO_ID else 0])
+    return max([0, *ids, last if isinstance(last, int) and last < qpproj.NO_ID else 0])
 
 
 def _move_folder(folder: Path, target: Path) -> None:
@@ -756,16 +756,16 @@ def _check_image_arguments(mpp: float | None, metadata: Mapping[str, str], image
             raise ConfigError(f"Image metadata is text, got {item[0]!r}: {item[1]!r}")
 
 
-def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version: str) -> files.JsonObject:
+def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version: str) -> qpproj.JsonObject:
     metadata = None
     if found.is_rgb:
-        metadata = files.image_metadata(
+        metadata = qpproj.image_metadata(
             name=name,
             levels=found.levels,
             tile=found.tile,
             mpp=found.pixel_size if mpp is None else (mpp, mpp),
             magnification=found.magnification,
-            has_timepoints=found.provider == files.IMAGEJ and files.is_since(version, 0, 6),
+            has_timepoints=found.provider == qpproj.IMAGEJ and qpproj.is_since(version, 0, 6),
         )
     elif mpp is not None and found.is_readable:
         _log.warning(
@@ -778,13 +778,13 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
         raise ProjectUnsupportedError(
             f"{path} is not an 8-bit RGB image: its pixel size cannot be set here; set it in QuPath"
         )
-    return files.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
+    return qpproj.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
 
 
 def _read_back(staged: Path, content: bytes, path: Path) -> qpdata.Document:
     """Open what was staged for `path`."""
     try:
-        if safety.read_stamped(staged)[0] != content:
+        if staging.read_stamped(staged)[0] != content:
             raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
         return qpdata.Document(content, path=path)
     except ProjectFormatError as error:

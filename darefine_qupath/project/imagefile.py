@@ -19,7 +19,7 @@ from PIL import Image
 from darefine_qupath.errors import SlideError, SlideFormatError, SlideNotFoundError
 from darefine_qupath.geometry import Box, PixelSize, Size, fit_within
 from darefine_qupath.limits import naming
-from darefine_qupath.project.files import BIO_FORMATS, IMAGEJ, OPENSLIDE
+from darefine_qupath.project.qpproj import BIO_FORMATS, IMAGEJ, OPENSLIDE
 from darefine_qupath.slides import PyramidSlide, open_slide
 
 __all__ = ["ImageFile", "probe", "thumbnail"]

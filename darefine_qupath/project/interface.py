@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Colour, PathClass
+from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import ImageNotFoundError
 from darefine_qupath.geometry import PixelSize
 
@@ -129,7 +129,7 @@ class Changes:
     replace: Sequence[Annotation] = ()
     remove: Sequence[UUID] = ()
     properties: Mapping[str, str | None] = field(default_factory=dict)
-    class_colors: Mapping[str, Colour] = field(default_factory=dict)
+    class_colors: Mapping[str, Color] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

@@ -2,12 +2,12 @@
 
 from darefine_qupath.review.compare import ImageReview, ObjectReview, ReviewReport, compare
 from darefine_qupath.review.labels import ReviewedLabels, manual_annotations, reviewed_annotations
-from darefine_qupath.review.ours import Reviewed, Survey, for_images, survey
+from darefine_qupath.review.ownership import ImageObjects, Reviewed, for_images, sort_objects
 from darefine_qupath.review.page import write_page
-from darefine_qupath.review.places import MapLayers, Place, clear_places, mark_places, next_places
+from darefine_qupath.review.review_queue import MapLayers, Place, clear_places, mark_places, next_places
 from darefine_qupath.review.runs import OnError, Run, RunObject, list_runs
 from darefine_qupath.review.scripts import install_scripts, script_names
-from darefine_qupath.review.takeback import run_states, undo
+from darefine_qupath.review.undo import run_states, undo
 from darefine_qupath.review.writeback import (
     RunResult,
     WriteOptions,
@@ -18,6 +18,7 @@ from darefine_qupath.review.writeback import (
 )
 
 __all__ = [
+    "ImageObjects",
     "ImageReview",
     "MapLayers",
     "ObjectReview",
@@ -29,7 +30,6 @@ __all__ = [
     "Run",
     "RunObject",
     "RunResult",
-    "Survey",
     "WriteOptions",
     "WritePlan",
     "apply_plan",
@@ -45,7 +45,7 @@ __all__ = [
     "reviewed_annotations",
     "run_states",
     "script_names",
-    "survey",
+    "sort_objects",
     "undo",
     "write_back",
     "write_page",

@@ -17,8 +17,8 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import ReviewError
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.review.giveway import areal
-from darefine_qupath.review.ours import MODEL, Reviewed, Status, Survey, for_images, survey
+from darefine_qupath.review.clipping import areal
+from darefine_qupath.review.ownership import MODEL, ImageObjects, Reviewed, Status, for_images, sort_objects
 from darefine_qupath.review.runs import OnError, number_of
 from darefine_qupath.sheets import write_csv
 
@@ -262,7 +262,9 @@ def compare(
     ProjectFormatError
         If an image's data are.
     """
-    found = for_images(project.images if images is None else images, lambda image: survey(project, image), on_error)
+    found = for_images(
+        project.images if images is None else images, lambda image: sort_objects(project, image), on_error
+    )
     reviews = tuple(
         _image_review(image, state) for image, state in found if state.run or state.ours or state.past.overwritten
     )
@@ -272,7 +274,7 @@ def compare(
     return ReviewReport(project=project.name, images=reviews, classes=classes, confusion=total)
 
 
-def _image_review(image: ImageEntry, state: Survey) -> ImageReview:
+def _image_review(image: ImageEntry, state: ImageObjects) -> ImageReview:
     last = state.run or next(iter(state.past.overwritten), None)
     known = set() if last is None else set(last.known)
     drawn = [record for record in state.theirs if last and record.id not in known and _is_drawn(record)]

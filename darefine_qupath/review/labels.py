@@ -11,9 +11,9 @@ import shapely
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import is_ignored
+from darefine_qupath.review.clipping import areal
 from darefine_qupath.review.compare import final_class
-from darefine_qupath.review.giveway import areal
-from darefine_qupath.review.ours import Survey, survey
+from darefine_qupath.review.ownership import ImageObjects, sort_objects
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -63,7 +63,7 @@ def manual_annotations(project: Project, image: ImageEntry, *, taken_over: bool 
     tuple of Annotation
         Each in its final class.
     """
-    found = survey(project, image)
+    found = sort_objects(project, image)
     return _annotations(found, taken_over=taken_over)
 
 
@@ -85,7 +85,7 @@ def reviewed_annotations(project: Project, image: ImageEntry) -> ReviewedLabels:
     ReviewedLabels
         Annotations and their origin.
     """
-    found = survey(project, image)
+    found = sort_objects(project, image)
     annotations = _annotations(found, taken_over=True)
     labelled = [
         areal(record.geometry)
@@ -119,7 +119,7 @@ def _without(places: Sequence[BaseGeometry], shapes: Sequence[BaseGeometry]) -> 
     return left
 
 
-def _annotations(found: Survey, *, taken_over: bool) -> tuple[Annotation, ...]:
+def _annotations(found: ImageObjects, *, taken_over: bool) -> tuple[Annotation, ...]:
     theirs = [record for record in found.theirs if record.kind == "annotation"]
     if not taken_over:
         return tuple(theirs)

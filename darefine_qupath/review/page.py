@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from darefine_qupath.classes import Colour, default_colour
+from darefine_qupath.classes import Color, default_color
 from darefine_qupath.review.compare import OUTCOMES, ReviewReport
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ th:first-child, td:first-child { text-align: left }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .35rem 0 0 }
 .keys span { margin-right: 1rem; white-space: nowrap } .note { color: #666 }
 """
-_COLOURS = {
+_COLORS = {
     "accepted": "#3c9a5f",
     "reshaped": "#4f7fd9",
     "reclassified": "#e0a030",
@@ -55,19 +55,19 @@ def write_page(report: ReviewReport, path: Path, *, classes: Iterable[PathClass]
 
 def render_page(report: ReviewReport, *, classes: Iterable[PathClass] = ()) -> str:
     """HTML of the page of a review; see `write_page`."""
-    colours = {path_class.name: path_class.colour for path_class in classes}
+    colors = {path_class.name: path_class.color for path_class in classes}
     title = f"Review of {escape(report.project)}"
     body = [
         f"<h1>{title}</h1>",
         _keys(),
         _bar(report.counts),
         "<h2>By class</h2>",
-        _by_class(report, colours),
+        _by_class(report, colors),
         "<h2>By slide</h2>",
         _by_slide(report),
         *(f'<p class="note">{escape(note)}.</p>' for note in report.notes()),
         "<h2>Agreement</h2>",
-        _agreement(report, colours),
+        _agreement(report, colors),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -76,14 +76,14 @@ def render_page(report: ReviewReport, *, classes: Iterable[PathClass] = ()) -> s
 
 
 def _keys() -> str:
-    keys = (f'<span><i class="key" style="background:{_COLOURS[name]}"></i>{name}</span>' for name in OUTCOMES)
+    keys = (f'<span><i class="key" style="background:{_COLORS[name]}"></i>{name}</span>' for name in OUTCOMES)
     return f'<p class="keys">{"".join(keys)}</p>'
 
 
 def _bar(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     parts = (
-        f'<i style="width:{100 * counts[name] / total:.3f}%;background:{_COLOURS[name]}" title="{name}: '
+        f'<i style="width:{100 * counts[name] / total:.3f}%;background:{_COLORS[name]}" title="{name}: '
         f'{counts[name]}"></i>'
         for name in OUTCOMES
         if total and counts[name]
@@ -97,12 +97,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table>\n{chr(10).join(lines)}\n</table>"
 
 
-def _name(name: str, colours: Mapping[str, Colour]) -> str:
-    colour = colours.get(name) or default_colour(name)
-    return f'<i class="key" style="background:{colour.hex}"></i>{escape(name)}'
+def _name(name: str, colors: Mapping[str, Color]) -> str:
+    color = colors.get(name) or default_color(name)
+    return f'<i class="key" style="background:{color.hex}"></i>{escape(name)}'
 
 
-def _by_class(report: ReviewReport, colours: Mapping[str, Colour]) -> str:
+def _by_class(report: ReviewReport, colors: Mapping[str, Color]) -> str:
     areas, agreement = report.areas_mm2(), report.iou
     rows = []
     for name, counts in report.by_class.items():
@@ -110,7 +110,7 @@ def _by_class(report: ReviewReport, colours: Mapping[str, Colour]) -> str:
         area = areas.get(name, {"predicted": 0.0, "final": 0.0})
         rows.append(
             [
-                _name(name, colours),
+                _name(name, colors),
                 *(str(counts[outcome]) for outcome in OUTCOMES),
                 f"{area['predicted']:.3f}",
                 f"{area['final']:.3f}",
@@ -128,13 +128,13 @@ def _by_slide(report: ReviewReport) -> str:
     return _table(["Slide", *OUTCOMES, ""], rows)
 
 
-def _agreement(report: ReviewReport, colours: Mapping[str, Colour]) -> str:
+def _agreement(report: ReviewReport, colors: Mapping[str, Color]) -> str:
     counts = report.confusion.counts
     total = counts.sum()
     if not total:
         return '<p class="note">Nothing has been reviewed yet.</p>'
     rows = [
-        [_name(name, colours), *(f"{100 * value / total:.1f} %" for value in row)]
+        [_name(name, colors), *(f"{100 * value / total:.1f} %" for value in row)]
         for name, row in zip(report.classes, counts, strict=True)
     ]
     head = ["final \\ predicted", *(escape(name) for name in report.classes)]

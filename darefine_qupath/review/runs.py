@@ -32,7 +32,7 @@ import shapely
 from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
 from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.limits import DATA, parse_json, read_file, wording
-from darefine_qupath.project.safety import Batch, write_lock
+from darefine_qupath.project.staging import Batch, write_lock
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry

@@ -21,16 +21,16 @@ from darefine_qupath.classes import ClassMap, PathClass, is_ignored
 from darefine_qupath.errors import ProjectChangedError, ReviewError
 from darefine_qupath.limits import require_finite
 from darefine_qupath.project import Changes
-from darefine_qupath.review.giveway import Yielded, areal, give_way
+from darefine_qupath.review.clipping import ClippedPolygons, areal, clip_predictions
 from darefine_qupath.review.history import History, settle, witness_of
-from darefine_qupath.review.ours import (
+from darefine_qupath.review.ownership import (
     CLASS,
     MODEL,
     RUN,
     RUNNER_UP,
+    ImageObjects,
     Reviewed,
-    Survey,
-    survey,
+    sort_objects,
 )
 from darefine_qupath.review.runs import (
     DIGEST,
@@ -250,7 +250,7 @@ def plan_write(
     """
     _check_labels(polygons, classes)
     mpp = image.mpp if mpp is None else mpp
-    found = survey(project, image)
+    found = sort_objects(project, image)
     yielded, warnings = _yielded(polygons, found, classes, options, mpp)
     number = next_number(project)
     run_id = run_name(number, image)
@@ -360,7 +360,7 @@ def _numbered(plan: WritePlan, number: int, image: ImageEntry) -> WritePlan:
     return replace(plan, run=run, changes=_changes(run), result=replace(plan.result, run=run_id))
 
 
-def _known(found: Survey) -> tuple[UUID, ...]:
+def _known(found: ImageObjects) -> tuple[UUID, ...]:
     """Annotations that were there before the first run; what vanished with its data may have been drawn over since."""
     former = found.run or next(iter(found.past.overwritten), None)
     if former is not None:
@@ -368,7 +368,7 @@ def _known(found: Survey) -> tuple[UUID, ...]:
     return tuple(record.id for record in found.theirs if record.kind == "annotation")
 
 
-def _adopted(found: Survey) -> tuple[Reviewed, ...]:
+def _adopted(found: ImageObjects) -> tuple[Reviewed, ...]:
     return (*found.adopted, *(item for item in found.containers if item.status not in ("untouched", "rejected")))
 
 
@@ -380,14 +380,14 @@ def _check_labels(polygons: Sequence[ClassPolygon], classes: ClassMap) -> None:
 
 def _new_classes(project: Project, objects: Sequence[RunObject], classes: ClassMap) -> tuple[PathClass, ...]:
     known = {path_class.name for path_class in project.classes}
-    colours = dict(zip(classes.names, classes.colours, strict=True))
+    colors = dict(zip(classes.names, classes.colors, strict=True))
     names = dict.fromkeys((item.record.path_class, item.training_class) for item in objects)
     return tuple(
-        PathClass(name, colours[training_class]) for name, training_class in names if name and name not in known
+        PathClass(name, colors[training_class]) for name, training_class in names if name and name not in known
     )
 
 
-def _result(run: Run, found: Survey, yielded: Yielded, warnings: tuple[str, ...]) -> RunResult:
+def _result(run: Run, found: ImageObjects, yielded: ClippedPolygons, warnings: tuple[str, ...]) -> RunResult:
     regions = [item for item in run.objects if item.role == "region"]
     return RunResult(
         run=run.id,
@@ -410,8 +410,8 @@ def _result(run: Run, found: Survey, yielded: Yielded, warnings: tuple[str, ...]
 
 
 def _yielded(
-    polygons: Sequence[ClassPolygon], found: Survey, classes: ClassMap, options: WriteOptions, mpp: float | None
-) -> tuple[Yielded, tuple[str, ...]]:
+    polygons: Sequence[ClassPolygon], found: ImageObjects, classes: ClassMap, options: WriteOptions, mpp: float | None
+) -> tuple[ClippedPolygons, tuple[str, ...]]:
     standing = _standing(found, options)
     rejected: dict[int, list[BaseGeometry]] = {}
     for item in found.ours if options.remember_rejections else ():
@@ -425,7 +425,7 @@ def _yielded(
             rejected.setdefault(classes.names.index(item.written.training_class), []).append(place)
     smallest = smallest_part(mpp, options)
     shapes = [shape for _, shape in standing]
-    yielded = give_way(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
+    yielded = clip_predictions(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
     return yielded, _covered_by_strangers(polygons, standing, classes)
 
 
@@ -434,7 +434,7 @@ def smallest_part(mpp: float | None, options: WriteOptions = WriteOptions()) -> 
     return options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
 
 
-def _standing(found: Survey, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
+def _standing(found: ImageObjects, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
     """List what nothing may overlap, with its class."""
     theirs = [record for record in found.theirs if _stands(record, options)]
     theirs += [item.current for item in found.adopted if item.current is not None]
@@ -481,7 +481,7 @@ class _Maker:
     classes: ClassMap
     options: WriteOptions
 
-    def objects(self, polygons: Sequence[ClassPolygon], found: Survey) -> list[RunObject]:
+    def objects(self, polygons: Sequence[ClassPolygon], found: ImageObjects) -> list[RunObject]:
         taken = {record.id for record in found.theirs} | {item.written.id for item in _adopted(found)}
         parent = self._container(polygons, found)
         made = [] if parent is None or parent.id in taken else [parent]
@@ -497,7 +497,7 @@ class _Maker:
         ]
         return made
 
-    def _container(self, polygons: Sequence[ClassPolygon], found: Survey) -> RunObject | None:
+    def _container(self, polygons: Sequence[ClassPolygon], found: ImageObjects) -> RunObject | None:
         if not self.options.container or not polygons:
             return None
         identity = uuid5(_NAMESPACE, f"{self.image.id}/{self.model}/container")

@@ -34,7 +34,7 @@ _DENSITY_RANGE = (0.02, 0.035)
 _STAIN = 0.015
 
 _DUST_DENSITY = 0.08
-_DUST_COLOUR = 0.15
+_DUST_COLOR = 0.15
 """Share of its density by which a grey speck may differ between channels; in H&E 0.3 and more."""
 
 
@@ -155,10 +155,10 @@ def tissue_mask(
 def _tissue(rgb: NDArray[np.uint8], speck: int) -> NDArray[np.bool_]:
     excluded = _flat(rgb) | _black(rgb) | _ink(rgb)
     density = _density(rgb, excluded)
-    grey = density.mean(axis=2)
+    gray = density.mean(axis=2)
     stain = density.max(axis=2) - density.min(axis=2)
-    mask = ((grey > _threshold(grey[~excluded])) | (stain > _STAIN)) & ~excluded
-    mask = _closed(mask & ~_dust(grey, stain, excluded))
+    mask = ((gray > _threshold(gray[~excluded])) | (stain > _STAIN)) & ~excluded
+    mask = _closed(mask & ~_dust(gray, stain, excluded))
     mask &= sieve(mask.astype(np.uint8), min(speck, mask.size)).astype(bool)
     mask |= sieve(mask.astype(np.uint8), min(_HOLE_PX, mask.size)).astype(bool)
     return np.asarray(mask & ~excluded)
@@ -187,20 +187,20 @@ def _threshold(density: NDArray[np.float32]) -> float:
     if density.size == 0:
         return _DENSITY_RANGE[1]
     counts, edges = np.histogram(density, bins=256, range=(0.0, 1.0))
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     below, total = np.cumsum(counts), counts.sum()
-    weighted = np.cumsum(counts * centres)
+    weighted = np.cumsum(counts * centers)
     above = total - below
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (weighted / below - (weighted[-1] - weighted) / above) ** 2
-    otsu = float(centres[int(np.nan_to_num(between).argmax())])
+    otsu = float(centers[int(np.nan_to_num(between).argmax())])
     return min(max(otsu / 2, _DENSITY_RANGE[0]), _DENSITY_RANGE[1])
 
 
 def _flat(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Grey pixels whose surroundings are equal to the last bit: no camera took them."""
-    grey = (rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)) <= 3
-    return _opened(np.asarray((_contrast(rgb) <= 1) & grey))
+    gray = (rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)) <= 3
+    return _opened(np.asarray((_contrast(rgb) <= 1) & gray))
 
 
 def _black(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -221,10 +221,10 @@ def _ink(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return _opened(is_blue | is_green | is_black)
 
 
-def _dust(grey: NDArray[np.float32], stain: NDArray[np.float32], excluded: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _dust(gray: NDArray[np.float32], stain: NDArray[np.float32], excluded: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Find what is dark without colour, unless most of the slide is; within tissue it is filled in again."""
-    seen = (grey > _DUST_DENSITY) & ~excluded
-    dust = seen & (stain < _DUST_COLOUR * grey)
+    seen = (gray > _DUST_DENSITY) & ~excluded
+    dust = seen & (stain < _DUST_COLOR * gray)
     return np.asarray(_grown(_opened(dust), 2) if dust.sum() < seen.sum() / 2 else np.zeros_like(dust))
 
 

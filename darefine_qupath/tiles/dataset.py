@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, SlideError, SlideNotFoundError, TileError
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import DATA, NOTES, naming, parse_json, read_file
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
-from darefine_qupath.tiles.screening import (
+from darefine_qupath.tiles.scan import (
     Finder,
     Found,
     ImagePlan,
@@ -402,7 +402,7 @@ def _index(plans: Sequence[ImagePlan], found: Mapping[str, Found], spec: TileSpe
 
 
 def _write_tiles(path: Path, index: TileIndex, digests: Sequence[str]) -> None:
-    with replacing(path, TileError) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path, TileError) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for record, digest in zip(index, digests, strict=True):
             tile = {
                 "image": record.image.id,
@@ -430,7 +430,7 @@ def _write_manifest(out: Path, index: TileIndex, request: Mapping[str, Any], sta
     manifest["digest"] = sha256(_canonical(manifest) + (out / _TILES).read_bytes()).hexdigest()
     # Not in the digest: a copy of a slide gives the same tiles.
     manifest["modified"] = state["modified"]
-    with replacing(out / _MANIFEST, TileError) as temporary:
+    with atomic_write(out / _MANIFEST, TileError) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / _JOURNAL).unlink()
 

@@ -76,7 +76,7 @@ def plan_tiles(
         Tiles that share a context stand together; contexts, and slices in them, row by row. Without `within` and
         `keep` every pixel of the slide lies in at least one slice.
     """
-    axis = _parent_axis if spec.placement == "parent" else _centred_axis
+    axis = _parent_axis if spec.placement == "parent" else _centered_axis
     columns = axis(size[0], spec, grid_shift[0])
     rows = axis(size[1], spec, grid_shift[1])
     if within is not None:
@@ -153,7 +153,7 @@ def _parent_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
     return cells
 
 
-def _centred_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
+def _centered_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
     starts = range(-(shift % spec.stride_px), length, spec.stride_px)
     return _centred(_needed(starts, spec.slice_px, length), spec)
 

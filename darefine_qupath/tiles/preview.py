@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from darefine_qupath.errors import TileError
 from darefine_qupath.tiles.index import TileIndex, TileRecord
 from darefine_qupath.tiles.sources import TilePixels, TileReader
-from darefine_qupath.tiles.storage import IGNORE_COLOUR, palette
+from darefine_qupath.tiles.storage import IGNORE_COLOR, palette
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ _GAP = 6
 _LINE = 18
 _MARGIN = 24
 _INK = (30, 30, 30)
-_BOX_COLOUR = (0, 200, 255)
+_BOX_COLOR = (0, 200, 255)
 _EDGE = 3
 """Width of the outlines over a slice, in pixels of the sheet."""
 
@@ -117,10 +117,10 @@ def contact_sheet(
     rows = -(-len(examples) // columns)
     table = (tiles.classes.num_classes + 4) * _LINE
     sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + table + 2 * _MARGIN), "white")
-    colours = palette(tiles.classes)
+    colors = palette(tiles.classes)
     for place, record in enumerate(examples):
         corner = (_MARGIN + place % columns * cell[0], _MARGIN + place // columns * cell[1])
-        _draw_tile(sheet, corner, record, reader.read(record), colours, tiles.classes.names)
+        _draw_tile(sheet, corner, record, reader.read(record), colors, tiles.classes.names)
     _draw_table(sheet, (_MARGIN, _MARGIN + rows * cell[1]), tiles)
     sheet.save(path, kind, **({"quality": 92} if kind == "JPEG" else {}))
     return path
@@ -131,7 +131,7 @@ def _draw_tile(
     corner: tuple[int, int],
     record: TileRecord,
     pixels: TilePixels,
-    colours: bytes,
+    colors: bytes,
     names: tuple[str, ...],
 ) -> None:
     x, y = corner
@@ -141,7 +141,7 @@ def _draw_tile(
     draw.text((x, y), _fitted(title, 3 * _SIDE), fill=_INK, font=_font())
     y += _LINE
     mask = Image.fromarray(pixels.mask)
-    mask.putpalette(colours)
+    mask.putpalette(colors)
     outlined = _outlined(Image.fromarray(pixels.slice), mask)
     for picture in (outlined, mask.convert("RGB"), Image.fromarray(pixels.context)):
         shown = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
@@ -152,7 +152,7 @@ def _draw_tile(
     scale = _SIDE / record.spec.context_px
     left, top = x + (box.x - record.pair.context.x) * scale, y + (box.y - record.pair.context.y) * scale
     side = record.spec.slice_px * scale
-    draw.rectangle((left, top, left + side, top + side), outline=_BOX_COLOUR, width=2)
+    draw.rectangle((left, top, left + side, top + side), outline=_BOX_COLOR, width=2)
 
 
 def _contents(record: TileRecord, names: tuple[str, ...]) -> str:
@@ -205,8 +205,8 @@ def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -
     for row, line in enumerate(lines):
         top = y + (row + 1.3) * _LINE
         if row:
-            colour = (*tiles.classes.colours, IGNORE_COLOUR)[row - 1]
-            draw.rectangle((x, top, x + 14, top + 12), fill=tuple(colour), outline=_INK)
+            color = (*tiles.classes.colors, IGNORE_COLOR)[row - 1]
+            draw.rectangle((x, top, x + 14, top + 12), fill=tuple(color), outline=_INK)
         for offset, text in zip(offsets, line, strict=True):
             draw.text((x + offset, top), text, fill=_INK, font=font)
 

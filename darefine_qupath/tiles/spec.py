@@ -105,12 +105,12 @@ class TileSpec:
             if size is not None and size < 1:
                 raise TileError(f"{name} must be at least 1 pixel, got {size}")
         _check_room(self)
-        micrometres, pixels = self._triple("um"), self._triple("px")
-        given = [triple for triple in (micrometres, pixels) if any(value is not None for value in triple)]
+        micrometers, pixels = self._triple("um"), self._triple("px")
+        given = [triple for triple in (micrometers, pixels) if any(value is not None for value in triple)]
         if len(given) != 1 or None in given[0]:
             raise TileError(
                 f"Give slice, context and stride, all three in micrometres or all three in level-0 pixels; got "
-                f"slice/context/stride_um = {micrometres}, _px = {pixels}"
+                f"slice/context/stride_um = {micrometers}, _px = {pixels}"
             )
         _check_order(*given[0], "um" if self.is_physical else "px")
 

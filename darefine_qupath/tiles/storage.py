@@ -11,16 +11,16 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from darefine_qupath.classes import IGNORE, ClassMap, Colour
+from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Box
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["IGNORE_COLOUR", "PixelFolder", "PixelKind", "Storage", "encode_mask", "palette"]
+__all__ = ["IGNORE_COLOR", "PixelFolder", "PixelKind", "Storage", "encode_mask", "palette"]
 
-IGNORE_COLOUR = Colour(255, 255, 255)
+IGNORE_COLOR = Color(255, 255, 255)
 """How a mask shows pixels without a label."""
 
 PixelKind = Literal["slice", "context", "mask"]
@@ -68,12 +68,12 @@ class Storage:
 
 
 def palette(classes: ClassMap) -> bytes:
-    """Colours of the labels 0 to 255, three bytes each: class colours, black where no class is, `IGNORE_COLOUR`."""
-    colours = [*classes.colours, *[Colour(0, 0, 0)] * (IGNORE - classes.num_classes), IGNORE_COLOUR]
-    return bytes(value for colour in colours for value in colour)
+    """Colours of the labels 0 to 255, three bytes each: class colours, black where no class is, `IGNORE_COLOR`."""
+    colors = [*classes.colors, *[Color(0, 0, 0)] * (IGNORE - classes.num_classes), IGNORE_COLOR]
+    return bytes(value for color in colors for value in color)
 
 
-def encode_mask(mask: NDArray[np.uint8], colours: bytes) -> bytes:
+def encode_mask(mask: NDArray[np.uint8], colors: bytes) -> bytes:
     """Encode labels as a PNG that viewers show in class colours and whose pixel values are the labels.
 
     Parameters
@@ -90,7 +90,7 @@ def encode_mask(mask: NDArray[np.uint8], colours: bytes) -> bytes:
     """
     buffer = BytesIO()
     image = Image.fromarray(mask)
-    image.putpalette(colours)
+    image.putpalette(colors)
     image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 

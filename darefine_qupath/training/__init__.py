@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from darefine_qupath.training.batches import TileData
+from darefine_qupath.training.config import PRESETS, TrainConfig
 from darefine_qupath.training.evaluation import ContextMode, evaluate
+from darefine_qupath.training.loader import TileData
 from darefine_qupath.training.loop import TrainResult, train
 from darefine_qupath.training.progress import Progress, Reporter
-from darefine_qupath.training.recipe import PRESETS, TrainConfig
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 
 __all__ = [

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from darefine_qupath.classes import IGNORE
-from darefine_qupath.models.devices import sent
-from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.devices import sent
+from darefine_qupath.training.config import TrainConfig
 
-__all__ = ["Batch", "Draw", "apply_augmentation", "draw_augmentation"]
+__all__ = ["AugmentationParams", "Batch", "apply_augmentation", "draw_augmentation"]
 
 WHITE = 255
 
@@ -78,7 +78,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class AugmentationParams:
     """What was drawn for one sample.
 
     Attributes
@@ -99,11 +99,11 @@ class Draw:
     scale: float = 1.0
     place: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
     stains: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    colours: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    colors: tuple[float, float, float] = (0.0, 0.0, 0.0)
     blank_context: bool = False
 
 
-def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Draw:
+def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> AugmentationParams:
     """Draw the changes of one sample.
 
     Parameters
@@ -126,19 +126,19 @@ def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Draw
     scale = float(np.exp(low + (high - low) * rng.random()))
     place = rng.random(4)
     stains = config.stain_jitter * rng.uniform(-1, 1, 3)
-    colours = config.colour_jitter * rng.uniform(-1, 1, 3)
+    colors = config.color_jitter * rng.uniform(-1, 1, 3)
     blank = bool(rng.random() < config.context_dropout)
-    return Draw(
+    return AugmentationParams(
         symmetry=symmetry,
         scale=scale,
         place=(float(place[0]), float(place[1]), float(place[2]), float(place[3])),
         stains=(float(stains[0]), float(stains[1]), float(stains[2])),
-        colours=(float(colours[0]), float(colours[1]), float(colours[2])),
+        colors=(float(colors[0]), float(colors[1]), float(colors[2])),
         blank_context=blank,
     )
 
 
-def apply_augmentation(batch: Batch, draws: Sequence[Draw]) -> Batch:
+def apply_augmentation(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
     """Change each tile of a batch as drawn for it.
 
     Parameters
@@ -157,8 +157,8 @@ def apply_augmentation(batch: Batch, draws: Sequence[Draw]) -> Batch:
         batch = _turn(batch, [draw.symmetry for draw in draws])
     if any(draw.scale != 1 for draw in draws):
         batch = _crop(batch, draws)
-    if any(any(draw.stains) or any(draw.colours) for draw in draws):
-        slice_B3HW, context_B3HW = _recolour(batch.slices, draws), _recolour(batch.contexts, draws)
+    if any(any(draw.stains) or any(draw.colors) for draw in draws):
+        slice_B3HW, context_B3HW = _recolor(batch.slices, draws), _recolor(batch.contexts, draws)
         batch = replace(batch, slices=slice_B3HW, contexts=context_B3HW)
     blank = [row for row, draw in enumerate(draws) if draw.blank_context]
     if blank:
@@ -199,7 +199,7 @@ def _turn_box(box_4: Tensor, symmetry: int) -> Tensor:
     return torch.stack([top, left, bottom, right] if symmetry & 4 else [left, top, right, bottom])
 
 
-def _crop(batch: Batch, draws: Sequence[Draw]) -> Batch:
+def _crop(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
     """Show slice and context magnified, each cut at a random place such that the slice stays inside the context."""
     device = batch.boxes.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -232,13 +232,13 @@ def _window(image_BCHW: Tensor, at_B2: Tensor, side_B1: Tensor, *, outside: int,
     return (sampled_BCHW + outside).round().clamp(0, 255).to(torch.uint8)
 
 
-def _recolour(image_B3HW: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _recolor(image_B3HW: Tensor, draws: Sequence[AugmentationParams]) -> Tensor:
     device = image_B3HW.device
-    colours_B3 = sent(torch.tensor([draw.colours for draw in draws]), device)
-    brightness_B111, contrast_B111, saturation_B111 = (1 + colours_B3).T[:, :, None, None, None]
+    colors_B3 = sent(torch.tensor([draw.colors for draw in draws]), device)
+    brightness_B111, contrast_B111, saturation_B111 = (1 + colors_B3).T[:, :, None, None, None]
     image_B3HW = _restain(image_B3HW.float(), torch.tensor([draw.stains for draw in draws]))
-    grey_B1HW = image_B3HW.mean(dim=1, keepdim=True)
-    image_B3HW = grey_B1HW + (image_B3HW - grey_B1HW) * saturation_B111
+    gray_B1HW = image_B3HW.mean(dim=1, keepdim=True)
+    image_B3HW = gray_B1HW + (image_B3HW - gray_B1HW) * saturation_B111
     image_B3HW = (image_B3HW - 128) * contrast_B111 + 128
     image_B3HW = image_B3HW * brightness_B111
     return image_B3HW.round().clamp(0, 255).to(torch.uint8)

@@ -9,19 +9,19 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from darefine_qupath.classes import ClassMap, Colour
+from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.metrics import ConfusionMatrix
 
 __all__ = ["draw_confusion", "draw_curves"]
 
-_INK, _GREY, _GRID, _PAPER = "#202020", "#707070", "#e4e4e4", "#ffffff"
-_BLACK = Colour(32, 32, 32)
+_INK, _GRAY, _GRID, _PAPER = "#202020", "#707070", "#e4e4e4", "#ffffff"
+_BLACK = Color(32, 32, 32)
 
 
 @dataclass(frozen=True)
 class _Line:
     name: str
-    colour: Colour
+    color: Color
     points: Sequence[tuple[float, float]]
     width: int = 2
 
@@ -65,8 +65,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], classes: ClassMap) -> Imag
     _draw_panel(draw, _Panel((70, 50, 560, 420), epochs, (0.0, top)), "loss", [_Line("training loss", _BLACK, losses)])
     checked = [record for record in records if record.get("miou") is not None]
     lines = [
-        _Line(name, colour, [(r["epoch"], r["iou"][name]) for r in checked if r["iou"].get(name) is not None])
-        for name, colour in zip(classes.names, classes.colours, strict=True)
+        _Line(name, color, [(r["epoch"], r["iou"][name]) for r in checked if r["iou"].get(name) is not None])
+        for name, color in zip(classes.names, classes.colors, strict=True)
     ]
     lines.append(_Line("mIoU", _BLACK, [(record["epoch"], record["miou"]) for record in checked], width=3))
     _draw_panel(draw, _Panel((650, 50, 1000, 420), epochs, (0.0, 1.0)), "validation IoU", lines)
@@ -81,12 +81,12 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: _Panel, title: str, lines: Seq
         value = panel.y_range[0] + (panel.y_range[1] - panel.y_range[0]) * part / 4
         y = panel.place(panel.x_range[0], value)[1]
         draw.line([(left, y), (right, y)], fill=_GRID)
-        draw.text((left - 8, y), f"{value:.3g}", fill=_GREY, font=_font(13), anchor="rm")
+        draw.text((left - 8, y), f"{value:.3g}", fill=_GRAY, font=_font(13), anchor="rm")
     for epoch in _ticks(*panel.x_range):
         x = panel.place(epoch, panel.y_range[0])[0]
-        draw.text((x, bottom + 8), f"{epoch}", fill=_GREY, font=_font(13), anchor="mt")
-    draw.text(((left + right) / 2, bottom + 28), "epoch", fill=_GREY, font=_font(13), anchor="mt")
-    draw.rectangle(panel.box, outline=_GREY)
+        draw.text((x, bottom + 8), f"{epoch}", fill=_GRAY, font=_font(13), anchor="mt")
+    draw.text(((left + right) / 2, bottom + 28), "epoch", fill=_GRAY, font=_font(13), anchor="mt")
+    draw.rectangle(panel.box, outline=_GRAY)
     for line in lines:
         _draw_line(draw, panel, line)
 
@@ -94,15 +94,15 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: _Panel, title: str, lines: Seq
 def _draw_line(draw: ImageDraw.ImageDraw, panel: _Panel, line: _Line) -> None:
     points = [panel.place(x, y) for x, y in line.points]
     if len(points) > 1:
-        draw.line(points, fill=tuple(line.colour), width=line.width, joint="curve")
+        draw.line(points, fill=tuple(line.color), width=line.width, joint="curve")
     for x, y in points if len(points) < 40 else points[-1:]:
-        draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=tuple(line.colour))
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=tuple(line.color))
 
 
 def _draw_key(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Sequence[_Line]) -> None:
     x, y = at
     for line in lines:
-        draw.line([(x, y + 8), (x + 18, y + 8)], fill=tuple(line.colour), width=line.width + 1)
+        draw.line([(x, y + 8), (x + 18, y + 8)], fill=tuple(line.color), width=line.width + 1)
         last = f" {line.points[-1][1]:.3f}" if line.points else ""
         draw.text((x + 24, y), f"{_short(line.name, 14)}{last}", fill=_INK, font=_font(13))
         y += 22
@@ -127,11 +127,11 @@ def draw_confusion(matrix: ConfusionMatrix, classes: ClassMap) -> Image.Image:
     picture = Image.new("RGB", (left + cell * (num_classes + 1) + 30, top + cell * num_classes + 40), _PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((16, 14), f"mIoU {matrix.mean_iou:.3f}   accuracy {matrix.accuracy:.3f}", fill=_INK, font=_font(17))
-    draw.text((16, 40), "rows: truth, columns: prediction, % of the row", fill=_GREY, font=_font(13))
+    draw.text((16, 40), "rows: truth, columns: prediction, % of the row", fill=_GRAY, font=_font(13))
     iou = matrix.iou
-    for row, (name, colour) in enumerate(zip(classes.names, classes.colours, strict=True)):
+    for row, (name, color) in enumerate(zip(classes.names, classes.colors, strict=True)):
         middle = top + cell * row + cell / 2
-        draw.rectangle([14, middle - 7, 28, middle + 7], fill=tuple(colour))
+        draw.rectangle([14, middle - 7, 28, middle + 7], fill=tuple(color))
         draw.text((36, middle), _short(name, 18), fill=_INK, font=_font(14), anchor="lm")
         draw.text((left + cell * row + cell / 2, top - 8), _short(name, 10), fill=_INK, font=_font(14), anchor="ms")
         shown = "-" if math.isnan(iou[row]) else f"{iou[row]:.3f}"
@@ -155,8 +155,8 @@ def _draw_cells(
         draw.text(middle, text, fill=_PAPER if share > 0.5 else _INK, font=_font(16), anchor="mm")
 
 
-def _mixed(colour: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    red, green, blue = (round(244 + (channel - 244) * share) for channel in colour)
+def _mixed(color: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    red, green, blue = (round(244 + (channel - 244) * share) for channel in color)
     return red, green, blue
 
 

@@ -22,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from darefine_qupath.errors import DarefineError, TrainingError, TrainingStoppedError
 from darefine_qupath.models import SegmentationNetwork
 
-__all__ = ["World", "join_world", "resolve_device"]
+__all__ = ["ProcessGroup", "join_process_group", "resolve_device"]
 
 # The others wait while the first process cuts the tiles of a whole project.
-_PATIENCE = timedelta(hours=12)
+_COLLECTIVE_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class ProcessGroup:
     """A process among those of the run.
 
     Attributes
@@ -94,7 +94,7 @@ class World:
             raise TrainingError("Another process could not go on; its own message says why")
 
     @contextmanager
-    def talking(self, folder: Path) -> Iterator[None]:
+    def report_lost_peers(self, folder: Path) -> Iterator[None]:
         """Say in one line when the others are gone, instead of what the network between them says.
 
         Parameters
@@ -112,7 +112,7 @@ class World:
         except TrainingStoppedError:
             raise  # all processes stop together, and part as they should
         except BaseException as error:
-            self._forsake()
+            self._skip_shutdown()
             if isinstance(error, DarefineError) or not (self.size > 1 and _is_lost(error)):
                 raise
             raise TrainingError(
@@ -120,7 +120,7 @@ class World:
                 f"none, it was killed, often for want of memory. Then go on with --resume {folder}"
             ) from error
 
-    def _forsake(self) -> None:
+    def _skip_shutdown(self) -> None:
         """Leave without a farewell: the others may be waiting for this process and would make it wait for them."""
         if self.size > 1 and self.device.type == "cuda":
             atexit.unregister(distributed.destroy_process_group)
@@ -178,7 +178,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def join_world(device: str) -> World:
+def join_process_group(device: str) -> ProcessGroup:
     """Join the processes that ``torchrun`` started; they stay joined until this process ends.
 
     Parameters
@@ -203,7 +203,7 @@ def join_world(device: str) -> World:
         raise TrainingError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
     if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise TrainingError(f"Several processes cannot share {device}; with --device cuda each takes its own")
-    world = World(rank=rank, size=size, device=resolve_device(device, local_rank))
+    world = ProcessGroup(rank=rank, size=size, device=resolve_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not distributed.is_initialized():
@@ -218,10 +218,10 @@ def _is_lost(error: BaseException) -> bool:
     )
 
 
-def _join(world: World) -> None:
+def _join(world: ProcessGroup) -> None:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+        distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
             f"Process {world.rank} of {world.size} could not join the others ({error}); start with torchrun, or unset "

@@ -12,11 +12,11 @@ from torch import Tensor
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.models import Normalisation, SegmentationNetwork
+from darefine_qupath.models import Normalization, SegmentationNetwork
 from darefine_qupath.training.augment import WHITE
-from darefine_qupath.training.batches import Placed, TileData, load_batches
-from darefine_qupath.training.distributed import World
-from darefine_qupath.training.stepping import autocast
+from darefine_qupath.training.distributed import ProcessGroup
+from darefine_qupath.training.loader import BatchPlan, TileData, load_batches
+from darefine_qupath.training.train_step import autocast
 
 __all__ = ["ContextMode", "evaluate"]
 
@@ -28,13 +28,13 @@ def evaluate(
     model: SegmentationNetwork,
     data: TileData,
     *,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     device: torch.device | str = "cpu",
     context: ContextMode = "normal",
     batch_size: int = 8,
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
-    world: World | None = None,
+    world: ProcessGroup | None = None,
     before_batch: Callable[[], None] | None = None,
 ) -> ConfusionMatrix:
     """Count how a network labels every tile of a dataset.
@@ -79,12 +79,12 @@ def evaluate(
         raise TrainingError("There are no tiles to evaluate; check the split and the annotations of its images")
     if context == "shuffled" and len(data) == 1:
         raise TrainingError("A single tile has no other tile to take a context from; evaluate at least two")
-    device, world = torch.device(device), world or World()
-    normalisation = normalisation or Normalisation.of(model.config)
+    device, world = torch.device(device), world or ProcessGroup()
+    normalization = normalization or Normalization.of(model.config)
     num_classes = model.config.num_classes
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
-    model.expect(normalisation)
+    model.expect(normalization)
     planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
     with world.together():
         for loaded in load_batches(data, planned, workers=workers, pin=pin):
@@ -93,8 +93,8 @@ def evaluate(
             batch = loaded.batch.to(device)
             context_B3HW = _contexts(batch.contexts, context)
             with autocast(device, dtype):
-                context_B3HW = normalisation.of_context.apply(context_B3HW)
-                logits_BKHW = model(normalisation.apply(batch.slices), context_B3HW, batch.boxes)
+                context_B3HW = normalization.of_context.apply(context_B3HW)
+                logits_BKHW = model(normalization.apply(batch.slices), context_B3HW, batch.boxes)
             counts[:-1] += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
             counts[-1] += (~logits_BKHW.isfinite()).any(dim=1).sum()
     model.train(was_training)
@@ -107,7 +107,7 @@ def evaluate(
     return ConfusionMatrix(counts[:-1].reshape(num_classes, num_classes).cpu().numpy())
 
 
-def _plan(num_tiles: int, context: str, batch_size: int, world: World) -> Iterator[Placed]:
+def _plan(num_tiles: int, context: str, batch_size: int, world: ProcessGroup) -> Iterator[BatchPlan]:
     """Batches of this process; in random order where contexts are exchanged, as neighbours may share theirs."""
     order = np.arange(num_tiles)
     if context == "shuffled":
@@ -118,7 +118,7 @@ def _plan(num_tiles: int, context: str, batch_size: int, world: World) -> Iterat
     for step, rows in enumerate(np.array_split(order, num_batches)):
         if step % world.size == world.rank:
             tiles = tuple(int(row) for row in rows)
-            yield Placed(epoch=0, step=step, tiles=tiles, positions=tiles)
+            yield BatchPlan(epoch=0, step=step, tiles=tiles, positions=tiles)
 
 
 def _contexts(context_B3HW: Tensor, mode: str) -> Tensor:

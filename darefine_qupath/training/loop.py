@@ -24,24 +24,24 @@ from darefine_qupath.checkpoint import Checkpoint, environment, read_header, sav
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.models import ModelConfig, Normalisation, SegmentationNetwork, build_model
+from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.sampling import expected_shares, tile_weights
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.augment import draw_augmentation
-from darefine_qupath.training.batches import Loaded, TileData, load_batches, num_workers, plan_run, steps_per_epoch
+from darefine_qupath.training.config import TrainConfig
 from darefine_qupath.training.curves import draw_confusion, draw_curves
-from darefine_qupath.training.distributed import World, join_world
+from darefine_qupath.training.distributed import ProcessGroup, join_process_group
 from darefine_qupath.training.evaluation import ContextMode, evaluate
-from darefine_qupath.training.initial import FrozenNorms, initial_network
+from darefine_qupath.training.initialize import FrozenNorms, initial_network
 from darefine_qupath.training.interrupt import StopRequest, stop_on_signals
+from darefine_qupath.training.loader import LoadedBatch, TileData, load_batches, num_workers, plan_run, steps_per_epoch
 from darefine_qupath.training.losses import inverse_frequency
 from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
-from darefine_qupath.training.recipe import TrainConfig
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 from darefine_qupath.training.schedule import learning_rate_factor
 from darefine_qupath.training.state import Counters, load_state, read_trained, save_state
-from darefine_qupath.training.stepping import StepOutcome, Stepper, memory_advice
+from darefine_qupath.training.train_step import StepOutcome, Stepper, memory_advice
 
 __all__ = ["TrainResult", "train"]
 
@@ -93,7 +93,7 @@ def train(
     out: Path,
     class_map: ClassMap,
     tile_spec: TileSpec,
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Reporter | None = None,
     resume: bool = False,
@@ -151,17 +151,17 @@ def train(
         train=config,
         tiles=tile_spec,
         classes=class_map,
-        normalisation=normalisation or _normalisation(model, out if resume else None, init_from),
+        normalization=normalization or _normalization(model, out if resume else None, init_from),
         provenance={**(provenance or {}), **({"started_from": str(init_from)} if init_from else {})},
         data={"train": _digest(train_data), "validation": _digest(val_data)},
     )
     _check_data(train_data, settings)
     folder = RunFolder(out)
-    world = join_world(config.device)
+    world = join_process_group(config.device)
     echo_s = 0.0 if world.size == 1 else _ECHO_S
     with stop_on_signals(echo_s=echo_s, is_silent=not world.is_main) as stop, _own_randomness(world):
         _check_batch(config, world)
-        with world.talking(folder.path):
+        with world.report_lost_peers(folder.path):
             with world.together():
                 if resume:
                     folder.check(settings)
@@ -193,7 +193,7 @@ class _Run:
         val_data: TileData | None,
         *,
         folder: RunFolder,
-        world: World,
+        world: ProcessGroup,
         init_from: Path | None,
         hard: Mapping[str, float] | None,
         resume: bool,
@@ -236,7 +236,7 @@ class _Run:
             network,
             config,
             world=self.world,
-            normalisation=settings.normalisation,
+            normalization=settings.normalization,
             norms=norms,
             class_weights=_class_weights(self.train_data.tiles, config, self.weights),
             num_steps=config.epochs * self.steps,
@@ -297,7 +297,7 @@ class _Run:
     def _is_done(self) -> bool:
         return self.counters.is_finished
 
-    def _take(self, loaded: Loaded) -> None:
+    def _take(self, loaded: LoadedBatch) -> None:
         """Train on a batch; at the end of an epoch, validate and save."""
         draws = [
             draw_augmentation(self.config, epoch=loaded.placed.epoch, position=position)
@@ -390,7 +390,7 @@ class _Run:
             return evaluate(
                 self.stepper.best_network,
                 data,
-                normalisation=self.settings.normalisation,
+                normalization=self.settings.normalization,
                 device=self.world.device,
                 context=context,
                 batch_size=max(1, self.config.batch_size // self.world.size // self.config.accumulate),
@@ -454,7 +454,7 @@ class _Run:
             model=settings.model,
             tiles=settings.tiles,
             classes=settings.classes,
-            normalisation=settings.normalisation,
+            normalization=settings.normalization,
             provenance={
                 **settings.provenance,
                 "tiles": dict(settings.data),
@@ -554,7 +554,7 @@ _NOT_METRICS = ("epoch", "step", "images_per_second", "seconds", "learning_rate"
 
 
 @contextmanager
-def _own_randomness(world: World) -> Iterator[None]:
+def _own_randomness(world: ProcessGroup) -> Iterator[None]:
     """Leave torch's generators as they were, and let cuDNN look for the fastest convolutions of the one tile size."""
     devices = [world.device.index or 0] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -577,7 +577,7 @@ def _check_data(data: TileData, settings: RunSettings) -> None:
         )
 
 
-def _check_batch(config: TrainConfig, world: World) -> None:
+def _check_batch(config: TrainConfig, world: ProcessGroup) -> None:
     parts = world.size * config.accumulate
     if config.batch_size < parts:
         raise TrainingError(
@@ -598,11 +598,11 @@ def _weights(tiles: TileIndex, config: TrainConfig, hard: Mapping[str, float] | 
     return weights
 
 
-def _normalisation(model: ModelConfig, begun: Path | None, init_from: Path | None) -> Normalisation:
+def _normalization(model: ModelConfig, begun: Path | None, init_from: Path | None) -> Normalization:
     """How pixels become input where nobody says: as weights were trained that are there already."""
     if begun is not None:
-        return read_run(begun).normalisation
-    return Normalisation.of(model) if init_from is None else read_header(init_from).normalisation
+        return read_run(begun).normalization
+    return Normalization.of(model) if init_from is None else read_header(init_from).normalization
 
 
 def _class_weights(tiles: TileIndex, config: TrainConfig, weights: NDArray[np.float64] | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from darefine_qupath.classes import IGNORE
-from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.training.config import TrainConfig
 
 __all__ = ["SegmentationLoss", "inverse_frequency"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from darefine_qupath.atomic import replacing
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
-from darefine_qupath.models import ModelConfig, Normalisation
+from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.training.config import TrainConfig
 
 __all__ = ["RunFolder", "RunSettings", "read_run"]
 
@@ -66,7 +66,7 @@ class RunSettings:
     train: TrainConfig
     tiles: TileSpec
     classes: ClassMap
-    normalisation: Normalisation
+    normalization: Normalization
     provenance: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class RunSettings:
             "model": self.model.to_json(),
             "tiles": self.tiles.to_json(),
             "classes": self.classes.to_json(),
-            "normalisation": self.normalisation.to_json(),
+            "normalization": self.normalization.to_json(),
             "provenance": dict(self.provenance),
             "data": dict(self.data),
         }
@@ -92,7 +92,9 @@ class RunSettings:
             model=ModelConfig.from_json(data["model"]),
             tiles=TileSpec.from_json(data["tiles"]),
             classes=ClassMap.from_json(data["classes"]),
-            normalisation=Normalisation.from_json(data["normalisation"]),
+            normalization=Normalization.from_json(
+                data["normalization" if "normalization" in data else "normalisation"]
+            ),
             provenance=data["provenance"],
             data=data["data"],
         )
@@ -101,7 +103,7 @@ class RunSettings:
         """Name what differs between two runs and decides what is learned, as ``section.key was -> is``."""
         mine, others = self.to_json(), other.to_json()
         found = []
-        for section in ("train", "model", "tiles", "classes", "normalisation", "data"):
+        for section in ("train", "model", "tiles", "classes", "normalization", "data"):
             for key in sorted({*mine[section], *others[section]} - (_MAY_CHANGE if section == "train" else set())):
                 was, now = mine[section].get(key), others[section].get(key)
                 if was != now:
@@ -186,11 +188,11 @@ class RunFolder:
 
     def save_picture(self, path: Path, picture: Image.Image) -> None:
         """Write a picture, whole or not at all."""
-        with replacing(path, TrainingError) as temporary:
+        with atomic_write(path, TrainingError) as temporary:
             picture.save(temporary, format="PNG")
 
     def _write(self, path: Path, text: str) -> None:
-        with replacing(path, TrainingError) as temporary:
+        with atomic_write(path, TrainingError) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from darefine_qupath.models import SegmentationNetwork, encoder_parameters
-from darefine_qupath.training.recipe import TrainConfig
+from darefine_qupath.training.config import TrainConfig
 
-__all__ = ["build_optimiser", "learning_rate_factor", "set_learning_rates"]
+__all__ = ["build_optimizer", "learning_rate_factor", "set_learning_rates"]
 
 
 def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
@@ -42,13 +42,13 @@ def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> floa
     return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def set_learning_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to its highest rate times `factor`."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
-def build_optimiser(model: SegmentationNetwork, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: SegmentationNetwork, config: TrainConfig) -> torch.optim.Optimizer:
     """Optimiser with the encoders' parameters apart from the others'.
 
     Parameters
@@ -67,7 +67,7 @@ def build_optimiser(model: SegmentationNetwork, config: TrainConfig) -> torch.op
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decays = config.optimiser == "sgd" or parameter.ndim > 1
+            decays = config.optimizer == "sgd" or parameter.ndim > 1
             groups.setdefault((id(parameter) in encoders, decays), []).append(parameter)
     listed: list[dict[str, Any]] = [
         {
@@ -79,6 +79,6 @@ def build_optimiser(model: SegmentationNetwork, config: TrainConfig) -> torch.op
     ]
     # One kernel for all parameters; on a CPU the loop over them costs as much as a small network's convolutions.
     is_fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    if config.optimiser == "sgd":
+    if config.optimizer == "sgd":
         return torch.optim.SGD(listed, lr=config.decoder_lr, momentum=config.momentum, fused=is_fused)
     return torch.optim.AdamW(listed, lr=config.decoder_lr, betas=(config.momentum, 0.999), fused=is_fused)

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darefine_qupath.atomic import replacing
 from darefine_qupath.errors import TrainingError
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, spoken
-from darefine_qupath.training.stepping import Stepper
+from darefine_qupath.training.train_step import Stepper
 
 __all__ = ["Counters", "load_state", "read_trained", "save_state"]
 
@@ -95,7 +95,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
     tensors = {f"network/{name}": tensor for name, tensor in stepper.network.state_dict().items()}
     if stepper.average is not None:
         tensors |= {f"average/{name}": tensor for name, tensor in stepper.average.state_dict().items()}
-    for index, values in stepper.optimiser.state_dict()["state"].items():
+    for index, values in stepper.optimizer.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     header = {
         "format": FORMAT,
@@ -106,7 +106,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
         "scaler": stepper.scaler.state_dict(),
     }
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path, TrainingError) as temporary:
+    with atomic_write(path, TrainingError) as temporary:
         try:
             save_file(plain, temporary, metadata={"darefine": json.dumps(header)})
         except SafetensorError as error:
@@ -161,7 +161,7 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
         stepper.network.load_state_dict(_under("network/", tensors))
         if stepper.average is not None:
             stepper.average.load_state_dict(_under("average/", tensors))
-        _restore_optimiser(stepper, _under("optimiser/", tensors))
+        _restore_optimizer(stepper, _under("optimiser/", tensors))
         if header["scaler"]:  # empty where the run had no need of one; fp16 may have been chosen since
             stepper.scaler.load_state_dict(header["scaler"])
     except Exception as error:
@@ -173,8 +173,8 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
     return counters
 
 
-def _restore_optimiser(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [parameter for group in stepper.optimiser.param_groups for parameter in group["params"]]
+def _restore_optimizer(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in stepper.optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split("/")
@@ -182,8 +182,8 @@ def _restore_optimiser(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
         # Moments lie in memory as the weights do: another layout may add up in another order.
         kept = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
         state.setdefault(int(index), {})[key] = kept.detach()
-    groups = stepper.optimiser.state_dict()["param_groups"]
-    stepper.optimiser.load_state_dict({"state": state, "param_groups": groups})
+    groups = stepper.optimizer.state_dict()["param_groups"]
+    stepper.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,228 @@
+"""What is in a ``data.qpdata`` file: the objects of an image as records, and everything that stands beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from darefine_qupath.annotations import Annotation, Kind
+from darefine_qupath.classes import Color
+from darefine_qupath.errors import DarefineError, ProjectFormatError
+from darefine_qupath.javaserial import decode
+from darefine_qupath.javaserial.nodes import JavaObject, Stream, paused_garbage_collection
+from darefine_qupath.javaserial.packed import unpack
+from darefine_qupath.javaserial.values import NodeError
+from darefine_qupath.limits import spoken
+from darefine_qupath.project.qpdata.items import Items, Stains, TmaGrid, WorkflowStep, complete_items, root_of, tma_grid
+from darefine_qupath.project.qpdata.objects import PATH_CLASS, Reader, Row, walk
+from darefine_qupath.project.qpdata.rois import RoiBatch, RoiError
+from darefine_qupath.project.qpproj import is_since
+
+__all__ = ["ImageData", "duplicates_of", "open_compact", "read", "reading", "roi_batch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageData:
+    """All that a ``data.qpdata`` file says.
+
+    Attributes
+    ----------
+    path : Path or None
+        The file, for messages.
+    data : bytes
+        Its bytes; `edit` starts from them.
+    data_version : str
+        ``"Data file version 3"``.
+    qupath_version : str or None
+        Version of QuPath that wrote it; None in old files.
+    server_text : str
+        The JSON (or older text) that names the image.
+    server : mapping or None
+        The image server's builder in it; None where there is none.
+    locale : str or None
+        Format locale of the writer, ``"en_US"``.
+    image_type : str
+        QuPath's ImageType.
+    stains : Stains or None
+        Of a brightfield image.
+    workflow : tuple of WorkflowStep
+        History, oldest first.
+    objects : tuple of Annotation
+        Every object but the root, parents before children.
+    root_id : UUID
+        Identity of the root.
+    tma_grid : TmaGrid or None
+        Of a tissue microarray.
+    properties : mapping of str to value
+        Image properties; `Opaque` where the value is an object of a QuPath class.
+    colours : mapping of str to Colour
+        Colours of the path classes met, by full name.
+    duplicates : frozenset of UUID
+        Identities that more than one object has.
+    has_ids : bool
+        Whether every object's identity is in the file; otherwise identities are derived from positions.
+    """
+
+    path: Path | None
+    data: bytes
+    data_version: str
+    qupath_version: str | None
+    server_text: str
+    server: Mapping[str, Any] | None
+    locale: str | None
+    image_type: str
+    stains: Stains | None
+    workflow: tuple[WorkflowStep, ...]
+    objects: tuple[Annotation, ...]
+    root_id: UUID
+    tma_grid: TmaGrid | None
+    properties: Mapping[str, Any]
+    colors: Mapping[str, Color]
+    duplicates: frozenset[UUID]
+    has_ids: bool
+
+    @property
+    def tally(self) -> list[tuple[Kind, str | None]]:
+        """Kind and class of every object."""
+        return [(record.kind, record.path_class) for record in self.objects]
+
+
+class _Collected(NamedTuple):
+    """All that a file says but for the geometries; no node of its stream."""
+
+    items: Items
+    reader: Reader
+    rows: list[Row]
+    tma_grid: TmaGrid | None
+
+
+def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None) -> _Collected:
+    items = complete_items(stream, data, path)
+    if rois is None:
+        rois = roi_batch(items, data)
+    reader = Reader(len(data), rois)
+    rows = reader.rows(walk(root_of(items), items.server_text))
+    grid = tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
+    items.hierarchy = None
+    return _Collected(items, reader, rows, grid)
+
+
+def roi_batch(items: Items, data: bytes) -> RoiBatch:
+    """Batch for the ROIs of a file."""
+    return RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(items.qupath_version or "", 0, 6))
+
+
+def open_compact(data: bytes, path: Path | None) -> Stream:
+    """Decode a file; objects that are alike stay bytes, but for those that define a path class."""
+    stream = decode(data, path=path, is_compact=True)
+    unpack(stream, PATH_CLASS)
+    return stream
+
+
+def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
+    with contextlib.suppress(NodeError):
+        return _collect(open_compact(data, path), data, path)
+    # Only the whole tree tells where a node stands.
+    stream = decode(data, path=path)
+    try:
+        return _collect(stream, data, path)
+    except NodeError as error:
+        raise ProjectFormatError(error.message, path=path, offset=stream.offset_of(error.node) or 4) from None
+
+
+class _RoiFinder(RoiBatch):
+    """Counts ROIs up to one of them."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def add(self, node: JavaObject) -> int:
+        number = super().add(node)
+        if number == self.slot:
+            raise NodeError("", node)
+        return number
+
+
+def _offset_of_roi(slot: int, data: bytes) -> int | None:
+    """Where a ROI stands; its node is gone when its geometry turns out to be none, so the file is decoded again."""
+    stream = decode(data)
+    try:
+        _collect(stream, data, None, _RoiFinder(slot))
+    except NodeError as error:
+        return stream.offset_of(error.node)
+    return None
+
+
+def duplicates_of(ids: Sequence[UUID]) -> frozenset[UUID]:
+    """Identities that occur more than once."""
+    if len(set(ids)) == len(ids):
+        return frozenset()
+    seen: set[UUID] = set()
+    return frozenset(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]
+
+
+@contextlib.contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Name the file, whatever goes wrong in it that nobody has thought of."""
+    try:
+        yield
+    except (DarefineError, NodeError, RoiError, Warning):
+        raise
+    except Exception as error:
+        raise ProjectFormatError(f"The image data cannot be read: {spoken(error)}", path=path) from error
+
+
+def read(data: bytes, *, path: Path | None = None) -> ImageData:
+    """Read a ``data.qpdata`` file.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    path : Path, optional
+        Named in errors.
+
+    Returns
+    -------
+    ImageData
+        Objects as records, and everything beside them.
+
+    Raises
+    ------
+    ProjectFormatError
+        If the file is damaged or holds something that cannot be read; names file, offset and class.
+    """
+    with reading(path), paused_garbage_collection():
+        items, reader, rows, grid = _decode_and_collect(data, path)
+        try:
+            rois = reader.rois.build()
+        except RoiError as error:
+            raise ProjectFormatError(error.message, path=path, offset=_offset_of_roi(error.slot, data)) from None
+        objects = []
+        rows.reverse()
+        while rows:
+            objects.append(rows.pop().record(rois))
+    return ImageData(
+        path=path,
+        data=data,
+        data_version=items.data_version,
+        qupath_version=items.qupath_version,
+        server_text=items.server_text,
+        server=items.server,
+        locale=items.locale,
+        image_type=items.image_type,
+        stains=items.stains,
+        workflow=items.workflow,
+        objects=tuple(objects),
+        root_id=reader.ids[0],
+        tma_grid=grid,
+        properties=items.properties,
+        colors=reader.colors,
+        duplicates=duplicates_of(reader.ids),
+        has_ids=reader.has_ids,
+    )

@@ -1,0 +1,677 @@
+"""Writing to a project without ever losing what is there: lock, staged replacement, dated backups, verification.
+
+A write stages everything first (temporary files beside their targets, synced to disk), then renames one after the
+other. A process killed at any moment leaves each file whole, old or new; what it staged is cleaned up by the next
+write. An error while renaming takes the renames back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import logging
+import math
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from operator import attrgetter
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.errors import (
+    LimitError,
+    ProjectChangedError,
+    ProjectFormatError,
+    ProjectLockedError,
+    ProjectNotFoundError,
+    ProjectWriteError,
+)
+from darefine_qupath.filesystem import followed, keep_attributes, open_lock, replace_file, sync_folder, try_lock, unlock
+from darefine_qupath.limits import DATA, Limits, open_file
+
+__all__ = [
+    "BACKUPS_KEPT",
+    "Backup",
+    "Batch",
+    "FileVersion",
+    "backup_path",
+    "backups_of",
+    "check_unchanged",
+    "drop_copy_of_present",
+    "is_there",
+    "prune_backups",
+    "qupath_warnings",
+    "read_stamped",
+    "remove_leftovers",
+    "verify_objects",
+    "without_present",
+    "write_lock",
+]
+
+_log = logging.getLogger(__name__)
+
+BACKUPS_KEPT = 5
+LOCK_PATIENCE_S = 2.0
+"""How long a write waits for another darefine process to finish its own."""
+
+OWN_FOLDER = "darefine"
+_STAGED = ".darefine-tmp"
+
+
+# -- reading
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """What a file was like when it was read."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file of a project is there.
+
+    Raises
+    ------
+    ProjectFormatError
+        If something is there that is no file, or nobody may know: neither must pass for an image without objects.
+    """
+    try:
+        mode = path.lstat().st_mode
+        mode = path.stat().st_mode if stat.S_ISLNK(mode) else mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise ProjectFormatError(f"cannot be read: {error.strerror}", path=path) from None
+    if stat.S_ISREG(mode):
+        return True
+    if not mode and path.is_symlink():
+        raise ProjectFormatError(f"is a link to {os.path.realpath(path)}, which is not there", path=path)
+    if mode:
+        raise ProjectFormatError("is not a regular file", path=path)
+    return False
+
+
+def read_stamped(path: Path, limits: Limits = DATA) -> tuple[bytes, FileVersion]:
+    """Content of a file, and what it was like.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    limits : Limits, optional
+        How large it may be.
+
+    Returns
+    -------
+    tuple of bytes and Stamp
+
+    Raises
+    ------
+    ProjectNotFoundError
+        If the file is not there.
+    ProjectFormatError
+        If it cannot be read, is no regular file or too large, or does not hold still.
+    """
+    try:
+        for _ in range(5):
+            with open_file(path) as file:
+                before = os.fstat(file.fileno())
+                # A byte more than it said shows a file that grows while it is read.
+                data = file.read(before.st_size + 1) if before.st_size <= limits.file_bytes else b""
+            after = path.stat()
+            if after.st_size > limits.file_bytes:
+                raise LimitError(f"it is larger than {limits.file_bytes:,} bytes")
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and len(
+                data
+            ) == after.st_size:
+                return data, FileVersion(len(data), after.st_mtime_ns, hashlib.sha256(data).hexdigest())
+    except FileNotFoundError:
+        raise ProjectNotFoundError(f"{path} is not there") from None
+    except LimitError as error:
+        raise ProjectFormatError(str(error), path=path) from None
+    except OSError as error:
+        raise ProjectFormatError(f"cannot be read: {error.strerror or error}", path=path) from error
+    raise ProjectFormatError("is being written by another program; try again", path=path)
+
+
+def check_unchanged(path: Path, stamp: FileVersion | None) -> None:
+    """Make sure that a file still is what it was when it was read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stamp : Stamp or None
+        From `read_stamped`; None = there was no file.
+
+    Raises
+    ------
+    ProjectChangedError
+        If it is something else now.
+    """
+    present = path.is_file()
+    if not present and stamp is None:
+        return
+    if not present or stamp is None or read_stamped(path)[1].digest != stamp.digest:
+        raise ProjectChangedError(
+            f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
+        )
+
+
+# -- lock
+
+
+@contextlib.contextmanager
+def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[None]:
+    """Keep other darefine processes from writing to a project.
+
+    The operating system holds the lock and drops it when the process ends, however it ends.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the project.
+    patience_s : float, optional
+        How long to wait for another process, `LOCK_PATIENCE_S` by default.
+
+    Raises
+    ------
+    ProjectLockedError
+        If another process is still writing then.
+    ProjectWriteError
+        If the project cannot be written to.
+    """
+    path = folder / OWN_FOLDER / ".lock"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        descriptor = open_lock(path)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        _acquire(descriptor, path, LOCK_PATIENCE_S if patience_s is None else patience_s)
+        if os.fstat(descriptor).st_size:  # who held it last could not take back the note of it
+            remove_leftovers(*_written_folders(folder))
+        _note_owner(descriptor, f"{os.getpid()} on {_host()}")
+        try:
+            yield
+        finally:
+            _note_owner(descriptor, "")
+            unlock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return os.environ.get("COMPUTERNAME", "this computer") if sys.platform == "win32" else os.uname().nodename
+
+
+def _acquire(descriptor: int, path: Path, patience_s: float) -> None:
+    until = time.monotonic() + patience_s
+    while not try_lock(descriptor):
+        if time.monotonic() >= until:
+            with contextlib.suppress(OSError):
+                owner = path.read_text(encoding="utf-8").strip()
+                owner = f" (process {owner})" if owner else ""
+            raise ProjectLockedError(
+                f"Another darefine process{owner} is writing to {path.parent.parent}; try again when it has ended"
+            )
+        time.sleep(0.02)
+
+
+def _written_folders(folder: Path) -> Iterator[Path]:
+    """Every folder of a project that a write stages files in."""
+    own = folder / OWN_FOLDER
+    yield from (folder, folder / "classifiers", folder / "data", own, own / "runs")
+    for parent in (folder / "data", own / "backups"):
+        yield from parent.iterdir() if parent.is_dir() else ()
+
+
+def _note_owner(descriptor: int, owner: str) -> None:
+    # Only for the message that another process shows; a full disk must not stop it.
+    with contextlib.suppress(OSError):
+        if os.fstat(descriptor).st_nlink > 1:
+            return  # the file has a second name, and may be somebody's
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, owner.encode())
+
+
+# -- staged writes
+
+
+def write_error(what: Path, error: OSError) -> ProjectWriteError:
+    """Error for a write that failed, saying what to do."""
+    hints = {
+        errno.ENOSPC: "; make room on the disk",
+        errno.EDQUOT: "; the quota is used up",
+        errno.EACCES: "; the files are read-only or open in another program",
+        errno.EPERM: "; the files are read-only or open in another program",
+        errno.EROFS: "; the disk is read-only",
+    }
+    hint = hints.get(error.errno or 0, "")
+    return ProjectWriteError(f"Cannot write to {what}: {error.strerror or error}{hint}. The project is as it was")
+
+
+def write_synced(path: Path, data: bytes, *, like: Path | None = None) -> None:
+    """Write a new file and make sure that it is on the disk; with the attributes of `like`, where that is given."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666 if like is None else 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        if like is not None:
+            keep_attributes(like, path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(slots=True)
+class _Staged:
+    target: Path
+    new: Path
+    former: Path | None
+
+
+class Batch:
+    """Files that are replaced together: stage them all, then commit; leaving the ``with`` block takes back the rest.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the project, for messages.
+
+    Examples
+    --------
+    ``with Batch(folder) as batch: batch.stage(path, data); batch.commit()``
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._staged: list[_Staged] = []
+        self._made: list[Path] = []
+        self._renaming = False
+        self._committed = False
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._committed:
+            self._take_back()
+
+    def stage(self, target: Path, data: bytes, *, backup: Path | None = None, like: Path | None = None) -> Path:
+        """Write the new content of `target` beside it.
+
+        Parameters
+        ----------
+        target : Path
+            File to be replaced or made. It keeps owner, mode and extended attributes, and a link stays one.
+        data : bytes
+            New content.
+        backup : Path, optional
+            Keep the former content here for good.
+        like : Path, optional
+            A file whose owner, mode and extended attributes one that is made gets.
+
+        Returns
+        -------
+        Path
+            The staged file, to be read back.
+
+        Raises
+        ------
+        ProjectWriteError
+            If there is no room, say.
+        """
+        target = followed(target)
+        try:
+            self._make_folder(target.parent)
+            former = self._keep_former(target, backup)
+            new = self._new_name(target)
+            self._staged.append(_Staged(target, new, former))
+            write_synced(new, data, like=like if former is None and like is not None and like.is_file() else former)
+        except OSError as error:
+            raise write_error(target, error) from error
+        return new
+
+    def _keep_former(self, target: Path, backup: Path | None) -> Path | None:
+        if not target.is_file():
+            return None
+        former = self._new_name(target)
+        self._made.append(former)
+        content = target.read_bytes()
+        write_synced(former, content, like=target)
+        if backup is None:
+            return former
+        self._make_folder(backup.parent)
+        replace_file(former, backup)
+        self._made.append(backup)
+        sync_folder(backup.parent)
+        return backup
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._made.append(path)
+            sync_folder(path.parent)
+
+    @staticmethod
+    def _new_name(target: Path) -> Path:
+        return target.with_name(f"{target.name}.{uuid4().hex[:12]}{_STAGED}")
+
+    def commit(self) -> None:
+        """Rename every staged file to its target, in the order of staging; all of them or none.
+
+        Raises
+        ------
+        ProjectWriteError
+            If a rename failed; those before it were taken back.
+        """
+        self._renaming = True
+        try:
+            for staged in self._staged:
+                replace_file(staged.new, staged.target)
+            for folder in {staged.target.parent for staged in self._staged}:
+                sync_folder(folder)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        self._committed = True
+        for path in self._made:
+            if path.name.endswith(_STAGED):
+                _remove(path)
+
+    def _take_back(self) -> None:
+        for staged in reversed(self._staged):
+            # Looked up on the disk: an interrupt may have come between a rename and a note of it.
+            if not self._renaming or staged.new.exists():
+                _remove(staged.new)
+            elif staged.former is None:
+                _remove(staged.target)
+            else:
+                _restore(staged.former, staged.target)
+        for path in reversed(self._made):
+            _remove(path)
+
+
+def _restore(former: Path, target: Path) -> None:
+    try:
+        replace_file(former, target)
+    except OSError as error:
+        kept = former.with_name(f"{target.name}.former")
+        with contextlib.suppress(OSError):
+            former.rename(kept)
+        _log.error("%s could not be put back (%s); its former content is in %s", target, error, kept)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what a write that was killed left behind; only while holding the lock."""
+    for folder in folders:
+        for path in list(folder.iterdir()) if folder.is_dir() else ():
+            staged = [path]
+            if path.is_symlink():  # its file was staged where that is
+                real = followed(path)
+                staged = list(real.parent.glob(f"{glob.escape(real.name)}.*{_STAGED}"))
+            for left in staged:
+                if left.name.endswith(_STAGED):
+                    _log.info("Removing %s, left by a write that did not finish", left)
+                    _remove(left)
+
+
+# -- backups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backup:
+    """A former state of one image's data.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    time : datetime
+        When it was replaced, in UTC.
+    size : int
+        Bytes.
+    """
+
+    path: Path
+    time: datetime
+    size: int
+
+
+_BACKUP_NAME = "data.qpdata"
+_BACKUP_TIME = "%Y%m%dT%H%M%S.%fZ"
+
+
+def _backup_folder(project: Path, entry_id: str) -> Path:
+    return project / OWN_FOLDER / "backups" / entry_id
+
+
+def backup_path(project: Path, entry_id: str) -> Path:
+    """Name for the next backup of an image's data, later than all there are."""
+    now = datetime.now(timezone.utc)
+    former = backups_of(project, entry_id)
+    if former and former[0].time >= now:
+        now = former[0].time + timedelta(microseconds=1)
+    return _backup_folder(project, entry_id) / f"{now.strftime(_BACKUP_TIME)}-{_BACKUP_NAME}"
+
+
+def backups_of(project: Path, entry_id: str) -> tuple[Backup, ...]:
+    """Backups of an image's data, newest first.
+
+    Parameters
+    ----------
+    project : Path
+        Folder of the project.
+    entry_id : str
+        Entry id.
+
+    Returns
+    -------
+    tuple of Backup
+        At most `BACKUPS_KEPT`.
+    """
+    folder = _backup_folder(project, entry_id)
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(ValueError):
+            written = datetime.strptime(path.name.removesuffix(f"-{_BACKUP_NAME}"), _BACKUP_TIME)
+            found.append(Backup(path=path, time=written.replace(tzinfo=timezone.utc), size=path.stat().st_size))
+    return tuple(sorted(found, key=lambda backup: backup.path.name, reverse=True))
+
+
+def without_present(backups: Sequence[Backup], data_file: Path) -> tuple[Backup, ...]:
+    """Backups, newest first, without the copy of the present state that a write leaves which is killed before the end.
+
+    Parameters
+    ----------
+    backups : sequence of Backup
+        From `backups_of`.
+    data_file : Path
+        The image's present data.
+
+    Returns
+    -------
+    tuple of Backup
+    """
+    if not backups or not data_file.is_file() or data_file.stat().st_size != backups[0].size:
+        return tuple(backups)
+    is_present = read_stamped(data_file)[1].digest == read_stamped(backups[0].path)[1].digest
+    return tuple(backups[1:] if is_present else backups)
+
+
+def drop_copy_of_present(project: Path, entry_id: str, data_file: Path) -> None:
+    """Remove the copy that `without_present` leaves out; only while holding the lock."""
+    found = backups_of(project, entry_id)
+    for backup in found[: len(found) - len(without_present(found, data_file))]:
+        _remove(backup.path)
+
+
+def prune_backups(project: Path, entry_id: str) -> None:
+    """Keep the last `BACKUPS_KEPT` backups of an image."""
+    for backup in backups_of(project, entry_id)[BACKUPS_KEPT:]:
+        _remove(backup.path)
+
+
+# -- verification
+
+
+_FIELDS = tuple(field.name for field in fields(Annotation))
+# Geometries are compared all at once, and the kind of ROI is QuPath's to choose where a record leaves it open.
+_PLAIN = tuple(name for name in _FIELDS if name not in ("geometry", "nucleus", "roi", "measurements", "metadata"))
+_plain_values = attrgetter(*_PLAIN)
+
+
+def verify_objects(expected: Sequence[Annotation], found: Sequence[Annotation], *, path: Path) -> None:
+    """Compare what was read back with what should be there, object by object.
+
+    NaN equals NaN, and geometries must have the same coordinates in the same order.
+
+    Parameters
+    ----------
+    expected : sequence of Annotation
+        Every object, as it is stored; in any order.
+    found : sequence of Annotation
+        Objects read back.
+    path : Path
+        The file, for messages.
+
+    Raises
+    ------
+    ProjectWriteError
+        If anything differs.
+    """
+    ours, theirs = _ordered(expected), _ordered(found)
+    if [record.id for record in ours] != [record.id for record in theirs]:
+        raise ProjectWriteError(
+            f"{path}: {len(expected)} objects were written and {len(found)} read back; nothing was changed"
+        )
+    for name in ("geometry", "nucleus"):
+        changed = _first_changed_shape(
+            [getattr(record, name) for record in ours], [getattr(record, name) for record in theirs]
+        )
+        if changed is not None:
+            raise _came_back_wrong(path, ours[changed], name)
+    for record, read in zip(ours, theirs, strict=True):
+        field = _changed_field(record, read)
+        if field is not None:
+            raise _came_back_wrong(path, record, field)
+
+
+def _came_back_wrong(path: Path, record: Annotation, field: str) -> ProjectWriteError:
+    return ProjectWriteError(f"{path}: object {record.id} came back with another {field}; nothing was changed")
+
+
+def _ordered(records: Sequence[Annotation]) -> list[Annotation]:
+    """Sort records by identity; those that share one keep their order."""
+    return sorted(records, key=lambda record: record.id.int)
+
+
+def _first_changed_shape(ours: Sequence[object], theirs: Sequence[object]) -> int | None:
+    one, two = np.array(ours, dtype=object), np.array(theirs, dtype=object)
+    changed = np.flatnonzero(~(shapely.equals_exact(one, two, tolerance=0) | ((one == None) & (two == None))))  # noqa: E711
+    return int(changed[0]) if changed.size else None
+
+
+def _changed_field(ours: Annotation, theirs: Annotation) -> str | None:
+    if ours.roi != theirs.roi and ours.roi is not None:
+        return "roi"
+    if _plain_values(ours) != _plain_values(theirs):
+        for name, one, two in zip(_PLAIN, _plain_values(ours), _plain_values(theirs), strict=True):
+            if one != two and not _both_nan(one, two):
+                return name
+    for name, one, two in (
+        ("measurements", ours.measurements, theirs.measurements),
+        ("metadata", ours.metadata, theirs.metadata),
+    ):
+        if (one or two) and not _same_mapping(one, two):
+            return name
+    return None
+
+
+def _both_nan(ours: object, theirs: object) -> bool:
+    return isinstance(ours, float) and isinstance(theirs, float) and math.isnan(ours) and math.isnan(theirs)
+
+
+def _same_mapping(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
+    if list(ours) != list(theirs):
+        return False
+    return ours == theirs or all(
+        one == two or _both_nan(one, two) for one, two in zip(ours.values(), theirs.values(), strict=True)
+    )
+
+
+# -- QuPath at the same time
+
+
+def qupath_warnings(data_file: Path, image: Path | None) -> tuple[str, ...]:
+    """Tell what can be told about a QuPath that has the image open right now.
+
+    Parameters
+    ----------
+    data_file : Path
+        The image's ``data.qpdata``.
+    image : Path or None
+        The image file.
+
+    Returns
+    -------
+    tuple of str
+        One line each.
+    """
+    warnings = []
+    leftover = data_file.with_name(f"{data_file.name}.bkp")
+    if leftover.exists():
+        warnings.append(
+            f"{leftover} is there: QuPath is saving this image, or stopped while it did. If the objects you see are "
+            f"not what they should be, that file holds the state before its save"
+        )
+    running = _qupath_processes()
+    if running:
+        has_image = image is not None and any(_has_open(pid, image) for pid in running)
+        warnings.append(
+            f"QuPath is running (process {running[0]}) and has {image.name} open: use File > Reload data there before "
+            f"anything else, its Save would overwrite what was just written"
+            if has_image and image is not None
+            else f"QuPath is running (process {running[0]}): if this image is open there, use File > Reload data "
+            f"before anything else, its Save would overwrite what was just written"
+        )
+    return tuple(warnings)
+
+
+def _qupath_processes() -> list[int]:
+    """Process ids of QuPath on this machine, where the system tells (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):
+            if (folder / "comm").read_text().startswith("QuPath"):
+                found.append(int(folder.name))
+    return found
+
+
+def _has_open(pid: int, image: Path) -> bool:
+    with contextlib.suppress(OSError):
+        wanted = os.path.realpath(image)
+        return any(os.path.realpath(link) == wanted for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False

@@ -1,0 +1,367 @@
+"""Which objects of an image are ours, and what the pathologist made of each.
+
+An object that we wrote belongs to the pathologist as soon as it is locked, moved, reshaped, given another class, name,
+colour, description or metadata, marked as accepted, or holds detections. Measurements do not count: QuPath's own
+commands add them to every object.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypeVar
+from uuid import UUID
+
+import numpy as np
+import shapely
+
+from darefine_qupath.errors import DarefineError, ReviewError
+from darefine_qupath.limits import wording
+from darefine_qupath.project import image_titles
+from darefine_qupath.review.history import WITNESS, History, history_of
+from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digests_of, read_run, run_files
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.annotations import Annotation
+    from darefine_qupath.project import ImageEntry, ImageState, Project
+
+__all__ = [
+    "CLASS",
+    "MARK",
+    "MODEL",
+    "PLACE",
+    "RUN",
+    "ImageObjects",
+    "Reviewed",
+    "Status",
+    "for_images",
+    "sort_objects",
+]
+
+_log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
+
+TOLERANCE = 0.006
+"""Level-0 pixels by which a vertex may differ in an outline that nobody changed: QuPath keeps 0.01 px."""
+
+RUN, MODEL, CLASS = WITNESS, "darefine.model", "darefine.class"
+"""Metadata that every object of ours carries, beside its digest."""
+
+MARK = "darefine.review"
+"""Metadata (or measurement, 1 or -1) by which a script accepts or rejects an object."""
+
+PLACE = "darefine.place"
+"""Metadata of an annotation that says where to look next."""
+
+RUNNER_UP = "darefine.runner_up"
+_OWN = frozenset({RUN, MODEL, CLASS, DIGEST, MARK, RUNNER_UP})
+
+Status = Literal["untouched", "accepted", "reshaped", "reclassified", "edited", "rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reviewed:
+    """An object of ours and what became of it.
+
+    Attributes
+    ----------
+    written : RunObject
+        As it was written.
+    current : Annotation or None
+        As it is now; None where it is gone.
+    status : str
+        What the pathologist did.
+    """
+
+    written: RunObject
+    current: Annotation | None
+    status: Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageObjects:
+    """The objects of one image, sorted by whom they belong to.
+
+    Attributes
+    ----------
+    run : Run or None
+        The run that the image's data was written by, or saved from; None where there is none.
+    past : History
+        That run, and those after it which do not stand.
+    state : ImageState
+        What is stored for the image.
+    ours : tuple of Reviewed
+        Everything we ever wrote that we did not take back, containers left out.
+    containers : tuple of Reviewed
+        The annotations that hold ours.
+    theirs : tuple of Annotation
+        All other objects; what was ours and belongs to the pathologist now is not among them.
+    places : tuple of Annotation
+        Annotations that say where to look next.
+    """
+
+    run: Run | None
+    past: History
+    state: ImageState
+    ours: tuple[Reviewed, ...]
+    containers: tuple[Reviewed, ...]
+    theirs: tuple[Annotation, ...]
+    places: tuple[Annotation, ...]
+
+    @property
+    def untouched(self) -> tuple[Reviewed, ...]:
+        """Objects of ours, containers among them, that we may replace."""
+        return tuple(item for item in (*self.containers, *self.ours) if item.status == "untouched")
+
+    @property
+    def adopted(self) -> tuple[Reviewed, ...]:
+        """Objects of ours that belong to the pathologist now."""
+        return tuple(item for item in self.ours if item.status not in ("untouched", "rejected"))
+
+    @property
+    def rejected(self) -> tuple[Reviewed, ...]:
+        """Objects of ours that the pathologist deleted or marked as wrong."""
+        return tuple(item for item in self.ours if item.status == "rejected")
+
+
+def for_images(
+    images: Iterable[ImageEntry], action: Callable[[ImageEntry], _Found], on_error: OnError | None
+) -> Iterator[tuple[ImageEntry, _Found]]:
+    """Do something with every image.
+
+    Parameters
+    ----------
+    images : iterable of ImageEntry
+        The images.
+    action : callable
+        What to do.
+    on_error : callable or None
+        Told of an image whose data are damaged, say; without it the error ends the walk.
+
+    Yields
+    ------
+    tuple
+        Image, and what the action gave.
+    """
+    images = tuple(images)
+    titles = image_titles({image.id: image.name for image in images})
+    for image in images:
+        try:
+            with wording(ReviewError):
+                found = action(image)
+        except DarefineError as error:
+            if on_error is None:
+                raise
+            on_error(titles[image.id], error)
+        else:
+            yield image, found
+
+
+def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | None = None) -> ImageObjects:
+    """Sort the objects of an image by whom they belong to.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    image : ImageEntry
+        One of its images.
+    state : ImageState, optional
+        What is stored for it, where that has been read already.
+
+    Returns
+    -------
+    Survey
+        With the state of every object of ours.
+
+    Raises
+    ------
+    ReviewError
+        If a run's file is damaged.
+    """
+    state = project.state(image) if state is None else state
+    past, run = _without_false_rejections(project, image, history_of(project, image, state))
+    objects = state.objects
+    now = {record.id: record for record in objects}
+    used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
+    written = {} if run is None else {item.id: item for item in (*run.objects, *run.adopted)}
+    strangers = [record for record in objects if _is_ours(record) and record.id not in written]
+    written |= _Origins(project, past, now).of(strangers)
+    pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or past.is_seen]
+    found = [
+        Reviewed(item, current, status) for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
+    ]
+    known = {item.written.id for item in found}
+    found += [Reviewed(item, None, "rejected") for item in _rejections(run, past) if item.id not in known]
+    # A container that was given a class is an annotation like any other.
+    found = [item for item in found if item.written.role == "region" or not _is_classified(item.current)]
+    ids = {item.written.id for item in found}
+    # One that was given a class is an annotation like any other.
+    places = tuple(record for record in objects if PLACE in record.metadata and record.path_class is None)
+    ids.update(record.id for record in places)
+    return ImageObjects(
+        run=run,
+        past=past,
+        state=state,
+        ours=tuple(item for item in found if item.written.role == "region"),
+        containers=tuple(item for item in found if item.written.role == "container"),
+        theirs=tuple(record for record in objects if record.id not in ids),
+        places=places,
+    )
+
+
+def _is_ours(record: Annotation) -> bool:
+    return RUN in record.metadata and record.metadata.get(DIGEST) is not None
+
+
+def _is_classified(record: Annotation | None) -> bool:
+    return record is not None and record.path_class is not None
+
+
+def _without_false_rejections(project: Project, image: ImageEntry, past: History) -> tuple[History, Run | None]:
+    """Take back what a run of before there were witnesses calls rejected though all of a run was gone at once."""
+    run = past.current
+    if run is None or run.number or not run.rejected:
+        return past, run
+    rejected = {item.id for item in run.rejected}
+    names = {item.record.metadata.get(RUN) for item in run.rejected}
+    files = [file for file in run_files(project, image) if file.id in names]
+    gone = [former for former in _readable(files) if {item.id for item in former.added} <= rejected]
+    lost = {item.id for former in gone for item in former.added}
+    run = replace(run, rejected=tuple(item for item in run.rejected if item.id not in lost))
+    return replace(past, overwritten=(*gone, *past.overwritten)), run
+
+
+def _readable(files: Iterable[RunFile]) -> list[Run]:
+    found = []
+    for file in files:
+        try:
+            found.append(read_run(file.path))
+        except ReviewError as error:
+            _log.warning("%s", error)
+    return found
+
+
+class _Origins:
+    """Finds out what objects were when we wrote them that say they are ours, but that the current run does not list.
+
+    Duplicating an object in QuPath copies its metadata: such a copy is nobody's but the pathologist's.
+    """
+
+    def __init__(self, project: Project, past: History, now: Mapping[UUID, Annotation]) -> None:
+        self._project = project
+        self._runs = {run.id: run for run in (*past.undone, *past.overwritten)}
+        if past.current is not None:
+            self._runs[past.current.id] = past.current
+        self._records: dict[str, dict[UUID, RunObject] | None] = {}
+        holders = dict(now)
+        for run in self._runs.values():
+            holders.update({item.id: item.record for item in (*run.objects, *run.rejected, *run.replaced)})
+        self._holders = Counter(record.metadata.get(DIGEST) for record in holders.values())
+
+    @cached_property
+    def _files(self) -> dict[str, RunFile]:
+        """Runs of all images: a copy may come from another one."""
+        return {file.id: file for file in run_files(self._project)}
+
+    def of(self, strangers: Sequence[Annotation]) -> dict[UUID, RunObject]:
+        """Objects as they were written, by identity; copies are not among them."""
+        pairs = zip(strangers, digests_of(strangers), strict=True)
+        found = {record.id: self._origin(record, digest) for record, digest in pairs}
+        return {key: item for key, item in found.items() if item is not None}
+
+    def _origin(self, record: Annotation, digest: str) -> RunObject | None:
+        if digest == record.metadata[DIGEST]:
+            return _unrecorded(record)
+        listed = self._listed(record.metadata[RUN])
+        if listed is not None:
+            return listed.get(record.id)
+        # With another digest it was edited, and is taken for the pathologist's as it is.
+        is_copy = self._holders[record.metadata[DIGEST]] > 1
+        return None if is_copy else _unrecorded(replace(record, geometry=None))
+
+    def _listed(self, run_id: str) -> dict[UUID, RunObject] | None:
+        """Objects that a run wrote; None where its file is gone or damaged."""
+        if run_id not in self._records:
+            run = self._runs.get(run_id)
+            if run is None and run_id in self._files:
+                run = next(iter(_readable([self._files[run_id]])), None)
+            self._records[run_id] = None if run is None else {item.id: item for item in run.objects}
+        return self._records[run_id]
+
+
+def _unrecorded(record: Annotation) -> RunObject:
+    """Take from its metadata what is known of an object of ours whose run has no file."""
+    training_class = record.metadata.get(CLASS, "")
+    return RunObject(
+        record=replace(record, locked=False),
+        training_class=training_class,
+        role="region" if training_class else "container",
+    )
+
+
+def _rejections(run: Run | None, past: History) -> list[RunObject]:
+    """Rejected objects that the current run knows of, and those of runs that were undone since."""
+    found = {} if run is None else {item.id: item for item in run.rejected}
+    for other in past.undone:
+        found.update({item.id: item for item in other.rejected})
+    return list(found.values())
+
+
+def _statuses(pairs: Sequence[tuple[RunObject, Annotation | None]], used: set[UUID | None]) -> list[Status]:
+    same = _same_outlines(
+        [item.record.geometry for item, _ in pairs], [current and current.geometry for _, current in pairs]
+    )
+    return [_status(item, current, used, is_same=is_same) for (item, current), is_same in zip(pairs, same, strict=True)]
+
+
+def _status(item: RunObject, current: Annotation | None, used: set[UUID | None], *, is_same: bool) -> Status:
+    if current is None:
+        return "rejected"
+    written = item.record
+    if current.path_class != written.path_class:
+        return "reclassified"
+    if not is_same:
+        return "reshaped"
+    if _mark(current) < 0:
+        return "rejected"
+    if current.locked or _mark(current) > 0:
+        return "accepted"
+    edited = (
+        (current.kind, current.name or "") != (written.kind, written.name or "")
+        or current.color is not None
+        or _other(current.metadata) != _other(written.metadata)
+        or (current.id in used and item.role == "region")
+    )
+    return "edited" if edited else "untouched"
+
+
+def _mark(record: Annotation) -> float:
+    word = record.metadata.get(MARK)
+    if word is not None:
+        return {"accepted": 1.0, "rejected": -1.0}.get(word, 0.0)
+    value = record.measurements.get(MARK, 0.0)
+    return 0.0 if np.isnan(value) else value
+
+
+def _other(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in _OWN}
+
+
+def _same_outlines(first: Sequence[BaseGeometry | None], second: Sequence[BaseGeometry | None]) -> list[bool]:
+    """Whether pairs of geometries are the same at QuPath's precision; what has none is never the same."""
+    if not first:
+        return []
+    one, two = np.array(first, np.object_), np.array(second, np.object_)
+    same = shapely.equals_exact(one, two, tolerance=0)
+    # Engines and QuPath versions differ in where a ring starts and in the order of rings.
+    other = np.flatnonzero(~same)
+    same[other] = shapely.equals_exact(one[other], two[other], tolerance=TOLERANCE, normalize=True)
+    found: list[bool] = same.tolist()
+    return found

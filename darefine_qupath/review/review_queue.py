@@ -1,0 +1,400 @@
+"""Where a look helps most: uncertain, large, near class borders, unlike the training data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from uuid import UUID, uuid5
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import IGNORE
+from darefine_qupath.errors import ReviewError
+from darefine_qupath.geometry import Box
+from darefine_qupath.project import Changes
+from darefine_qupath.review.clipping import areal
+from darefine_qupath.review.ownership import PLACE, for_images, sort_objects
+from darefine_qupath.review.runs import OnError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from darefine_qupath.project import ImageEntry, Project
+
+__all__ = ["MapLayers", "Place", "clear_places", "mark_places", "next_places"]
+
+_NAMESPACE = UUID("c2b0f2f4-55d7-5a0e-9a07-2a7cf0d6a3b1")
+_PREFIX = "Review"
+_BORDER_SHARE = 0.05
+_PREDICTED_SHARE = 0.25
+_DOUBTFUL_SHARE = 0.1
+_WEIGHTS = (2.0, 1.0, 1.0, 2.0)
+
+Unlike: TypeAlias = "Callable[[ImageEntry, Sequence[Box]], Sequence[float]]"
+"""Says how unlike the training data boxes of an image are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A place that is worth a look.
+
+    Attributes
+    ----------
+    image, image_name : str
+        Entry id and name.
+    box : Box
+        In level-0 pixels.
+    path_class : str
+        What is predicted there, for the most part.
+    score : float
+        Mean of the four below, of which uncertainty and unlikeness count twice; higher is more worth a look.
+    uncertainty : float
+        1 minus the margin between the first and second class, 0 to 1; in a score map, over the least certain tenth of
+        the place, since a doubtful nest must not drown in the tissue around it.
+    size : float
+        0 for a speck, 1 for the largest regions.
+    border : float
+        How much of it lies near a border between classes, 0 to 1.
+    unlike : float
+        How unlike the training data, 0 to 1; 0 where the caller does not know.
+    object : UUID or None
+        The predicted object; None for a place in a score map.
+    """
+
+    image: str
+    image_name: str
+    box: Box
+    path_class: str
+    score: float
+    uncertainty: float
+    size: float
+    border: float
+    unlike: float
+    object: UUID | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in ("box", "object")}
+        where = {"x": self.box.x, "y": self.box.y, "width": self.box.width, "height": self.box.height}
+        return {**values, **where, "object": None if self.object is None else str(self.object)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLayers:
+    """What a network said about an image, pixel by pixel.
+
+    Attributes
+    ----------
+    labels : ndarray of uint8, shape (height, width)
+        Label per map pixel, `IGNORE` where nothing is predicted.
+    margin : ndarray of uint8, shape (height, width)
+        First score minus second, 255 for 1.
+    box : Box
+        What the map covers, in level-0 pixels.
+    names : sequence of str
+        Classes in label order.
+    """
+
+    labels: NDArray[np.uint8]
+    margin: NDArray[np.uint8]
+    box: Box
+    names: Sequence[str]
+
+
+def next_places(
+    project: Project,
+    images: Iterable[ImageEntry] | None = None,
+    *,
+    count: int = 10,
+    side_um: float = 500.0,
+    side_px: int = 1000,
+    maps: Mapping[str, MapLayers] | Callable[[ImageEntry], MapLayers | None] | None = None,
+    unlike: Unlike | None = None,
+    on_error: OnError | None = None,
+) -> tuple[Place, ...]:
+    """Find the places where a look helps most.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    images : iterable of ImageEntry, optional
+        Which; all by default.
+    count : int, optional
+        How many places at most, over all images.
+    side_um, side_px : float, int, optional
+        Side of a place, in micrometres, and in level-0 pixels where the pixel size is unknown.
+    maps : mapping of str to MapLayers, or callable, optional
+        By entry id, or a function of the image that reads its map, so that one is held at a time. With its map an
+        image is searched window by window; without it, object by object.
+    unlike : callable, optional
+        Says of boxes of an image how unlike the training data each is, 0 to 1.
+    on_error : callable, optional
+        Told of an image that cannot be read, which is left out; without it that is an error.
+
+    Returns
+    -------
+    tuple of Place
+        Best first; no two overlap by more than a quarter.
+
+    Raises
+    ------
+    ReviewError
+        If `count` is below 1, or a run's file is damaged.
+    ProjectFormatError
+        If an image's data are.
+    """
+    if count < 1:
+        raise ReviewError(f"{count} places to look at next make no sense; ask for 1 or more")
+
+    def search(image: ImageEntry) -> list[Place]:
+        side = side_px if image.mpp is None else max(1, round(side_um / image.mpp))
+        layers = maps(image) if callable(maps) else (maps or {}).get(image.id)
+        if layers is None:
+            places = _places_of_objects(project, image, side)
+        else:
+            places = _places_of_map(image, layers, side, _looked_at(project, image))
+        strange = unlike(image, [place.box for place in places]) if unlike and places else [0.0] * len(places)
+        return [_scored(place, unlike=value) for place, value in zip(places, strange, strict=True)]
+
+    chosen = project.images if images is None else images
+    found = [place for _, places in for_images(chosen, search, on_error) for place in places]
+    found.sort(key=lambda place: (-place.score, place.image, place.box))
+    return _apart(found, count)
+
+
+def _apart(places: Sequence[Place], count: int) -> tuple[Place, ...]:
+    chosen: list[Place] = []
+    for place in places:
+        if len(chosen) == count:
+            break
+        if not any(other.image == place.image and _overlap(other.box, place.box) > 0.25 for other in chosen):
+            chosen.append(place)
+    return tuple(chosen)
+
+
+def _overlap(first: Box, second: Box) -> float:
+    common = first.intersection(second)
+    return 0.0 if common is None else common.area / min(first.area, second.area)
+
+
+def _scored(place: Place, *, unlike: float) -> Place:
+    parts = (place.uncertainty, place.size, place.border, unlike)
+    score = sum(weight * part for weight, part in zip(_WEIGHTS, parts, strict=True)) / sum(_WEIGHTS)
+    return replace(place, unlike=unlike, score=score)
+
+
+def _places_of_objects(project: Project, image: ImageEntry, side: int) -> list[Place]:
+    items = [
+        item for item in sort_objects(project, image).ours if item.status == "untouched" and item.current is not None
+    ]
+    shapes = np.array([item.written.record.geometry for item in items], np.object_)
+    if not len(items):
+        return []
+    areas, lengths = shapely.area(shapes), shapely.length(shapes)
+    sizes = areas / (areas + np.median(areas))
+    borders = np.minimum(1.0, lengths * side * _BORDER_SHARE / np.maximum(areas, 1.0))
+    centers = shapely.get_coordinates(shapely.point_on_surface(shapes))
+    places = []
+    for index, item in enumerate(items):
+        values = item.written.record.measurements
+        sure = values.get("DA-RefineNet: margin", values.get("DA-RefineNet: confidence", 1.0))
+        parts = (1.0 - sure, float(sizes[index]), float(borders[index]))
+        places.append(
+            _place(image, _window(image, centers[index], side), item.written.training_class, parts, item.written.id)
+        )
+    return places
+
+
+def _place(
+    image: ImageEntry,
+    box: Box,
+    path_class: str,
+    parts: tuple[float, float, float],
+    identity: UUID | None = None,
+) -> Place:
+    uncertainty, size, border = parts
+    return Place(
+        image=image.id, image_name=image.name, box=box, path_class=path_class, score=0.0,
+        uncertainty=uncertainty, size=size, border=border, unlike=0.0, object=identity,
+    )  # fmt: skip
+
+
+def _window(image: ImageEntry, center: NDArray[np.float64], side: int) -> Box:
+    """Square around a point, moved into the image."""
+    corner = []
+    for value, limit in zip(center.tolist(), (image.width, image.height), strict=True):
+        start = round(value - side / 2)
+        corner.append(max(0, start if limit is None else min(start, limit - side)))
+    box = Box(corner[0], corner[1], side, side)
+    if image.width is None or image.height is None:
+        return box
+    return box.intersection(Box(0, 0, image.width, image.height)) or box
+
+
+def _looked_at(project: Project, image: ImageEntry) -> list[Any]:
+    """Where a pathologist has been already."""
+    found = sort_objects(project, image)
+    records = [record for record in found.theirs if record.kind == "annotation" and record.path_class is not None]
+    records += [item.current or item.written.record for item in found.ours if item.status != "untouched"]
+    shapes = [areal(record.geometry) for record in records]
+    return [shape for shape in shapes if shape is not None]
+
+
+def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: Sequence[Any]) -> list[Place]:
+    height, width = layers.labels.shape
+    scale = layers.box.width / width
+    step = max(1, round(side / scale))
+    predicted = layers.labels != IGNORE
+    edge = np.zeros_like(predicted)
+    edge[:, 1:] |= (layers.labels[:, 1:] != layers.labels[:, :-1]) & predicted[:, 1:] & predicted[:, :-1]
+    edge[1:] |= (layers.labels[1:] != layers.labels[:-1]) & predicted[1:] & predicted[:-1]
+    num_pixels = _cell_sums(predicted, step)
+    # A border that crosses a cell from side to side counts a half; more of it, more.
+    length = _cell_sums(edge, step)
+    border = length / (length + step)
+    seen = shapely.union_all(list(looked_at))
+    shapely.prepare(seen)
+    places = []
+    for row, column in np.argwhere(num_pixels >= _PREDICTED_SHARE * step * step).tolist():
+        window = Box(column * step, row * step, min(step, width - column * step), min(step, height - row * step))
+        center = np.array([window.x + window.width / 2, window.y + window.height / 2]) * scale
+        center += (layers.box.x, layers.box.y)
+        if shapely.intersects_xy(seen, *center):
+            continue
+        cell = layers.labels[window.y : window.bottom, window.x : window.right]
+        label = int(np.bincount(cell[cell != IGNORE]).argmax())
+        margins = layers.margin[window.y : window.bottom, window.x : window.right][cell != IGNORE]
+        share = float(num_pixels[row, column]) / (step * step)
+        parts = (_doubt(margins), share, float(border[row, column]))
+        places.append(_place(image, _window(image, center, side), layers.names[label], parts))
+    return places
+
+
+def _doubt(margins: NDArray[np.uint8]) -> float:
+    """1 minus the mean margin of the least certain pixels."""
+    count = max(1, round(len(margins) * _DOUBTFUL_SHARE))
+    return 1.0 - float(np.partition(margins, count - 1)[:count].mean()) / 255
+
+
+def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
+    rows, columns = (np.arange(0, length, step) for length in values.shape)
+    across = np.add.reduceat(values, columns, axis=1, dtype=np.float64)
+    return np.asarray(np.add.reduceat(across, rows, axis=0), np.float64)
+
+
+def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError | None = None) -> int:
+    """Put places into the project as small unclassified annotations, named in order: ``Review 01``, ``Review 02`` ...
+
+    Those of an earlier call go, but for those that were locked or given a class: a place that has such a one gets no
+    other. A place keeps its annotation whatever its rank. They train nothing, nothing gives way to them, and
+    `clear_places` removes them.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    places : sequence of Place
+        Best first.
+    on_error : callable, optional
+        Told of an image that cannot be written; without it that is an error.
+
+    Returns
+    -------
+    int
+        Places that have one now by this call.
+    """
+    standing = list(for_images(project.images, lambda image: _standing_marks(project, image), on_error))
+    of_image = {image.id: marks for image, marks in standing}
+    names = _names(len(places), {name for _, marks in standing for name in marks.names})
+    wanted: dict[str, list[Annotation]] = {}
+    for place, name in zip(places, names, strict=True):
+        record = Annotation(
+            id=uuid5(_NAMESPACE, f"{place.image}/{place.box}"),
+            geometry=shapely.box(*place.box.bounds),
+            name=name,
+            metadata={PLACE: f"{place.score:.4f}", "ANNOTATION_DESCRIPTION": _description(place)},
+        )
+        wanted.setdefault(place.image, []).append(record)
+
+    def mark(image: ImageEntry) -> int:
+        marks = of_image[image.id]
+        new = [record for record in wanted.get(image.id, ()) if record.id not in marks.theirs]
+        ids = {record.id for record in new}
+        changes = Changes(
+            add=[record for record in new if record.id not in marks.ours],
+            replace=[record for record in new if record.id in marks.ours],
+            remove=[identity for identity in marks.ours if identity not in ids],
+        )
+        if not changes.is_empty:
+            project.apply(image, changes, version=marks.version)
+        return len(new)
+
+    images = [image for image, _ in standing]
+    return sum(count for _, count in for_images(images, mark, on_error))
+
+
+class _Marks(NamedTuple):
+    """Marks of an image that may go, identities that are somebody's, and the names of marks among them."""
+
+    ours: tuple[UUID, ...]
+    theirs: frozenset[UUID]
+    names: tuple[str, ...]
+    version: str
+
+
+def _standing_marks(project: Project, image: ImageEntry) -> _Marks:
+    found = sort_objects(project, image)
+    ours = tuple(record.id for record in found.places if not record.locked)
+    theirs = [record for record in found.state.objects if record.id not in set(ours)]
+    names = tuple(record.name for record in theirs if record.name and PLACE in record.metadata)
+    return _Marks(ours, frozenset(record.id for record in theirs), names, found.state.version)
+
+
+def _names(count: int, taken: Collection[str]) -> list[str]:
+    """Names in order; where a mark that somebody kept has one, another after the last."""
+    digits = max(2, len(str(count)))
+    spare = (name for number in itertools.count(count + 1) if (name := f"{_PREFIX} {number:0{digits}d}") not in taken)
+    names = (f"{_PREFIX} {number:0{digits}d}" for number in range(1, count + 1))
+    return [next(spare) if name in taken else name for name in names]
+
+
+def _description(place: Place) -> str:
+    return (
+        f"{place.path_class}: uncertainty {place.uncertainty:.2f}, size {place.size:.2f}, border {place.border:.2f}, "
+        f"unlike {place.unlike:.2f}"
+    )
+
+
+def clear_places(
+    project: Project, images: Iterable[ImageEntry] | None = None, *, on_error: OnError | None = None
+) -> int:
+    """Remove the annotations of `mark_places`; one that was given a class or was locked is somebody's and stays.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    images : iterable of ImageEntry, optional
+        Which; all by default.
+    on_error : callable, optional
+        Told of an image that cannot be read or written; without it that is an error.
+
+    Returns
+    -------
+    int
+        Annotations removed.
+    """
+
+    def clear(image: ImageEntry) -> int:
+        marks = _standing_marks(project, image)
+        if not marks.ours:
+            return 0
+        return project.apply(image, Changes(remove=marks.ours), version=marks.version).removed
+
+    chosen = project.images if images is None else images
+    return sum(count for _, count in for_images(chosen, clear, on_error))

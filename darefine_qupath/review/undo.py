@@ -1,0 +1,329 @@
+"""Runs taken back: what they wrote goes, what they replaced returns."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid5
+
+from darefine_qupath.errors import DarefineError, ProjectFormatError, ReviewError
+from darefine_qupath.limits import DATA, read_file
+from darefine_qupath.polygons import ClassPolygon
+from darefine_qupath.project import Changes
+from darefine_qupath.review.clipping import areal, clip_predictions
+from darefine_qupath.review.history import History, history_of, settle, standing, witness_of
+from darefine_qupath.review.ownership import RUN, ImageObjects, for_images, sort_objects
+from darefine_qupath.review.runs import (
+    OnError,
+    Run,
+    RunFile,
+    RunObject,
+    call_number,
+    list_runs,
+    run_files,
+    runs_folder,
+    save_run,
+    with_packed,
+)
+from darefine_qupath.review.writeback import RunResult, cut_to, smallest_part
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+    from darefine_qupath.annotations import Annotation
+    from darefine_qupath.project import Applied, ImageEntry, Project
+
+__all__ = ["undo"]
+
+_log = logging.getLogger(__name__)
+
+_OVERWRITTEN = "is not in the image any more: it was restored, or saved in QuPath, from a state before that run"
+
+
+def undo(
+    project: Project, run_id: str | None = None, *, dry_run: bool = False, on_error: OnError | None = None
+) -> tuple[RunResult, ...]:
+    """Take a run back: remove what it added and nobody touched, bring back what it replaced.
+
+    Where nothing was written to an image since, its data is afterwards what it was before, byte for byte. Classes that
+    came into the project's list stay there. What returns gives way, as a prediction does, to objects of the run that
+    the pathologist took over or rejected.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    run_id : str, optional
+        A run, or a batch of runs; the last batch by default.
+    dry_run : bool, optional
+        Only say what would be done.
+    on_error : callable, optional
+        Told of an image or a run's file that is damaged, after which the others are undone; without it that is an
+        error.
+
+    Returns
+    -------
+    tuple of RunResult
+        One per image.
+
+    Raises
+    ------
+    ReviewError
+        If there is no such run, it was undone or overwritten already, or a later one stands on it.
+    ProjectError
+        If the project cannot be written.
+    """
+    damaged: dict[str, ReviewError] = {}
+    runs = list_runs(project, on_error=None if on_error is None else damaged.__setitem__)  # type: ignore[arg-type]
+    stand = _Standing(project, runs, on_error)
+    wanted = _last_call(project, stand, runs, damaged) if run_id is None else _named(project, stand, runs, run_id)
+    for run in wanted:
+        last = stand.current(run.image)
+        if last is not None and last.id != run.id:
+            raise ReviewError(f"Run {last.id} of {run.image_name!r} came after {run.id}; undo that one first")
+    if on_error is not None:
+        for name, error in damaged.items():
+            on_error(name, error)
+    of_image = {run.image: run for run in wanted}
+    images = [project.image(run.image) for run in wanted]
+    done = for_images(images, lambda image: _undo_one(project, of_image[image.id], dry_run=dry_run), on_error)
+    return tuple(result for _, result in done)
+
+
+def run_states(project: Project, *, on_error: OnError | None = None) -> tuple[tuple[Run, str], ...]:
+    """List the runs of a project and what became of them, as the data of their images tells.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    on_error : callable, optional
+        Told of an image or a run's file that is damaged; without it that is an error.
+
+    Returns
+    -------
+    tuple of Run and str
+        Oldest first; ``"done"``, ``"undone"`` or ``"overwritten"``. Of an image that is not there, or damaged, what
+        the run's file says.
+
+    Raises
+    ------
+    ReviewError, ProjectFormatError
+        If a file is damaged.
+    """
+    runs = list_runs(project, on_error=on_error)
+    stand = _Standing(project, runs, on_error)
+    return tuple((run, stand.state(run)) for run in runs)
+
+
+class _Standing:
+    """Which runs stand, as the data of their images tells; an image is read when it is first asked for."""
+
+    def __init__(self, project: Project, runs: Sequence[Run], on_error: OnError | None) -> None:
+        self._project = project
+        self._images = {image.id: image for image in project.images}
+        self._on_error = on_error
+        self._runs: dict[str, list[Run]] = {}
+        for run in runs:
+            self._runs.setdefault(run.image, []).append(run)
+        self._pasts: dict[str, tuple[History | None, str | None]] = {}
+
+    def _past(self, image_id: str) -> tuple[History | None, str | None]:
+        """History and witness; None where the image is not there, or damaged."""
+        if image_id not in self._pasts:
+            images = [self._images[image_id]] if image_id in self._images else []
+            read = for_images(images, self._read, self._on_error)
+            self._pasts[image_id] = next((past for _, past in read), (None, None))
+        return self._pasts[image_id]
+
+    def _read(self, image: ImageEntry) -> tuple[History | None, str | None]:
+        state = self._project.state(image)
+        try:
+            return history_of(self._project, image, state), witness_of(state)
+        except ReviewError:
+            # Its damaged file was named when all were read.
+            return None, witness_of(state)
+
+    def current(self, image_id: str) -> Run | None:
+        """Run that the image's data was written by, or saved from."""
+        past, _ = self._past(image_id)
+        return None if past is None else past.current
+
+    def witness(self, image_id: str) -> str | None:
+        """Id of the run that the image's data bears the witness of, whether or not its file is there."""
+        return self._past(image_id)[1]
+
+    def state(self, run: Run) -> str:
+        """Tell what became of a run: ``"done"`` where it stands, be it below others."""
+        past, witness = self._past(run.image)
+        if past is None:
+            return run.state
+        if run.id in standing(past, self._runs.get(run.image, ()), witness):
+            return "done"
+        return "overwritten" if run.state == "done" else "undone"
+
+
+def _last_call(
+    project: Project, stand: _Standing, runs: Sequence[Run], damaged: Mapping[str, ReviewError]
+) -> tuple[Run, ...]:
+    """Find the runs of the last call of predict of which something stands."""
+    files = {file.id: file for file in run_files(project) if file.path.name in damaged}
+    for run in sorted(runs, key=lambda run: run.order, reverse=True):
+        current = stand.current(run.image)
+        if current is None or current.id != run.id:
+            if stand.state(run) == "overwritten":
+                _log.warning("%s: run %s is left out, it %s", run.image_name, run.id, _OVERWRITTEN)
+            continue
+        for file in files.values():
+            later = file.order > run.order and not _is_of_call(file, run)
+            if later and (file.image is None or stand.witness(file.image) == file.id):
+                error = damaged[file.path.name]
+                raise ReviewError(f"The last run cannot be undone: {error}; or name the run to undo") from error
+        call = [other for other in runs if other.batch == run.batch]
+        for other in call:
+            if other.order < run.order and stand.state(other) == "overwritten":
+                _log.warning("%s: run %s is left out, it %s", other.image_name, other.id, _OVERWRITTEN)
+        return tuple(other for other in call if stand.state(other) == "done" and stand.current(other.image))
+    raise next(iter(damaged.values()), ReviewError(f"There is no run to undo in {project.path}"))
+
+
+def _is_of_call(file: RunFile, run: Run) -> bool:
+    """Whether a damaged file is of the same call of predict as a run."""
+    if file.call is not None:
+        return file.call == call_number(run)
+    # The name of a file of before there were numbers does not tell; what is left of it may.
+    with contextlib.suppress(DarefineError):
+        return f'"batch": "{run.batch}"'.encode() in read_file(file.path, DATA)
+    return False
+
+
+def _named(project: Project, stand: _Standing, runs: Sequence[Run], run_id: str) -> tuple[Run, ...]:
+    """Find the run of an id, or the runs of a batch of that id."""
+    known = [run for run in runs if run_id in (run.id, run.batch)]
+    if not known:
+        raise ReviewError(f"No run {run_id!r} in {runs_folder(project)}; `darefine runs` lists them")
+    # The first run of a batch lends its id to it: then all of them are meant.
+    meant = {run.id for run in known if run.id == run_id and run.batch != run_id} or {run.id for run in known}
+    wanted = tuple(run for run in known if run.id in meant and stand.state(run) == "done")
+    if not wanted:
+        lost = any(stand.state(run) == "overwritten" for run in known)
+        raise ReviewError(f"Run {run_id!r} {_OVERWRITTEN}" if lost else f"Run {run_id!r} was undone already")
+    return wanted
+
+
+def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
+    image = project.image(run.image)
+    found = sort_objects(project, image)
+    if found.run is None or found.run.id != run.id:
+        raise ReviewError(
+            f"{image.name!r} was not written by run {run.id} last, but by one whose record is not in "
+            f"{runs_folder(project)}; put it back, or use `darefine restore`"
+        )
+    added = {item.id for item in run.added}
+    # A part of an object that made way for another is known by its metadata only.
+    removed = [
+        item.written.id
+        for item in found.untouched
+        if item.written.id in added or item.written.record.metadata.get(RUN) == run.id
+    ]
+    present = {record.id for record in found.state.objects}
+    missing = [item for item in run.replaced if item.id not in present]
+    whole, parts = _making_way(missing, run, found)
+    restored = [*(item.record for item in whole), *parts]
+    result = RunResult(
+        run=run.id,
+        image=run.image,
+        image_name=run.image_name,
+        added=len(restored),
+        kept=len(found.untouched) - len(removed),
+        removed=len(removed),
+        adopted=len(found.adopted),
+        rejected=len(found.rejected),
+        is_dry=dry_run,
+    )
+    if dry_run:
+        return result
+    settle(project, found.past)
+    rejected = tuple(item.written for item in found.rejected)
+    # What does not return whole is no object of the former run any more; otherwise it would count as deleted.
+    _forget(project, image, run, {item.id for item in missing} - {item.id for item in whole})
+    run = replace(
+        run,
+        state="undoing",
+        undoing=tuple(removed),
+        rejected=rejected,
+        replaced=tuple(item for item in run.replaced if item.id in present or item in whole),
+    )
+    run = with_packed(run)
+    save_run(project, run)
+    applied = _taken_back(project, image, run)
+    if applied is None:
+        properties = {} if witness_of(found.state) is None else {RUN: run.former}
+        changes = Changes(add=restored, remove=removed, properties=properties)
+        applied = project.apply(image, changes, version=found.state.version)
+    save_run(project, replace(run, state="undone", undoing=()))
+    return replace(result, warnings=applied.warnings)
+
+
+def _taken_back(project: Project, image: ImageEntry, run: Run) -> Applied | None:
+    """Bring the former file back, the order of its objects included, where nothing was written since."""
+    if run.digest is None or run.backup is None:
+        return None
+    backup = project.folder / run.backup
+    try:
+        if run.basis and backup.is_file() and sha256(backup.read_bytes()).hexdigest() != run.basis:
+            raise ProjectFormatError("this is not what was kept before the run", path=backup)
+        return project.take_back(image, digest=run.digest, backup=backup)
+    except (ProjectFormatError, OSError) as error:
+        _log.warning("%s; what run %s replaced comes back from the run's own record", error, run.id)
+        return None
+
+
+def _making_way(
+    missing: Sequence[RunObject], run: Run, found: ImageObjects
+) -> tuple[list[RunObject], list[Annotation]]:
+    """Objects that can return as they were, and what is left of those where the pathologist made up their mind since.
+
+    Only objects of the run itself count: to all others the former run gave way already, or they were put over it.
+    """
+    added = {item.id for item in run.added}
+    standing = [areal(item.current.geometry) for item in found.adopted if item.current and item.written.id in added]
+    refused: dict[str, list[BaseGeometry]] = {}
+    for item in found.rejected:
+        place = areal(item.written.record.geometry)
+        if item.written.id in added and place is not None:
+            refused.setdefault(item.written.training_class, []).append(place)
+    regions = {number: item for number, item in enumerate(missing) if item.role == "region"}
+    yielded = clip_predictions(
+        # The label says which object a part is of.
+        [ClassPolygon(label=number, geometry=item.record.geometry) for number, item in regions.items()],
+        standing=[shape for shape in standing if shape is not None],
+        rejected={number: refused.get(item.training_class, []) for number, item in regions.items()},
+        min_area_px2=smallest_part(run.mpp),
+        mpp=run.mpp,
+    )
+    returned = {number for number, item in enumerate(missing) if item.role != "region"}
+    parts: list[Annotation] = []
+    for polygon in yielded.polygons:
+        record = missing[polygon.label].record
+        if polygon.geometry is record.geometry:
+            returned.add(polygon.label)
+        else:
+            parts.append(cut_to(record, polygon, uuid5(record.id, f"{run.id}/{len(parts)}")))
+    return [missing[number] for number in sorted(returned)], parts
+
+
+def _forget(project: Project, image: ImageEntry, run: Run, gone: Collection[UUID]) -> None:
+    """Strike objects from the runs that stand once a run is taken back."""
+    for former in list_runs(project, image, on_error=_pass_over) if gone else ():
+        kept = tuple(item for item in former.objects if item.id not in gone)
+        if former.state == "done" and former.order < run.order and len(kept) < len(former.objects):
+            save_run(project, replace(former, objects=kept))
+
+
+def _pass_over(_: str, error: DarefineError) -> None:
+    _log.warning("%s", error)
