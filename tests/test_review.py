@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -317,7 +318,8 @@ def test_a_write_that_failed_leaves_no_trace(project: FakeProject) -> None:
 def test_a_run_cut_off_after_the_project_was_written(
     project: FakeProject, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    module = f"darefine_qupath.review.{'writeback' if state == 'pending' else 'undo'}.save_run"
+    # By import: the package gives the function `undo` the name of its module.
+    module = importlib.import_module(f"darefine_qupath.review.{'writeback' if state == 'pending' else 'undo'}")
 
     def stop(project: Project, run: Run) -> Path:
         if run.state in ("done", "undone"):
@@ -327,7 +329,7 @@ def test_a_run_cut_off_after_the_project_was_written(
     if state == "undoing":
         write(project, grid(2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(module, stop)
+        patch.setattr(module, "save_run", stop)
         write(project, grid(2)) if state == "pending" else undo(project)
     assert list_runs(project)[-1].state == state
     found = sort_objects(project, SLIDE)
