@@ -59,8 +59,8 @@ def test_no_project_is_made_of_slides_that_do_not_open(run: Run, tmp_path: Path)
 
 
 def test_a_file_with_nothing_usable_is_an_error(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "train-1.json"
-    file.write_text("[1, 2]")
+    file = tmp_path / "train-1.geojson"
+    file.write_text('{"type": "FeatureCollection", "features": [1, 2]}')
     line = _refused(run("import", TINY, file, "--dry-run", "--engine", "embedded"))
     assert "no annotation that can be used" in line
     assert "and 1 more" in line
