@@ -23,8 +23,9 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import predict
+from darefine_qupath.pipeline.evaluate import evaluate_project
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id, trained_on
-from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, evaluate_project, predict_project
+from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers

@@ -25,7 +25,8 @@ from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_png, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.pipeline.annotation_io import create_from_slides, import_files, match_files
+from darefine_qupath.pipeline.annotation_import import import_files, match_files
+from darefine_qupath.pipeline.create import create_from_slides
 from darefine_qupath.project import Project, create_project
 from tests.tile_slides import ramps, write_pyramid
 

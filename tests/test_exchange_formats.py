@@ -20,7 +20,8 @@ from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import coco, read_annotations
 from darefine_qupath.exchange.records import ellipse
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
-from darefine_qupath.pipeline.annotation_io import ImportOptions, create_from_slides, import_files
+from darefine_qupath.pipeline.annotation_import import ImportOptions, import_files
+from darefine_qupath.pipeline.create import create_from_slides
 from darefine_qupath.project import create_project
 from darefine_qupath.slides import read_glass_frame
 from tests.ndpi_slides import write_ndpi

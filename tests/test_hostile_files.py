@@ -20,7 +20,9 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, DarefineError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline.train import TileRequest, TrainRequest, resume_training
+from darefine_qupath.pipeline.tiles import TileRequest
+from darefine_qupath.pipeline.train import resume_training
+from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map

@@ -34,19 +34,14 @@ from darefine_qupath.exchange import Imported, read_annotations, write_geojson
 from darefine_qupath.exchange.identity import Origin, contents, reconcile
 from darefine_qupath.exchange.names import NameIndex
 from darefine_qupath.exchange.records import snapped
-from darefine_qupath.pipeline.annotation_io import (
-    Import,
-    ImportOptions,
-    create_from_slides,
-    export_geojson,
-    export_labels,
-    import_files,
-    match_files,
-)
-from darefine_qupath.pipeline.inspection import check_project
+from darefine_qupath.pipeline.annotation_export import export_geojson, export_labels
+from darefine_qupath.pipeline.annotation_import import Import, ImportOptions, import_files, match_files
+from darefine_qupath.pipeline.check import check_project
+from darefine_qupath.pipeline.create import create_from_slides
 from darefine_qupath.pipeline.provenance import LabelCollector
 from darefine_qupath.pipeline.settings import Settings
-from darefine_qupath.pipeline.train import TileRequest, TrainRequest, make_tiles
+from darefine_qupath.pipeline.tiles import TileRequest, make_tiles
+from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import Changes, Project, create_project, open_project
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.qpdata import stored_records

@@ -19,7 +19,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.geometry import PixelSize
 from darefine_qupath.pipeline.alignment import look_below
-from darefine_qupath.pipeline.inspection import Finding, check_project
+from darefine_qupath.pipeline.check import Finding, check_project
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry
 from darefine_qupath.slides import PyramidSlide, open_slide

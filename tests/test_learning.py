@@ -37,7 +37,9 @@ from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, form
 from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
-from darefine_qupath.pipeline.train import Folds, TileRequest, TrainRequest, resume_training, train_on_project
+from darefine_qupath.pipeline.tiles import TileRequest
+from darefine_qupath.pipeline.train import Folds, resume_training, train_on_project
+from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex

@@ -16,10 +16,12 @@ from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline import inspection, selection
-from darefine_qupath.pipeline.annotation_io import export_geojson
-from darefine_qupath.pipeline.inspection import check_project, summarize
-from darefine_qupath.pipeline.predict import PredictRequest, evaluate_project, predict_project
+from darefine_qupath.pipeline import check, selection
+from darefine_qupath.pipeline.annotation_export import export_geojson
+from darefine_qupath.pipeline.check import check_project
+from darefine_qupath.pipeline.evaluate import evaluate_project
+from darefine_qupath.pipeline.info import summarize
+from darefine_qupath.pipeline.predict import PredictRequest, predict_project
 from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.prediction import PredictOptions
@@ -122,7 +124,7 @@ def test_an_error_that_nobody_has_thought_of_is_that_images(
         return whole(project, image)
 
     monkeypatch.setattr(Project, "annotations", fails)
-    monkeypatch.setattr(inspection, "_copies", lambda _: [])
+    monkeypatch.setattr(check, "_copies", lambda _: [])
     for words in (("check",), ("export", "--geojson", str(folder / "out"))):
         code, out, err = run(words[0], folder, *words[1:])
         assert code in (1, 2)

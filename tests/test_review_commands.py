@@ -11,8 +11,8 @@ import pytest
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.pipeline.next_places import find_places
 from darefine_qupath.pipeline.predict import map_folder
-from darefine_qupath.pipeline.reviewing import find_places
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map

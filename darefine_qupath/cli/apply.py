@@ -32,17 +32,10 @@ from darefine_qupath.cli.output import (
     table,
 )
 from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.pipeline.predict import (
-    Evaluation,
-    PolygonOptions,
-    Prediction,
-    PredictRequest,
-    draw_overlays,
-    evaluate_project,
-    predict_project,
-    write_summary,
-)
-from darefine_qupath.pipeline.reviewing import find_places
+from darefine_qupath.pipeline.evaluate import Evaluation, evaluate_project
+from darefine_qupath.pipeline.next_places import find_places
+from darefine_qupath.pipeline.overlay import draw_overlays
+from darefine_qupath.pipeline.predict import PolygonOptions, Prediction, PredictRequest, predict_project, write_summary
 from darefine_qupath.pipeline.scoring import Unpredicted
 from darefine_qupath.polygons import FEWEST_VERTICES
 from darefine_qupath.prediction import PredictOptions, Progress

@@ -23,16 +23,9 @@ from darefine_qupath.cli.options import (
 from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, say, table
 from darefine_qupath.models import ENCODERS
 from darefine_qupath.pipeline.splitting import note_roles
-from darefine_qupath.pipeline.train import (
-    Folds,
-    TileRequest,
-    Tiles,
-    TrainRequest,
-    divide_tiles,
-    make_tiles,
-    resume_training,
-    train_on_project,
-)
+from darefine_qupath.pipeline.tiles import TileRequest, Tiles, divide_tiles, make_tiles
+from darefine_qupath.pipeline.train import Folds, resume_training, train_on_project
+from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.tiles.preview import check_sheet, contact_sheet
 from darefine_qupath.tiles.split import Role
 from darefine_qupath.training import Progress, TrainResult

@@ -19,16 +19,11 @@ from darefine_qupath.cli.options import (
     whole_number,
 )
 from darefine_qupath.cli.output import Failures, echo_json, json_option, note, progress_bar, say, table
-from darefine_qupath.pipeline.annotation_io import (
-    Import,
-    ImportOptions,
-    create_from_slides,
-    export_geojson,
-    export_labels,
-    import_files,
-    match_files,
-)
-from darefine_qupath.pipeline.inspection import ImageSummary, ProjectSummary, check_project, summarize
+from darefine_qupath.pipeline.annotation_export import export_geojson, export_labels
+from darefine_qupath.pipeline.annotation_import import Import, ImportOptions, import_files, match_files
+from darefine_qupath.pipeline.check import check_project
+from darefine_qupath.pipeline.create import create_from_slides
+from darefine_qupath.pipeline.info import ImageSummary, ProjectSummary, summarize
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.project import list_backups, open_project
 from darefine_qupath.project import restore as restore_backup

@@ -1,4 +1,4 @@
-"""Whether annotations lie where the pixels are: every one rasterised over its pixels at two levels of the slide."""
+"""Check that annotations lie where the pixels are: rasterise each over its pixels at two levels of the slide."""
 
 from __future__ import annotations
 

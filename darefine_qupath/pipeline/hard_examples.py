@@ -1,4 +1,4 @@
-"""Which tiles a former model gets wrong, so that the next one sees them more often."""
+"""Weigh tiles by the mistakes of a former model, so that the next one sees its errors more often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which project and which slides a model learned from, wherever they lie by now and whatever they are called."""
+"""Identify the project and the slides that a model learned from, wherever they lie by now."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""From a model and a project to score maps, polygons and objects in QuPath."""
+"""Predict the slides of a project and write polygons back into it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,46 +14,31 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation, LabelPainter, by_annotators
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import CheckpointHeader, read_header
-from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE, ClassMap
+from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
-from darefine_qupath.geometry import Box, Size, fit_within
+from darefine_qupath.geometry import Box
 from darefine_qupath.limits import wording
-from darefine_qupath.metrics import ConfusionMatrix
-from darefine_qupath.pipeline.identity import project_id, trained_on
+from darefine_qupath.pipeline.identity import project_id
 from darefine_qupath.pipeline.provenance import MODEL_FILE
-from darefine_qupath.pipeline.scoring import (
-    SlideScore,
-    Unpredicted,
-    score_context,
-    score_slide,
-    truth_labels,
-    truth_of,
-)
-from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, size_mismatch
+from darefine_qupath.pipeline.selection import Skipped, choose_images, size_mismatch
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
-from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model, predict_many
+from darefine_qupath.prediction.cluster import SlideTask, load_model, predict_many
 from darefine_qupath.prediction.engine import choose_device
-from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
-from darefine_qupath.report import Panel, draw_panels
-from darefine_qupath.review import OnError, RunResult, WriteOptions, for_images, write_back
+from darefine_qupath.review import RunResult, WriteOptions, write_back
 from darefine_qupath.sheets import write_csv
-from darefine_qupath.slides import open_slide, tissue_mask
-from darefine_qupath.training import ContextMode
+from darefine_qupath.slides import open_slide
 
 __all__ = [
-    "Evaluation",
     "ImageOutcome",
     "PolygonOptions",
     "PredictRequest",
     "Prediction",
-    "draw_overlays",
-    "evaluate_project",
     "map_folder",
     "predict_project",
     "write_summary",
@@ -280,9 +264,9 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
         images, skipped = choose_images(project, request.images)
         if request.write is not None:
             _check_over(project, images, request.write.over)
-        tasks, empty, outcomes = _tasks(project, images, request)
+        tasks, empty, outcomes = plan_slides(project, images, request)
         if request.dry_run:
-            tasks = [_aside(task, header) for task in tasks]
+            tasks = [keep_former_map(task, header) for task in tasks]
         skipped = (*skipped, *empty)
         names = image_titles({image.id: image.name for image in project.images})
         if not tasks:
@@ -362,11 +346,11 @@ def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[
         raise ClassMapError(f"{project.path} has no classes {unknown} (over); it has {sorted(known)}")
 
 
-def _tasks(
+def plan_slides(
     project: Project, images: Sequence[ImageEntry], request: PredictRequest
 ) -> tuple[list[SlideTask], tuple[Skipped, ...], list[ImageOutcome]]:
     """Slides to predict, images that are left out, and images that fail before they begin."""
-    given = _given_mpp(project, request)
+    given = given_mpp(project, request)
     tasks, skipped, failed = [], [], []
     for image in images:
         why = size_mismatch(image, given)
@@ -401,7 +385,7 @@ def _tasks(
     return tasks, tuple(skipped), failed
 
 
-def _aside(task: SlideTask, header: CheckpointHeader) -> SlideTask:
+def keep_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
     """Give a prediction that changes nothing another folder where a map lies that is not the same, or is unfinished."""
     if not any((task.out / name).exists() for name in ("scoremap.json", "partial")):
         return task
@@ -416,7 +400,7 @@ def _aside(task: SlideTask, header: CheckpointHeader) -> SlideTask:
     return task if keep else replace(task, out=task.out.parents[1] / "other-maps" / task.out.name)
 
 
-def _given_mpp(project: Project, request: PredictRequest) -> float | None:
+def given_mpp(project: Project, request: PredictRequest) -> float | None:
     return read_settings(project.folder, request.settings).mpp if request.mpp is None else request.mpp
 
 
@@ -532,308 +516,3 @@ def write_summary(prediction: Prediction, path: Path) -> None:
             found = [*(areas.get(name) for name in names), *(shares[name] for name in names)]
             rows.append([outcome.image.name, outcome.image.id, *found, outcome.score_map.unpredicted_share])
     write_csv(path, ["image", "id", *units, "unpredicted share"], rows, PredictionError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How well a model does.
-
-    Attributes
-    ----------
-    model : str
-        Its id.
-    classes : ClassMap
-        Its classes.
-    slides : tuple of SlideScore
-        One per slide.
-    context : mapping of str to ConfusionMatrix
-        Tile by tile, by context mode; empty unless asked for.
-    seen : tuple of str
-        Slides among them that the model was trained on: their scores flatter.
-    failed : tuple of Skipped
-        Images that could not be compared; no score counts them.
-    """
-
-    model: str
-    classes: ClassMap
-    slides: tuple[SlideScore, ...]
-    context: Mapping[str, ConfusionMatrix]
-    seen: tuple[str, ...]
-    failed: tuple[Skipped, ...] = ()
-
-    @property
-    def total(self) -> ConfusionMatrix:
-        """All slides together."""
-        return ConfusionMatrix.merged(slide.matrix for slide in self.slides)
-
-    @property
-    def unpredicted_share(self) -> float:
-        """Part of the labelled pixels of all slides that have no prediction, 0 to 1."""
-        num_labelled = sum(slide.num_labelled for slide in self.slides)
-        return sum(slide.num_unpredicted for slide in self.slides) / max(1, num_labelled)
-
-    @property
-    def titles(self) -> dict[str, str]:
-        """By entry id, the name by which people tell the slide apart."""
-        names = {slide.id: slide.image for slide in self.slides}
-        return image_titles({**names, **{image.id: image.name for image in self.failed}})
-
-    def write_csv(self, path: Path) -> None:
-        """Write the scores slide by slide as CSV."""
-        ious = [f"IoU {name}" for name in self.classes.names]
-        rows = []
-        for slide in self.slides:
-            found = slide.matrix
-            scores = (*found.iou, found.mean_iou, found.accuracy, found.mean_dice, found.bach_score)
-            cells = [None if np.isnan(score) else float(score) for score in scores]
-            rows.append([slide.image, slide.id, *cells, slide.unpredicted_share])
-        columns = ["image", "id", *ious, "mIoU", "accuracy", "Dice", "BACH score", "unpredicted share"]
-        write_csv(path, columns, rows, PredictionError)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        names = self.classes.names
-        return {
-            "model": self.model,
-            "total": self.total.to_json(names),
-            "unpredicted_share": self.unpredicted_share,
-            "slides": [
-                {
-                    "id": slide.id,
-                    "name": slide.image,
-                    "unpredicted": slide.num_unpredicted,
-                    "unpredicted_share": slide.unpredicted_share,
-                    **slide.matrix.to_json(names),
-                }
-                for slide in self.slides
-            ],
-            "context": {mode: matrix.to_json(names) for mode, matrix in self.context.items()},
-            "seen": list(self.seen),
-            "failed": [{"id": image.id, "name": image.name, "why": image.why} for image in self.failed],
-        }
-
-
-def evaluate_project(
-    request: PredictRequest,
-    *,
-    truth: Path | None = None,
-    annotators: Sequence[str] = (),
-    context: Sequence[ContextMode] = (),
-    unpredicted: Unpredicted = "count",
-    progress: Report | None = None,
-) -> Evaluation:
-    """Compare predictions with annotations; the project stays as it is.
-
-    Without named images these are the images that have a truth and that the model was not trained on; if there is
-    none, all that have a truth, and `Evaluation.seen` says so.
-
-    Parameters
-    ----------
-    request : PredictRequest
-        What to predict, and how; what concerns polygons and objects is not used.
-    truth : Path, optional
-        Folder of GeoJSON files; the project's own annotations by default.
-    annotators : sequence of str, optional
-        Compare only with annotations of these; see `by_annotators`.
-    context : sequence of str, optional
-        Also score tile by tile with these context modes.
-    unpredicted : {"count", "ignore"}
-        Whether labelled pixels without a prediction count as errors; see `score_slide`.
-    progress : callable, optional
-        Told how far each slide is.
-
-    Returns
-    -------
-    Evaluation
-
-    Raises
-    ------
-    PredictionError
-        If there is nothing to compare with, or no slide can be predicted.
-    """
-    header = load_model(request.model).header
-    with open_project(request.project, engine="embedded") as project:
-        images, missing = choose_images(project, request.images)
-        failed = list(missing if request.images else ())
-        titles = image_titles({image.id: image.name for image in images})
-        by_title = {titles[image.id]: image for image in images}
-
-        def note_failure(title: str, error: DarefineError) -> None:
-            failed.append(Skipped(id=by_title[title].id, name=by_title[title].name, why=str(error)))
-
-        truths = list(for_images(images, lambda image: truth_of(project, image, truth), note_failure))
-        check_annotators((record for _, records in truths for record in records), annotators)
-        truths = [(image, by_annotators(records, annotators)) for image, records in truths]
-        truths = [(image, records) for image, records in truths if any(record.path_class for record in records)]
-        if not truths:
-            if failed:
-                raise PredictionError("; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed))
-            where = project.path if truth is None else truth
-            raise PredictionError(
-                f"No image has annotations in {where} to compare with; annotate some, or give --truth"
-            )
-        trained = trained_on(header, project, [image for image, _ in truths])
-        unseen = [item for item in truths if item[0].id not in trained]
-        chosen = unseen if unseen and not request.images else truths
-        tasks, _, unfit = _tasks(project, [image for image, _ in chosen], request)
-        failed += [Skipped(id=o.image.id, name=o.image.name, why=str(o.error)) for o in unfit]
-        tasks = [_aside(task, header) for task in tasks]
-        records_of = {image.id: (image, records) for image, records in chosen}
-        slides: list[SlideScore] = []
-        scored: set[str] = set()
-        for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
-            image, records = records_of[result.task.key]
-            try:
-                with wording(PredictionError):
-                    slides.append(_scored(image, result, records, header.classes, unpredicted))
-                    scored.add(image.id)
-            except DarefineError as error:
-                note_failure(titles[image.id], error)
-        if not slides:
-            raise PredictionError(
-                "; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed)
-                or "Nothing was predicted"
-            )
-        scores = {}
-        if context:
-            modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
-            scores = score_context(
-                load_model(request.model),
-                [item for item in chosen if item[0].id in scored],
-                modes,
-                mpp=_given_mpp(project, request),
-                device=str(choose_device(request.options.device)),
-            )
-    return Evaluation(
-        model=header.model_id,
-        classes=header.classes,
-        slides=tuple(slides),
-        context=scores,
-        seen=tuple(titles[image.id] for image, _ in chosen if image.id in trained),
-        failed=tuple(failed),
-    )
-
-
-def _scored(
-    image: ImageEntry,
-    result: SlideResult,
-    records: Sequence[Annotation],
-    classes: ClassMap,
-    unpredicted: Unpredicted,
-) -> SlideScore:
-    if result.score_map is None:
-        raise PredictionError(str(result.error))
-    region = _region(result.task, classes)
-    return score_slide(image, result.score_map, records, _slide_size(image), region=region, unpredicted=unpredicted)
-
-
-def _region(task: SlideTask, classes: ClassMap) -> Region:
-    """Find what of a slide was to be predicted."""
-    defaults = {classes.unlabelled, classes.region_unlabelled} - {UNLABELLED_IGNORE}
-    if not (task.options.tissue and defaults):
-        return Region(within=task.options.within)
-    with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
-        mask = tissue_mask(slide, mpp=slide.mpp if task.mpp is None else task.mpp)
-    return Region(tissue=mask, within=task.options.within)
-
-
-def _slide_size(image: ImageEntry) -> Size:
-    if image.width is not None and image.height is not None:
-        return Size(image.width, image.height)
-    assert image.path is not None
-    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
-        return slide.size
-
-
-def draw_overlays(
-    project: Project,
-    out: Path,
-    *,
-    truth: Path | None = None,
-    names: Sequence[str] = (),
-    side: int = 900,
-    on_error: OnError | None = None,
-) -> Iterator[Path]:
-    """Draw every predicted slide: as it is, its truth where there is one, its prediction, and where they differ.
-
-    Parameters
-    ----------
-    project : Project
-        The project.
-    out : Path
-        Folder for the pictures.
-    truth : Path, optional
-        Folder of GeoJSON files; the project's own annotations by default.
-    names : sequence of str, optional
-        Only these images.
-    side : int, optional
-        Longest side of each panel, in pixels.
-    on_error : callable, optional
-        Told of an image that cannot be drawn, after which the others are; without it that is an error.
-
-    Yields
-    ------
-    Path
-        Each picture, when it is there.
-
-    Raises
-    ------
-    PredictionError
-        If nothing was predicted yet, or there is no such folder of truths.
-    """
-    images, skipped = choose_images(project, names)
-    if truth is not None and not truth.is_dir():
-        raise PredictionError(f"No folder of GeoJSON files at {truth}")
-    predicted = [image for image in images if _is_predicted(project, image)]
-    gone = [image for image in skipped if _is_predicted(project, project.image(image.id))]
-    if not predicted and not gone:
-        raise PredictionError(f"No image of {project.path} has been predicted; run darefine predict first")
-    for image in gone:
-        error = PredictionError(f"{image.name}: {image.why}")
-        if on_error is None:
-            raise error
-        on_error(image.name, PredictionError(image.why))
-    drawn = for_images(predicted, lambda image: _draw_overlay(project, image, out, truth, side), on_error)
-    yield from (path for _, path in drawn)
-
-
-def _is_predicted(project: Project, image: ImageEntry) -> bool:
-    return (map_folder(project, image) / "scoremap.json").is_file()
-
-
-def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | None, side: int) -> Path:
-    assert image.path is not None
-    score_map = read_score_map(map_folder(project, image))
-    size = fit_within((score_map.box.width, score_map.box.height), (side, side))
-    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
-        thumbnail = slide.read(score_map.box, size)
-    predicted = _shrunk(score_map.read("class"), size)
-    records = truth_of(project, image, truth)
-    panels = [Panel(title=image.name), Panel(title="Prediction", labels=predicted)]
-    compare = None
-    if any(record.path_class in score_map.classes.names for record in records):
-        labels = _truth_map(records, score_map, _slide_size(image), size)
-        panels.insert(1, Panel(title="Truth", labels=labels))
-        compare = (labels, predicted)
-    hidden = score_map.classes.unlabelled_label
-    # What Windows allows in no file name; a colon would even hide the picture in a stream of another file.
-    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", Path(image.name).stem)
-    path = out / f"{image.id}-{name}.png"
-    draw_panels(
-        path, thumbnail, panels, score_map.classes, hidden=None if hidden == IGNORE else hidden, compare=compare
-    )
-    return path
-
-
-def _truth_map(records: Sequence[Annotation], score_map: ScoreMap, image_size: Size, size: Size) -> NDArray[np.uint8]:
-    known = [record for record in records if score_map.classes.knows(record.path_class)]
-    labels = truth_labels(LabelPainter(known, score_map.classes), score_map, image_size, (0, score_map.size.height))
-    return _shrunk(labels, size)
-
-
-def _shrunk(labels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """Labels at a smaller size, by the pixel at each centre."""
-    rows = ((np.arange(size.height) + 0.5) * labels.shape[0] / size.height).astype(int)
-    columns = ((np.arange(size.width) + 0.5) * labels.shape[1] / size.width).astype(int)
-    shrunk: NDArray[np.uint8] = labels[rows][:, columns]
-    return shrunk

@@ -1,4 +1,4 @@
-"""What a model learns from, object by object, and which model it goes on from."""
+"""Collect the labels that train, object by object, and find the model to fine-tune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well predictions agree with annotations, slide by slide."""
+"""Score predictions against annotations, slide by slide."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from darefine_qupath.prediction.plan import MapGrid
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
+from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader
@@ -221,3 +222,11 @@ def score_context(
         mode: evaluate(network, data, normalization=checkpoint.normalization, device=device, context=mode)
         for mode in modes
     }
+
+
+def slide_size(image: ImageEntry) -> Size:
+    if image.width is not None and image.height is not None:
+        return Size(image.width, image.height)
+    assert image.path is not None
+    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+        return slide.size

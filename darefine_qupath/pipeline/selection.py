@@ -1,4 +1,4 @@
-"""Which images of a project take part, and as what."""
+"""Choose the images of a project that take part, and say why others cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tiles train, which validate, which are held back; how often each comes; and the roles noted in the project."""
+"""Divide tiles into training, validation and test; store the roles of images in the project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to look next, from the score maps on disk, the objects, and the slides themselves."""
+"""Find where in a project a look helps most: by score maps, objects and stains."""
 
 from __future__ import annotations
 

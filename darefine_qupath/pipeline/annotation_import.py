@@ -1,0 +1,290 @@
+"""Add the annotations of files of other programs to the images of a project."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from uuid import UUID
+
+from darefine_qupath.annotations import (
+    Annotation,
+    class_counts,
+    count_unlearnable,
+    unlearnable_words,
+)
+from darefine_qupath.errors import DarefineError, ExchangeError
+from darefine_qupath.exchange import Imported, Note, read_annotations
+from darefine_qupath.exchange.identity import Origin, Reconciled, reconcile
+from darefine_qupath.exchange.names import NameIndex
+from darefine_qupath.limits import naming
+from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
+from darefine_qupath.project.qpdata import stored_records
+from darefine_qupath.slides import read_glass_frame
+
+__all__ = ["Import", "ImportOptions", "import_files", "match_files"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How annotation files are read and taken in.
+
+    Attributes
+    ----------
+    labels : mapping of int to str or None
+        Classes of the labels of a mask.
+    class_from : tuple of str
+        Fields that hold the class of an object; those of the format by default.
+    stretch : bool
+        Scale a mask of another aspect ratio to its image.
+    annotator : str or None
+        Whose annotations they are; kept in their metadata.
+    replaces : bool
+        Take out what an earlier import of a file of the same name (and annotator) brought and the file does not hold.
+    """
+
+    labels: Mapping[int, str] | None = None
+    class_from: tuple[str, ...] = ()
+    stretch: bool = False
+    annotator: str | None = None
+    replaces: bool = False
+
+
+DEFAULT_IMPORT = ImportOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """An annotation file that went into a project.
+
+    Attributes
+    ----------
+    file : Imported
+        What was read.
+    image : ImageEntry
+        Where it went.
+    added, updated, removed : int
+        Objects.
+    already : int
+        Objects that were there.
+    notes : tuple of Note
+        What became of objects for which that is no matter of course.
+    remarks : tuple of str
+        What the user should know about the file as a whole.
+    """
+
+    file: Imported
+    image: ImageEntry
+    added: int
+    updated: int
+    removed: int
+    already: int
+    notes: tuple[Note, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def match_files(project: Project, files: Sequence[Path], image: str | None) -> list[tuple[Path, ImageEntry]]:
+    """Find the image of each annotation file: the one that is named, or the one with the file's name.
+
+    Raises
+    ------
+    ExchangeError
+        If a file belongs to no image or to several.
+    """
+    if image is not None:
+        return [(file, project.image(image)) for file in files]
+    index = NameIndex((entry, {entry.name, *([entry.path.name] if entry.path else [])}) for entry in project.images)
+    matched = [(file, index.owners(file.name)) for file in files]
+    unclaimed = [str(file) for file, found in matched if not found]
+    if unclaimed:
+        names = ", ".join(repr(entry.name) for entry in project.images) or "none"
+        raise ExchangeError(
+            f"{', '.join(unclaimed)}: no image of the project has this file's name; give --image, one of {names}"
+        )
+    for file, found in matched:
+        if len(found) > 1:
+            ids = ", ".join(f"{entry.id} ({entry.path or entry.name})" for entry in found)
+            raise ExchangeError(
+                f"{file}: {len(found)} images of the project have this file's name; give --image an id, one of {ids}"
+            )
+    return [(file, found[0]) for file, found in matched]
+
+
+def import_files(
+    project: Project,
+    files: Sequence[tuple[Path, ImageEntry]],
+    options: ImportOptions = DEFAULT_IMPORT,
+    *,
+    dry_run: bool = False,
+) -> tuple[Import, ...]:
+    """Add the annotations of files to images.
+
+    Every file is read before anything is written. What is there with the same content stays; what changed is updated
+    where only one object can be meant that nobody edited in the project; all else is added.
+
+    Parameters
+    ----------
+    project : Project
+        The project.
+    files : sequence of (Path, ImageEntry)
+        Aperio or ASAP XML, GeoJSON or label masks, and where each goes.
+    options : ImportOptions, optional
+        How.
+    dry_run : bool
+        Only read, and say what would be done.
+
+    Returns
+    -------
+    tuple of Import
+        One per file.
+
+    Raises
+    ------
+    ExchangeError
+        If a file cannot be read, or nothing in it can be used; nothing is written.
+    """
+    classes = [path_class.name for path_class in project.classes]
+    read = []
+    for file, image in files:
+        size = None if image.width is None or image.height is None else (image.width, image.height)
+        name = image.name if image.path is None else image.path.name
+        read.append(
+            (read_for_image(file, options, classes, name=name, path=image.path, mpp=image.mpp, size=size), image)
+        )
+    return add_to_project(project, read, options, dry_run=dry_run)
+
+
+def read_for_image(
+    file: Path,
+    options: ImportOptions,
+    classes: list[str],
+    *,
+    name: str,
+    path: Path | None,
+    mpp: float | None,
+    size: tuple[int, int] | None,
+) -> Imported:
+    """Read a file; its classes join those by which the next file is spelled."""
+    found = read_annotations(
+        file,
+        mpp=mpp,
+        classes=classes,
+        labels=options.labels,
+        image_size=size,
+        image_name=name,
+        class_from=options.class_from,
+        stretch=options.stretch,
+        glass=None if path is None else partial(read_glass_frame, path),
+    )
+    found = _storable(found)
+    if found.refused and not found.annotations:
+        more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
+        raise ExchangeError(f"{found.path} holds no annotation that can be used: {found.refused[0]}{more}")
+    classes += [name for name in class_counts(found.annotations) if name not in classes]
+    line = unlearnable_words(count_unlearnable(found.annotations, size))
+    return replace(found, warnings=(*found.warnings, line)) if line else found
+
+
+def _storable(found: Imported) -> Imported:
+    """Annotations as QuPath will store them; those that it cannot hold are refused, one by one."""
+    kept: dict[int, Annotation] = {}
+    refused = []
+    for number, stored in _stored(found.annotations, 0):
+        if isinstance(stored, str):
+            refused.append(Note(item=found.items[number], reason=stored))
+        else:
+            kept[number] = stored
+    ids = {record.id for record in kept.values()}
+    above = {record.id: record.parent for record in found.annotations}
+    names = {found.annotations[number].path_class: record.path_class for number, record in kept.items()}
+    return replace(
+        found,
+        annotations=tuple(replace(record, parent=_standing(record.parent, above, ids)) for record in kept.values()),
+        items=tuple(found.items[number] for number in kept),
+        own_ids=found.own_ids & ids,
+        refused=(*found.refused, *refused),
+        colors={name: color for key, color in found.colors.items() if (name := names.get(key)) is not None},
+    )
+
+
+def _standing(parent: UUID | None, above: Mapping[UUID, UUID | None], ids: Collection[UUID]) -> UUID | None:
+    """Nearest object above that is imported."""
+    while parent is not None and parent not in ids:
+        parent = above.get(parent)
+    return parent
+
+
+def _stored(records: Sequence[Annotation], first: int) -> Iterator[tuple[int, Annotation | str]]:
+    """Each record as it will be stored, or why it cannot be; all at once where nothing is wrong."""
+    try:
+        with naming("object", ExchangeError):
+            for record in records:
+                _check_texts(record)
+            stored = stored_records([(record, None) for record in records])
+    except DarefineError as error:
+        if len(records) == 1:
+            yield first, str(error).removeprefix("object: ")
+            return
+        half = len(records) // 2
+        yield from _stored(records[:half], first)
+        yield from _stored(records[half:], first + half)
+    else:
+        yield from enumerate(stored, first)
+
+
+def _check_texts(record: Annotation) -> None:
+    """Refuse half characters, which no file can keep."""
+    for text in (record.path_class, record.name, *record.metadata, *record.metadata.values(), *record.measurements):
+        if text is not None:
+            text.encode()
+
+
+def add_to_project(
+    project: Project, read: Sequence[tuple[Imported, ImageEntry]], options: ImportOptions, *, dry_run: bool
+) -> tuple[Import, ...]:
+    imports = []
+    states: dict[str, ImageState] = {}
+    for found, image in read:
+        state = states[image.id] if image.id in states else project.state(image)
+        origin = Origin(path=found.path, image=image.id, annotator=options.annotator)
+        plan = _without_cores(reconcile(found, state.objects, origin, replaces=options.replaces))
+        changes = Changes(add=plan.add, replace=plan.update, remove=plan.remove, class_colors=found.colors)
+        if dry_run:
+            # The next file meets what this one would leave.
+            gone = {*plan.remove, *(record.id for record in plan.update)}
+            kept = (record for record in state.objects if record.id not in gone)
+            states[image.id] = replace(state, objects=(*kept, *plan.update, *plan.add))
+        elif not changes.is_empty:
+            warnings = project.apply(image, changes, version=state.version).warnings
+            plan = replace(plan, remarks=(*plan.remarks, *warnings))
+        imports.append(
+            Import(
+                file=found,
+                image=image,
+                added=len(plan.add),
+                updated=len(plan.update),
+                removed=len(plan.remove),
+                already=plan.already,
+                notes=plan.notes,
+                remarks=plan.remarks,
+            )
+        )
+    return tuple(imports)
+
+
+def _without_cores(plan: Reconciled) -> Reconciled:
+    """Leave out new cores of a TMA grid, which only QuPath makes."""
+    cores = {record.id for record in plan.add if record.kind == "tma core"}
+    if not cores:
+        return plan
+    kept = tuple(
+        replace(record, parent=None) if record.parent in cores else record
+        for record in plan.add
+        if record.id not in cores
+    )
+    line = f"{len(cores)} cores of a TMA grid are not imported; make the grid in QuPath"
+    return replace(plan, add=kept, remarks=(*plan.remarks, line))

@@ -1,0 +1,132 @@
+"""Record in a run folder what a training run was asked for and what it learns from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darefine_qupath.errors import TrainingError
+from darefine_qupath.filesystem import atomic_write
+from darefine_qupath.limits import NOTES, naming, parse_json, read_file
+from darefine_qupath.pipeline.hard_examples import hard_weights
+from darefine_qupath.pipeline.identity import IDENTITY
+from darefine_qupath.pipeline.provenance import summary
+from darefine_qupath.pipeline.settings import Settings
+from darefine_qupath.pipeline.splitting import SamplingSpec, note_roles
+from darefine_qupath.pipeline.tiles import Tiles
+from darefine_qupath.pipeline.train import _log
+from darefine_qupath.pipeline.train_request import TrainRequest
+from darefine_qupath.prediction import stain_statistics
+from darefine_qupath.tiles.dataset import dataset_digest
+from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.loading import TileDataset
+from darefine_qupath.tiles.sources import TileReader
+from darefine_qupath.tiles.split import Role, Split, TilePart
+from darefine_qupath.training.distributed import ProcessGroup
+from darefine_qupath.training.runfolder import RunSettings
+
+__all__ = []
+
+
+REQUEST_FILE = "request.json"
+
+
+SETTINGS_FILE = "settings.toml"
+
+
+SPLIT_FILE = "split.json"
+
+
+LABELS_FILE = "labels.json"
+
+
+HARD_FILE = "hard.json"
+
+
+_STAIN_TILES = 64
+
+
+def note_request(request: TrainRequest, settings: Settings) -> None:
+    """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
+    request.out.mkdir(parents=True, exist_ok=True)
+    text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
+    with atomic_write(request.out / SETTINGS_FILE, TrainingError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_json(request.out / REQUEST_FILE, request.to_json())
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    with atomic_write(path, TrainingError) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with naming(f"{path} is damaged; the run cannot go on", TrainingError):
+        data = parse_json(read_file(path, NOTES), NOTES)
+        if not isinstance(data, dict):
+            raise TypeError("it holds no JSON object")
+    return data
+
+
+def noted_for_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Tiles:
+    """Tiles with the objects that gave their labels, noted for later folds: the project may be another by then."""
+    if tiles.corpus is None:
+        noted = read_json(file)
+        held_back, identity = tuple(noted["held_back"]), noted.get(IDENTITY, {})
+        return replace(tiles, held_back=held_back, objects=noted["objects"], identity=identity)
+    if begun is None:
+        write_json(file, {"objects": tiles.objects, "held_back": tiles.held_back, IDENTITY: tiles.identity})
+    return tiles
+
+
+def note_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> None:
+    """Note in the run folder, and in the project if asked, what is learnt from."""
+    roles: dict[str, Role] = {**split.images, **dict.fromkeys(tiles.held_back, "test")}
+    write_json(request.out / SPLIT_FILE, {**split.to_json(), "images": roles})
+    trained = {training.tiles.images[number].id for number in np.unique(training.tiles.image).tolist()}
+    objects = {image: found for image, found in tiles.objects.items() if image in trained}
+    write_json(request.out / LABELS_FILE, {"labels": request.tiles.labels, "objects": objects})
+    if not request.note_roles:
+        return
+    if split.is_spatial:
+        _log.warning("The split runs through a slide, so there are no roles of images to note in the project")
+    else:
+        _log.info("%d images have their role in the project now", note_roles(request.tiles.project, roles))
+
+
+def note_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileDataset, world: ProcessGroup) -> None:
+    """Weigh the training tiles by a former model's mistakes, unless that was done before."""
+    model, file = sampling.hard_model, request.out / HARD_FILE
+    if model is not None and not file.exists():
+        write_json(file, hard_weights(model, data, boost=sampling.hard_boost, device=world.device))
+
+
+def provenance_of_run(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
+    found = stain_statistics(_sample(training.tiles, tiles.reader))
+    folder = request.tiles_at
+    images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]
+    roles = read_json(request.out / SPLIT_FILE)["images"]
+    return {
+        "project": str(request.tiles.project),
+        IDENTITY: dict(tiles.identity),
+        "labels": request.tiles.labels,
+        # Which objects these are stands in the run folder.
+        "objects": summary(read_json(request.out / LABELS_FILE)["objects"]),
+        "data": None if folder is None else dataset_digest(folder),
+        "split": {"images": roles, "spatial": split.is_spatial},
+        "images": {image.id: image.name for image in tiles.index.images},
+        # Tiles in micrometres fit any slide; tiles in pixels fit slides of the same pixel size.
+        "mpp": [] if tiles.index.spec.is_physical else sorted({image.mpp for image in images if image.mpp}),
+        **({} if found is None else {"stain": found.to_json()}),
+    }
+
+
+def _sample(tiles: TileIndex, reader: TileReader) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Slices from all over the training tiles."""
+    step = max(1, len(tiles) // _STAIN_TILES)
+    return (reader.read(tiles[position]).slice for position in range(0, len(tiles), step))

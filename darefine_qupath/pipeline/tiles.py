@@ -1,0 +1,198 @@
+"""Cut the training tiles of a project."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from darefine_qupath.errors import TileError
+from darefine_qupath.pipeline.provenance import LabelCollector, Labels, Objects
+from darefine_qupath.pipeline.selection import TrainingSet, check_annotators, collect_training_images, every_annotation
+from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.pipeline.splitting import divide, hold_back
+from darefine_qupath.project import Project, open_project
+from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
+from darefine_qupath.tiles.index import TileIndex, case_of
+from darefine_qupath.tiles.scan import index_tiles
+from darefine_qupath.tiles.sources import SlideReader, TileReader
+from darefine_qupath.tiles.spec import TileSpec
+from darefine_qupath.tiles.split import Split
+
+__all__ = ["TileRequest", "Tiles", "divide_tiles", "make_tiles"]
+
+
+CountReport = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRequest:
+    """Which tiles of which project.
+
+    Attributes
+    ----------
+    project : Path
+        Project file or folder.
+    settings : Path or None
+        Settings file; the project's ``darefine.toml`` by default.
+    images : tuple of str
+        Names or entry ids; all annotated images by default.
+    mpp : float or None
+        Micrometres per pixel of every slide, over what project and files say.
+    labels : str
+        ``"manual"`` or ``"reviewed"``.
+    annotators : tuple of str
+        Of what a person drew, only what is by these; see `by_annotators`.
+    unlabelled : str or None
+        Class of what no annotation covers, or ``"ignore"``; over the settings.
+    tiles : mapping
+        Fields of `TileSpec` over the settings.
+    screening, storage : mapping
+        Fields of `Screening` and `Storage` over the settings.
+    workers : int
+        Processes that cut tiles.
+    """
+
+    project: Path
+    settings: Path | None = None
+    images: tuple[str, ...] = ()
+    mpp: float | None = None
+    labels: Labels = "manual"
+    annotators: tuple[str, ...] = ()
+    unlabelled: str | None = None
+    tiles: Mapping[str, Any] = field(default_factory=dict)
+    screening: Mapping[str, Any] = field(default_factory=dict)
+    storage: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = max(1, (os.cpu_count() or 1) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tiles and where their pixels are.
+
+    Attributes
+    ----------
+    index : TileIndex
+        What they are.
+    reader : TileReader
+        Gives their pixels.
+    corpus : Corpus or None
+        What they were cut from; None for a dataset that stood there already.
+    held_back : tuple of str
+        Entry ids of test images, which give no tiles.
+    objects : mapping
+        By entry id, the objects of the project that give the labels; see `LabelCollector`.
+    identity : mapping
+        What a model that learns from them is to know of project and slides, for a training run; see `identity_of`.
+    """
+
+    index: TileIndex
+    reader: TileReader
+    corpus: TrainingSet | None
+    held_back: tuple[str, ...] = ()
+    objects: Mapping[str, Objects] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_tiles(
+    request: TileRequest,
+    out: Path | None,
+    *,
+    test_images: Sequence[str] = (),
+    default_spec: TileSpec | None = None,
+    overwrite: bool = True,
+    progress: CountReport | None = None,
+) -> Tiles:
+    """Find the tiles of a project, and write them where a folder is given.
+
+    Parameters
+    ----------
+    request : TileRequest
+        Which.
+    out : Path or None
+        Dataset folder; None leaves the pixels in the slides.
+    test_images : sequence of str, optional
+        Names, ids or cases of images that give no tiles, beside those whose metadata says so.
+    default_spec : TileSpec, optional
+        Geometry where neither request nor settings say; the paper's by default.
+    overwrite : bool, optional
+        Replace tiles of other input in `out`.
+    progress : callable, optional
+        Called with tiles done and tiles in all.
+
+    Returns
+    -------
+    Tiles
+    """
+    settings = settings_of(request)
+    spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)
+    screening, storage = settings.screening(**request.screening), settings.storage(**request.storage)
+    learnt = LabelCollector(request.labels, request.annotators)
+    # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
+    with open_project(request.project, engine="embedded") as project:
+        _check_names(project, test_images)
+        check_annotators(every_annotation(project, project.images), request.annotators)
+        corpus = collect_training_images(project, settings, learnt, names=request.images, mpp=request.mpp)
+    sources, held_back = hold_back(corpus.sources, test_images)
+    classes, workers = corpus.classes, request.workers
+    reader: TileReader
+    if out is None:
+        index = index_tiles(sources, spec, classes, screening=screening, workers=workers, progress=progress)
+        reader = SlideReader(sources, classes)
+    else:
+        index = build_dataset(
+            sources,
+            spec,
+            classes,
+            out,
+            screening=screening,
+            storage=storage,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        reader = DatasetReader(out)
+    return Tiles(
+        index=index,
+        reader=reader,
+        corpus=corpus,
+        held_back=held_back,
+        objects=learnt.of({source.id for source in sources}),
+    )
+
+
+def _check_names(project: Project, names: Sequence[str]) -> None:
+    """Refuse a name of no image and no case: it would silently hold nothing back."""
+    cases = {case_of(image.metadata) for image in project.images}
+    for name in names:
+        if name not in cases:
+            project.image(name)
+
+
+def divide_tiles(request: TileRequest, tiles: Tiles, changes: Mapping[str, Any], *, seed: int = 0) -> Split:
+    """Divide tiles by the settings of their project; `changes` are fields of `SplitSpec` that go over them."""
+    return divide(tiles.index, settings_of(request).split_spec(**changes), seed=seed)
+
+
+def settings_of(request: TileRequest) -> Settings:
+    folder = request.project if request.project.is_dir() else request.project.parent
+    settings = read_settings(folder, request.settings)
+    if request.unlabelled is None:
+        return settings
+    classes = {**settings.classes, "unlabelled": request.unlabelled}
+    if "names" in classes and request.unlabelled not in (*classes["names"], "ignore"):
+        raise TileError(f"--unlabelled {request.unlabelled!r} is neither 'ignore' nor one of {classes['names']}")
+    return Settings(**{**vars(settings), "classes": classes})
+
+
+def _default_tiles() -> TileSpec:
+    """Return the paper's tiles; on a machine without a GPU seen at 256 instead of 500 pixels."""
+    return (
+        TileSpec.paper()
+        if torch.cuda.is_available()
+        else TileSpec(size_px=256, slice_px=1000, context_px=5000, stride_px=500)
+    )
