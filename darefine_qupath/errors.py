@@ -5,6 +5,7 @@
     DarefineError
     ├── LimitError                (ValueError)         a file asks for more than any honest one
     ├── GeometryError             (ValueError)         a box, size or downsample that makes no sense
+    ├── JavaStreamError           (ValueError)         bytes that are no object stream of Java
     ├── ConfigError               (ValueError)         darefine.toml or an option is wrong
     ├── ClassMapError             (ValueError)         a path class is unknown or mapped twice
     ├── AnnotationError           (ValueError)         a geometry or record cannot be used
@@ -52,6 +53,7 @@ __all__ = [
     "ExchangeError",
     "GeometryError",
     "ImageNotFoundError",
+    "JavaStreamError",
     "LimitError",
     "MissingMppError",
     "ModelError",
@@ -84,6 +86,23 @@ class LimitError(DarefineError, ValueError):
 
 class GeometryError(DarefineError, ValueError):
     """A box, size or downsample makes no sense."""
+
+
+class JavaStreamError(DarefineError, ValueError):
+    """Bytes are no object stream of Java, or a damaged one.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong, with the value.
+    offset : int, optional
+        Byte offset in the stream.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None) -> None:
+        self.message = message
+        self.offset = offset
+        super().__init__(message if offset is None else f"{message} (at byte {offset})")
 
 
 class ConfigError(DarefineError, ValueError):

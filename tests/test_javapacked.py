@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.annotations import Annotation, Plane
-from darefine_qupath.javaserial import decode, encode
-from darefine_qupath.javaserial.nodes import JavaString, Stream
+from darefine_qupath.javaserial.decode import decode
+from darefine_qupath.javaserial.encode import encode
+from darefine_qupath.javaserial.nodes import Stream
 from darefine_qupath.javaserial.packed import PackedObject, distinct_nodes
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.project import Changes, qpdata
 from darefine_qupath.project.qpdata import edit, read
 from tests.conftest import DATA
@@ -71,12 +73,8 @@ def _file(seed: int, count: int) -> bytes:
     return qpdata.edit(qpdata.read(blank), Changes(add=records))
 
 
-def _whole(data: bytes, path: Path | None) -> Stream:
-    return decode(data, path=path)
-
-
 def _without_packing(act: Callable[[], object]) -> object:
-    with mock.patch.object(read, "open_compact", _whole), mock.patch.object(edit, "open_compact", _whole):
+    with mock.patch.object(read, "open_compact", decode), mock.patch.object(edit, "open_compact", decode):
         return act()
 
 

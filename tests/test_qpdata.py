@@ -25,8 +25,11 @@ from shapely.geometry.base import BaseGeometry
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import AnnotationError, ProjectFormatError, ProjectUnsupportedError
-from darefine_qupath.javaserial import decode, encode
-from darefine_qupath.javaserial.nodes import ClassDesc, Field, JavaArray, JavaObject, JavaString, Stream
+from darefine_qupath.javaserial.decode import decode
+from darefine_qupath.javaserial.descriptors import ClassDesc, Field
+from darefine_qupath.javaserial.encode import encode
+from darefine_qupath.javaserial.nodes import JavaArray, JavaObject, Stream
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, hash_code, hash_order, whole_number
 from darefine_qupath.project import qpdata
 from darefine_qupath.project.interface import Changes

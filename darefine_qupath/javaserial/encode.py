@@ -1,4 +1,4 @@
-"""A tree of nodes, encoded to Java's object serialization stream; see `javastream`."""
+"""Encode a tree of nodes to an object stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+from darefine_qupath.javaserial.descriptors import AnyDesc, ClassDesc, ProxyDesc
 from darefine_qupath.javaserial.nodes import (
+    Aborted,
+    Content,
+    JavaArray,
+    JavaClass,
+    JavaEnum,
+    JavaObject,
+    LongBlock,
+    Reset,
+    Stream,
+    TopLevel,
+    paused_garbage_collection,
+)
+from darefine_qupath.javaserial.packed import PackedObject, Template
+from darefine_qupath.javaserial.protocol import (
     DESC_HEAD,
     FIRST_HANDLE,
     I4,
@@ -31,24 +46,8 @@ from darefine_qupath.javaserial.nodes import (
     TC_STRING,
     U2,
     WIDTHS,
-    Aborted,
-    AnyDesc,
-    ClassDesc,
-    Content,
-    JavaArray,
-    JavaClass,
-    JavaEnum,
-    JavaObject,
-    JavaString,
-    LongBlock,
-    ProxyDesc,
-    Reset,
-    Stream,
-    TopLevel,
-    modified_utf8,
-    paused_garbage_collection,
 )
-from darefine_qupath.javaserial.packed import PackedObject, Template
+from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 
 __all__ = ["encode"]
 

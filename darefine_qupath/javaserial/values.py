@@ -1,4 +1,4 @@
-"""Values of Java's own library classes on the nodes of an object stream: strings, numbers, lists and maps."""
+"""Read and order values of Java's own library: strings, numbers, lists and maps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.javaserial.nodes import ClassDesc, Content, JavaArray, JavaObject, JavaString, ProxyDesc
+from darefine_qupath.errors import JavaStreamError
+from darefine_qupath.javaserial.descriptors import ClassDesc, ProxyDesc
+from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaObject
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.limits import whole_text
 
 __all__ = [
@@ -69,7 +71,7 @@ def text(node: Content) -> str | None:
         raise NodeError(f"{type_name(node)} where a string should be", node)
     try:
         return whole_text(node.text)
-    except ProjectFormatError as error:
+    except JavaStreamError as error:
         raise NodeError(error.message, node) from None
 
 

@@ -14,23 +14,18 @@ from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color, default_color
 from darefine_qupath.errors import AnnotationError
 from darefine_qupath.javaserial import values
-from darefine_qupath.javaserial.nodes import (
+from darefine_qupath.javaserial.descriptors import ClassDesc, Field
+from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaEnum, JavaObject, Stream
+from darefine_qupath.javaserial.packed import distinct_nodes
+from darefine_qupath.javaserial.protocol import (
     F8,
     SC_BLOCK_DATA,
     SC_ENUM,
     SC_EXTERNALIZABLE,
     SC_SERIALIZABLE,
     SC_WRITE_METHOD,
-    ClassDesc,
-    Content,
-    Field,
-    JavaArray,
-    JavaEnum,
-    JavaObject,
-    JavaString,
-    Stream,
 )
-from darefine_qupath.javaserial.packed import distinct_nodes
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import hash_order, table_size
 from darefine_qupath.project.qpdata.objects import MAX_CLASS_DEPTH, OBJECT_ID, class_of
 from darefine_qupath.project.qpdata.rois import RoiSpec

@@ -13,8 +13,9 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Annotation, Plane, RoiKind
 from darefine_qupath.errors import AnnotationError, ProjectUnsupportedError
-from darefine_qupath.javaserial import encode
-from darefine_qupath.javaserial.nodes import JavaObject, JavaString, Stream, modified_utf8
+from darefine_qupath.javaserial.encode import encode
+from darefine_qupath.javaserial.nodes import JavaObject, Stream
+from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 from darefine_qupath.javaserial.values import hash_order
 from darefine_qupath.project import qpproj
 from darefine_qupath.project.interface import Changes

@@ -19,20 +19,21 @@ from shapely.geometry.base import BaseGeometry
 from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import AnnotationError, ProjectFormatError, ProjectUnsupportedError, ProjectWriteError
-from darefine_qupath.javaserial import decode, encode, values
+from darefine_qupath.javaserial import values
+from darefine_qupath.javaserial.decode import decode
+from darefine_qupath.javaserial.descriptors import ClassDesc, ProxyDesc
+from darefine_qupath.javaserial.encode import encode
 from darefine_qupath.javaserial.nodes import (
     Aborted,
-    ClassDesc,
     Content,
     JavaArray,
     JavaClass,
     JavaEnum,
     JavaObject,
-    JavaString,
-    ProxyDesc,
     paused_garbage_collection,
 )
 from darefine_qupath.javaserial.packed import PackedObject, Template, distinct_nodes
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.project import qpproj, staging
 from darefine_qupath.project.interface import Changes
@@ -90,7 +91,7 @@ class Document:
         self.path = path
         try:
             with reading(path), paused_garbage_collection():
-                self.stream = open_compact(data, path)
+                self.stream = open_compact(data)
                 self._items = complete_items(self.stream, data, path)
                 self.found: list[Found] = list(walk(root_of(self._items), self._items.server_text))
         except NodeError as error:

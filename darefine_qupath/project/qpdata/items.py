@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from darefine_qupath.errors import ProjectFormatError
-from darefine_qupath.javaserial import first_of, values
-from darefine_qupath.javaserial.nodes import Content, JavaEnum, JavaObject, JavaString, Stream
+from darefine_qupath.javaserial import values
+from darefine_qupath.javaserial.decode import first_of
+from darefine_qupath.javaserial.nodes import Content, JavaEnum, JavaObject, Stream
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, list_items, map_items, text, type_name
 
 __all__ = [

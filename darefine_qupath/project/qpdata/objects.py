@@ -12,8 +12,10 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color
 from darefine_qupath.javaserial import values
-from darefine_qupath.javaserial.nodes import F8, I4, Content, JavaArray, JavaObject, JavaString
+from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaObject
 from darefine_qupath.javaserial.packed import PackedObject, Template
+from darefine_qupath.javaserial.protocol import F8, I4
+from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, list_items, text, type_name
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiRecord
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain, takewhile
 
-from darefine_qupath.javaserial.nodes import Content, JavaObject, JavaString, Stream, TopLevel, modified_utf8
+from darefine_qupath.javaserial.nodes import Content, JavaObject, Stream, TopLevel
+from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 from darefine_qupath.javaserial.values import map_items
 from darefine_qupath.project.qpdata.build import NodeBuilder
 from darefine_qupath.project.qpdata.items import EOF

@@ -11,8 +11,8 @@ from uuid import UUID
 
 from darefine_qupath.annotations import Annotation, Kind
 from darefine_qupath.classes import Color
-from darefine_qupath.errors import DarefineError, ProjectFormatError
-from darefine_qupath.javaserial import decode
+from darefine_qupath.errors import DarefineError, JavaStreamError, ProjectFormatError
+from darefine_qupath.javaserial.decode import decode
 from darefine_qupath.javaserial.nodes import JavaObject, Stream, paused_garbage_collection
 from darefine_qupath.javaserial.packed import unpack
 from darefine_qupath.javaserial.values import NodeError
@@ -116,18 +116,18 @@ def roi_batch(items: Items, data: bytes) -> RoiBatch:
     return RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(items.qupath_version or "", 0, 6))
 
 
-def open_compact(data: bytes, path: Path | None) -> Stream:
+def open_compact(data: bytes) -> Stream:
     """Decode a file; objects that are alike stay bytes, but for those that define a path class."""
-    stream = decode(data, path=path, is_compact=True)
+    stream = decode(data, is_compact=True)
     unpack(stream, PATH_CLASS)
     return stream
 
 
 def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
     with contextlib.suppress(NodeError):
-        return _collect(open_compact(data, path), data, path)
+        return _collect(open_compact(data), data, path)
     # Only the whole tree tells where a node stands.
-    stream = decode(data, path=path)
+    stream = decode(data)
     try:
         return _collect(stream, data, path)
     except NodeError as error:
@@ -171,6 +171,8 @@ def reading(path: Path | None) -> Iterator[None]:
     """Name the file, whatever goes wrong in it that nobody has thought of."""
     try:
         yield
+    except JavaStreamError as error:
+        raise ProjectFormatError(error.message, path=path, offset=error.offset) from None
     except (DarefineError, NodeError, RoiError, Warning):
         raise
     except Exception as error:

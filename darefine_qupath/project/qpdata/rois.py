@@ -18,7 +18,8 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import Plane, RoiKind
 from darefine_qupath.errors import AnnotationError
-from darefine_qupath.javaserial.nodes import AnyDesc, ClassDesc, Content, JavaArray, JavaObject
+from darefine_qupath.javaserial.descriptors import AnyDesc, ClassDesc
+from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaObject
 from darefine_qupath.javaserial.values import NodeError, type_name
 
 if TYPE_CHECKING:
