@@ -47,7 +47,6 @@ from darefine_qupath.models.blocks import (
 )
 from darefine_qupath.models.darefinenet import AttentionJoin, DARefineNet, crop
 from darefine_qupath.models.encoders import build_encoder
-from darefine_qupath.models.winograd import WinogradConv2d, use_winograd
 from tests.stored_logits import BOX_B4, SMALL, VARIANTS, image, sampled_logits, seeded_state
 
 FUSIONS = ("attention", "add", "concat", "aligned")
@@ -256,81 +255,6 @@ def test_folded_batch_norms_change_nothing(config: ModelConfig) -> None:
         found = network(image(0), image(1))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-WINOGRAD = [(torch.float32, 3e-6), (torch.bfloat16, 1.5e-2)]
-"""Precision, and the root mean square error that is allowed as part of the result's standard deviation."""
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), WINOGRAD, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [(1, 48), (3, 49), (50, 50), (5, 51), (4, 125)], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_winograds_algorithm_convolves(
-    size: tuple[int, int], bias: bool, precision: torch.dtype, tolerance: float
-) -> None:
-    torch.manual_seed(0)
-    direct = nn.Conv2d(8, 12, 3, padding=1, bias=bias)
-    x = torch.randn(2, 8, *size)
-    with torch.inference_mode():
-        expected = direct(x)
-        found = WinogradConv2d(direct).to(precision)(x.to(precision).contiguous(memory_format=torch.channels_last))
-    assert found.dtype == precision
-    assert float((found.float() - expected).square().mean().sqrt()) < tolerance * float(expected.std())
-
-
-def test_winograds_algorithm_takes_an_impulse_to_the_kernel() -> None:
-    # Exact, column by column: a tile's outputs come from products of different magnitude.
-    direct = nn.Conv2d(1, 1, 3, padding=1, bias=False)
-    direct.weight.data = torch.arange(1.0, 10.0).reshape(1, 1, 3, 3)
-    winograd = WinogradConv2d(direct)
-    x = torch.zeros(54, 1, 3, 54)
-    x[torch.arange(54), 0, 1, torch.arange(54)] = 1
-    with torch.inference_mode():
-        torch.testing.assert_close(winograd(x), direct(x), rtol=0, atol=1e-5)
-
-
-def test_winograds_algorithm_sees_the_same_image_alike_in_any_batch() -> None:
-    winograd = WinogradConv2d(nn.Conv2d(8, 8, 3, padding=1))
-    x = torch.randn(3, 8, 6, 60)
-    with torch.inference_mode():
-        assert torch.equal(winograd(x)[1:2], winograd(x[1:2]))
-
-
-def test_only_wide_convolutions_that_keep_the_size_are_replaced() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(128, 128, 3, padding=1),
-        nn.Conv2d(128, 128, 3, padding=1, stride=2),
-        nn.Conv2d(128, 128, 3, padding=2, dilation=2),
-        nn.Conv2d(128, 128, 3, padding=1, groups=2),
-        nn.Conv2d(128, 128, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(128, 128, 1),
-        nn.Conv2d(128, 4, 3, padding=1),
-    )
-    for _ in range(2):  # the second time finds nothing more to do
-        use_winograd(network)
-        assert [isinstance(child, WinogradConv2d) for child in network] == [True] + [False] * 6
-    with pytest.raises(ValueError, match="stride 1 and padding 1"):
-        WinogradConv2d(nn.Conv2d(8, 8, 3))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=128, dropout=0),
-        ModelConfig(network="refinenet", slice_encoder="resnet18", width=128, dropout=0),
-        ModelConfig(network="unet", width=32, dropout=0),
-    ],
-    ids=lambda config: config.network,
-)
-def test_a_network_by_winograds_algorithm_labels_the_same(config: ModelConfig) -> None:
-    network = seeded(config)
-    images = torch.rand(1, 3, 192, 192), torch.rand(1, 3, 192, 192)
-    with torch.inference_mode():
-        expected = network(*images)
-        use_winograd(network)
-        found = network(*images)
-    assert any(isinstance(module, WinogradConv2d) for module in network.modules())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
 def straight_line(config: ModelConfig, slice_b3hw: Tensor, context_b3hw: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import openslide
@@ -42,7 +41,6 @@ from darefine_qupath.prediction.engine import (
     choose_batch_size,
     choose_device,
     choose_precision,
-    choose_winograd,
 )
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.plan import MapGrid, Parent, plan_slide, with_overlap
@@ -407,35 +405,6 @@ def test_precision_follows_the_processor(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flags[1], raising=False)
     assert choose_precision("auto", torch.device("cpu")) == precision
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("precision", "amx", "threads", "chosen"),
-    [("bf16", False, 2, True), ("bf16", True, 2, False), ("fp32", True, 16, True), ("fp32", False, 17, False)],
-)
-def test_winograds_algorithm_is_left_to_processors_without_a_matrix_unit_and_with_few_threads(
-    monkeypatch: pytest.MonkeyPatch, precision: str, amx: bool, threads: int, chosen: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert choose_winograd(precision, torch.device("cpu")) is chosen
-    assert not choose_winograd(precision, torch.device("meta"))
-
-
-def test_engine_with_winograds_algorithm_scores_alike_and_is_recorded(tmp_path: Path) -> None:
-    config = ModelConfig(network="refinenet", slice_encoder="resnet18", width=128, num_classes=3)
-    slide = array_slide(tmp_path, blobs((256, 256)))
-    tiles = TileSpec(size_px=192, slice_px=192, context_px=256, stride_px=192)
-    options = PredictOptions(tissue=False, device="cpu", precision="fp32", overlap=0.0, workers=1)
-    maps = []
-    for number, threads in enumerate((1, 17)):  # beyond 16 it is not used
-        with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
-            out = tmp_path / str(number)
-            maps.append(
-                predict_slide(slide, checkpoint(build_model(config, seed=0), tiles=tiles), out=out, options=options)
-            )
-    assert [found.settings["winograd"] for found in maps] == [True, False]
-    assert np.abs(maps[0].read("confidence").astype(int) - maps[1].read("confidence")).max() <= 1
 
 
 def test_batches_are_smaller_for_larger_slices() -> None:

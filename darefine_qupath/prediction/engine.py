@@ -22,7 +22,6 @@ from darefine_qupath.devices import full_float32, is_out_of_memory, sent
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.models.blocks import fold_batch_norms
-from darefine_qupath.models.winograd import WinogradConv2d, use_winograd
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ __all__ = [
     "choose_batch_size",
     "choose_device",
     "choose_precision",
-    "choose_winograd",
 ]
 
 _log = logging.getLogger(__name__)
@@ -50,7 +48,6 @@ _CPU_PIXELS = 2 * 512**2
 _GPU_PIXELS = 32 * 512**2
 _LARGEST_BATCH = 256
 _SYMMETRIES = 8
-_MOST_WINOGRAD_THREADS = 16
 # Of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -98,45 +95,17 @@ def choose_precision(precision: Precision, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
 
 
-def choose_winograd(precision: str, device: torch.device) -> bool:
-    """Whether Winograd's algorithm is worth its transforms, which wait for memory while products wait for arithmetic.
-
-    It was measured with two threads; with many, or where the processor has a unit for products of matrices (AMX), what
-    is saved becomes little beside the transforms.
-
-    Parameters
-    ----------
-    precision : {"fp32", "bf16", "fp16"}
-        Of the network.
-    device : torch.device
-        Where it runs.
-
-    Returns
-    -------
-    bool
-        Never true for GPUs, whose libraries choose by themselves.
-    """
-    if device.type != "cpu" or torch.get_num_threads() > _MOST_WINOGRAD_THREADS:
-        return False
-    return precision == "fp32" or not _cpu_has("amx_bf16")
-
-
 def _cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself; emulation is slower than float32."""
-    return _cpu_has("avx512_bf16") or _cpu_has("amx_bf16")
-
-
-def _cpu_has(feature: str) -> bool:
-    """Whether the processor has ``"avx512_bf16"`` or ``"amx_bf16"``."""
-    names = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-    check = getattr(torch.cpu, names[feature], None)
-    if check is not None:
-        return bool(check())
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    known = [check for check in checks if check is not None]
+    if known:
+        return any(check() for check in known)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
-    return feature in flags
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,8 +124,6 @@ class EngineSettings:
         Average over the symmetries of the square.
     compile : bool
         Use ``torch.compile``.
-    winograd : bool
-        Compute wide 3x3 convolutions by Winograd's algorithm.
     map_stride : int
         Input pixels per map pixel.
     """
@@ -166,7 +133,6 @@ class EngineSettings:
     batch_size: int
     tta: bool = False
     compile: bool = False
-    winograd: bool = False
     map_stride: int = 4
 
 
@@ -274,10 +240,8 @@ class Engine:
         self._dtype = _DTYPES[settings.precision]
         network: Any = model.eval().to(self.device)
         fold_batch_norms(network)
-        if settings.winograd:
-            use_winograd(network)
         for module in network.modules():
-            if isinstance(module, nn.Conv2d | WinogradConv2d):
+            if isinstance(module, nn.Conv2d):
                 # Once, where autocast would do it for every batch.
                 module.to(self._dtype)
         network = network.to(memory_format=torch.channels_last)
@@ -367,7 +331,7 @@ class Engine:
         """
         if self._exact is None:
             assert self._build is not None
-            settings = replace(self.settings, precision="fp32", compile=False, winograd=False)
+            settings = replace(self.settings, precision="fp32", compile=False)
             self._exact = Engine(self._build(), self._normalization, settings)
         pixels = [context.pixels for context in contexts if context.pixels is not None]
         contexts = self._exact.encode(pixels) if pixels else contexts

@@ -31,7 +31,6 @@ from darefine_qupath.prediction.engine import (
     choose_batch_size,
     choose_device,
     choose_precision,
-    choose_winograd,
 )
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.options import PredictOptions, Progress
@@ -47,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_WORKERS = 8
 _UNPREDICTED_LIMIT = 0.005
-_METHOD = 2
+_METHOD = 3
 """Counts the changes to how scores come about between two versions of the software."""
 
 
@@ -228,7 +227,6 @@ class _Run:
             batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.size_px),
             tta=self.options.tta,
             compile=self.options.compile,
-            winograd=not self.options.compile and choose_winograd(precision, device),
             map_stride=self.options.map_stride,
         )
 
