@@ -93,12 +93,13 @@ class CheckpointHeader:
     @property
     def model_id(self) -> str:
         """Twelve hexadecimal digits that stand for everything that decides what the model predicts."""
+        # Names are those of the first model files: a model keeps its id, which stands in every run it has made.
         decisive = {
             "weights": self.weights_sha256,
             "model": self.model.to_json(),
-            "tiles": self.tiles.to_json(),
+            "tiles": self.tiles.for_digest(),
             "classes": list(self.classes.names),
-            "normalization": self.normalization.to_json(),
+            "normalisation": self.normalization.to_json(),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
 
@@ -328,8 +329,8 @@ def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
         export_network(
             checkpoint.build(),
             temporary,
-            slice_px=tiles.size_px,
-            context_px=tiles.context_size_px or tiles.size_px,
+            slice_px=tiles.input_px,
+            context_px=tiles.context_input_px or tiles.input_px,
             metadata={_KEY: json.dumps(checkpoint.header.to_json())},
         )
 
@@ -452,7 +453,7 @@ def _tiles_text(tiles: TileSpec) -> str:
     unit = "um" if tiles.is_physical else "px"
     sides = [getattr(tiles, f"{name}_{unit}") for name in ("slice", "context", "stride")]
     shown = "slice {:g}, context {:g}, stride {:g}".format(*sides)
-    fed = f"{tiles.size_px} and {tiles.context_size_px or tiles.size_px} px"
+    fed = f"{tiles.input_px} and {tiles.context_input_px or tiles.input_px} px"
     return f"{shown} {unit if unit == 'um' else 'level-0 px'}, fed as {fed}, {tiles.placement}"
 
 

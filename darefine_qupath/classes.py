@@ -7,7 +7,7 @@ covers them; where ``Region*`` annotations exist, only their inside counts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -235,16 +235,6 @@ class ClassMap:
                 f"darefine.toml, [classes.map], or end the class name in '*' in QuPath"
             )
 
-    @classmethod
-    def from_path_classes(cls, classes: Iterable[PathClass], *, unlabelled: str = UNLABELLED_IGNORE) -> ClassMap:
-        """Map every project class that is not ignored to itself, in the project's order."""
-        kept = [path_class for path_class in classes if not is_ignored(path_class.name)]
-        return cls(
-            names=tuple(path_class.name for path_class in kept),
-            colors=tuple(path_class.color for path_class in kept),
-            unlabelled=unlabelled,
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` gives the same map back."""
         return {
@@ -255,9 +245,13 @@ class ClassMap:
             "region_unlabelled": self.region_unlabelled,
         }
 
+    def for_digest(self) -> dict[str, Any]:
+        """Return the values under the names of the first files, so that digests of them stay what they were."""
+        return {"colours" if name == "colors" else name: value for name, value in self.to_json().items()}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ClassMap:
-        """Class map of what `to_json` gave."""
+        """Rebuild the class map that `to_json` wrote; files of before call the colors ``colours``."""
         try:
             texts = [*data["names"], *data["sources"], *data["sources"].values()]
             if not all(isinstance(text, str) for text in texts) or isinstance(data["names"], str):

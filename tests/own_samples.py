@@ -38,7 +38,7 @@ __all__ = ["NAMES", "own_mutant", "prepare", "try_own"]
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny" / "project.qpproj"
 CLASSES = ClassMap(names=("a", "b"), sources={"old a": "a"})
-TILES = TileSpec(size_px=64, slice_um=100, context_um=400, stride_um=50)
+TILES = TileSpec(input_px=64, slice_um=100, context_um=400, stride_um=50)
 TOML = b"""[classes]
 names = ["Normal", "Tumor"]
 [classes.map]
@@ -46,7 +46,7 @@ names = ["Normal", "Tumor"]
 [classes.colors]
 Tumor = "#c81e28"
 [tiles]
-size_px = 256
+input_px = 256
 slice_um = 128.0
 [train]
 epochs = 3

@@ -34,7 +34,7 @@ from darefine_qupath.tiles import TileSpec
 
 COLORS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
 CLASSES = ClassMap(names=("A", "B", "C"))
-SPEC = TileSpec(size_px=32, slice_px=64, context_px=256, stride_px=32)
+SPEC = TileSpec(input_px=32, slice_px=64, context_px=256, stride_px=32)
 
 
 @dataclass

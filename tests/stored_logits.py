@@ -62,10 +62,10 @@ def seeded_state(template: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def image(stream: int, size_px: int = SIZE_PX) -> Tensor:
-    """Two images of a fixed noise, shape (2, 3, size_px, size_px)."""
-    values = noise(2 * 3 * size_px * size_px, 10_000 + stream).astype(np.float32)
-    return torch.from_numpy(values).reshape(2, 3, size_px, size_px) * 1.7
+def image(stream: int, input_px: int = SIZE_PX) -> Tensor:
+    """Two images of a fixed noise, shape (2, 3, input_px, input_px)."""
+    values = noise(2 * 3 * input_px * input_px, 10_000 + stream).astype(np.float32)
+    return torch.from_numpy(values).reshape(2, 3, input_px, input_px) * 1.7
 
 
 def sampled_logits(config: ModelConfig) -> Tensor:

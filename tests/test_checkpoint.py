@@ -39,7 +39,7 @@ from tests.stored_logits import BOX_B4, image, seeded_state
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 TINY = ModelConfig(network="unet", width=4, num_classes=2)
-TILES = TileSpec(size_px=64, context_size_px=48, slice_um=100, context_um=400, stride_um=50)
+TILES = TileSpec(input_px=64, context_input_px=48, slice_um=100, context_um=400, stride_um=50)
 PROVENANCE = {
     "data": "sha256:12ab",
     "split": {"train": ["a"], "test": ["b"]},
@@ -193,10 +193,10 @@ SIDES = {"slice_px": 100, "context_px": 500, "stride_px": 100}
         ({"model": {"depth": 1}}, r"damaged header: Unknown network setting \['depth'\]"),
         ({"model": []}, "damaged header"),
         ({"model": TINY.to_json() | {"width": 10**7}}, "damaged header: width = 10000000 must be .* at most 1024"),
-        ({"tiles": SIDES | {"size_px": 10**7}}, r"damaged header: size_px = 1e\+07 is too large; .* at most 8,192"),
+        ({"tiles": SIDES | {"input_px": 10**7}}, r"damaged header: input_px = 1e\+07 is too large; .* at most 8,192"),
         ({"tiles": SIDES | {"context_px": 10**7}}, r"damaged header: context_px = 1e\+07 is too large"),
-        ({"tiles": SIDES | {"context_size_px": float("inf")}}, "damaged header: .*finite"),
-        ({"tiles": {"size_px": 5}}, "damaged header: Give slice, context and stride"),
+        ({"tiles": SIDES | {"context_input_px": float("inf")}}, "damaged header: .*finite"),
+        ({"tiles": {"input_px": 5}}, "damaged header: Give slice, context and stride"),
         ({"classes": {}}, "damaged header: Not a class map"),
         ({"normalization": {}}, "damaged header: Not a normalisation"),
         ({"classes": ClassMap(names=("a", "b", "c")).to_json()}, "2 classes cannot stand for the 3 classes"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darefine_qupath.classes import IGNORE, ClassMap, Color, PathClass, default_color, is_ignored
+from darefine_qupath.classes import IGNORE, ClassMap, Color, default_color, is_ignored
 from darefine_qupath.errors import ClassMapError
 
 BYTE = st.integers(0, 255)
@@ -93,14 +93,6 @@ def test_unlabelled_pixels_are_ignored_or_a_class() -> None:
     assert ClassMap(names=("A", "B")).region_unlabelled_label == IGNORE
     classes = ClassMap(names=("A", "B"), unlabelled="B", region_unlabelled="A")
     assert (classes.unlabelled_label, classes.region_unlabelled_label) == (1, 0)
-
-
-def test_a_project_s_classes_map_to_themselves() -> None:
-    found = [PathClass("Tumor", Color(1, 2, 3)), PathClass("Ignore*"), PathClass("Stroma: Dense")]
-    classes = ClassMap.from_path_classes(found, unlabelled="Tumor")
-    assert classes.names == ("Tumor", "Stroma: Dense")
-    assert classes.colors == (Color(1, 2, 3), Color(128, 128, 128))
-    assert classes.unlabelled_label == 0
 
 
 @given(st.lists(NAME, min_size=1, max_size=6, unique=True), st.data())

@@ -93,9 +93,9 @@ def test_a_label_is_a_number_of_plain_digits(run: Run, label: str) -> None:
     [
         ("tiles", TINY, "--slice-um", "nan"),
         ("tiles", TINY, "--slice-um", "1e300", "--context-um", "1e300", "--stride-um", "1e300"),
-        ("tiles", TINY, "--size-px", "9" * 30),
-        ("tiles", TINY, "--size-px", "9" * 5000),
-        ("tiles", TINY, "--size-px", "10000000"),
+        ("tiles", TINY, "--input-px", "9" * 30),
+        ("tiles", TINY, "--input-px", "9" * 5000),
+        ("tiles", TINY, "--input-px", "10000000"),
         ("tiles", TINY, "--mpp", "1e300"),
         ("train", TINY, "-o", "run", "--set", "lr=nan"),
         ("train", TINY, "-o", "run", "--set", "lr=1e999"),

@@ -56,7 +56,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
     def write(*, seed: int = 0, **provenance: object) -> Path:
         path = tmp_path_factory.mktemp("model") / "model.safetensors"
-        tiles = TileSpec(size_px=64, slice_um=256, context_um=1280, stride_um=256)
+        tiles = TileSpec(input_px=64, slice_um=256, context_um=1280, stride_um=256)
         state = build_model(config, seed=seed).state_dict()
         save_checkpoint(
             path, Checkpoint(state=state, model=config, tiles=tiles, classes=CLASSES, provenance=provenance)

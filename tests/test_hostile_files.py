@@ -59,7 +59,7 @@ def model(tmp_path: Path) -> Path:
     checkpoint = Checkpoint(
         state=build_model(TINY, seed=1).state_dict(),
         model=TINY,
-        tiles=TileSpec(size_px=64, slice_um=100, context_um=400, stride_um=50),
+        tiles=TileSpec(input_px=64, slice_um=100, context_um=400, stride_um=50),
         classes=ClassMap(names=("a", "b"), sources={"old a": "a"}),
         provenance={
             "project": "p/project.qpproj",
@@ -161,7 +161,7 @@ def test_a_dataset_whose_index_holds_anything(tmp_path: Path) -> None:
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "spec": TileSpec(size_px=64, slice_px=100, context_px=400, stride_px=50).to_json(),
+        "spec": TileSpec(input_px=64, slice_px=100, context_px=400, stride_px=50).to_json(),
         "classes": ClassMap(names=("a", "b")).to_json(),
         "storage": {"pixels": "jpeg", "quality": 90},
         "images": [{"id": "1", "name": "x", "size": [9, 9], "mpp": 0.5, "case": None, "metadata": {"a": "b"}}],
@@ -196,7 +196,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(run: Run, tmp_path: Path, n
     "text",
     ["a = " + "[" * 900, "[train]\nlr = nan", "[classes]\nnames = ['\x1b']", "x = 1" + "0" * 5000, "a." * 900 + "b = 1",
      "[classes.colors]\na = '#fff'", "[classes.colors]\na = '#ab cde'", "[images]\nmpp = 1e300",
-     "[tiles]\nsize_px = 10000000", "[tiles]\nslice_um = 1e300\ncontext_um = 1e300\nstride_um = 1e300",
+     "[tiles]\ninput_px = 10000000", "[tiles]\nslice_um = 1e300\ncontext_um = 1e300\nstride_um = 1e300",
      "[model]\nwidth = 10000000", "[train]\nepochs = '²'"],
 )  # fmt: skip
 def test_settings_of_any_kind_are_refused_in_a_line(run: Run, tmp_path: Path, text: str) -> None:

@@ -56,7 +56,7 @@ from tests.training_toy import CLASSES as TOY_CLASSES
 from tests.training_toy import toy_data, toy_model
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
-SPEC = TileSpec(size_px=10, slice_px=10, context_px=10, stride_px=10)
+SPEC = TileSpec(input_px=10, slice_px=10, context_px=10, stride_px=10)
 
 
 def index_of(**images: Mapping[str, str]) -> TileIndex:
@@ -595,7 +595,16 @@ def test_roles_are_written_once(tiny: Path) -> None:
 
 
 def test_options_of_tiles_and_train_are_the_same() -> None:
-    shared = {"validation", "test", "validation_images", "test_images", "note_roles", "pixels", "unlabelled", "size_px"}
+    shared = {
+        "validation",
+        "test",
+        "validation_images",
+        "test_images",
+        "note_roles",
+        "pixels",
+        "unlabelled",
+        "input_px",
+    }
     for command in (tiles_command, train_command):
         assert shared <= {option.name for option in command.params}
 
@@ -617,7 +626,7 @@ def test_workers_open_their_own_handles(tmp_path: Path) -> None:
     marked = Annotation(geometry=shapely.box(0, 0, 600, 400), path_class="Normal")
     log = tmp_path / "log"
     origin = TileSource(id="1", name="a", path=path, annotations=(marked,), metadata={"log": str(log)})
-    spec = TileSpec(size_px=20, slice_px=100, context_px=200, stride_px=100)
+    spec = TileSpec(input_px=20, slice_px=100, context_px=200, stride_px=100)
     tiles = index_tiles([origin], spec, CLASSES)
     reader = SlideReader([origin], CLASSES, opener=noting_opener)
     here = [reader.read(tiles[position]) for position in range(4)]

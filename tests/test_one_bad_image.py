@@ -140,7 +140,7 @@ def request_of(folder: Path, tmp_path: Path) -> Callable[..., PredictRequest]:
     checkpoint = Checkpoint(
         state=build_model(config, seed=0).state_dict(),
         model=config,
-        tiles=TileSpec(size_px=64, slice_um=256, context_um=1280, stride_um=256),
+        tiles=TileSpec(input_px=64, slice_um=256, context_um=1280, stride_um=256),
         classes=ClassMap(names=("Normal", "Benign", "In situ", "Invasive"), unlabelled="Normal"),
     )
     save_checkpoint(model, checkpoint)

@@ -51,7 +51,7 @@ def truth_on_map(labels: np.ndarray, downsample: int) -> np.ndarray:
 def test_every_pixel_has_its_own_label(tmp_path: Path, placement: str, stride: int) -> None:
     labels = blobs((700, 530))
     slide = array_slide(tmp_path, labels)
-    tiles = TileSpec(size_px=32, slice_px=64, context_px=256, stride_px=32, placement=placement)
+    tiles = TileSpec(input_px=32, slice_px=64, context_px=256, stride_px=32, placement=placement)
     options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=stride)
     found = predict_slide(slide, checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options)
     truth = truth_on_map(labels, 2 * stride)
@@ -71,7 +71,7 @@ def test_no_pixel_is_skipped_whatever_the_context(
     tmp_path: Path, context: int, stride: int, overlap: float | None, size: tuple[int, int]
 ) -> None:
     labels = blobs(size)
-    tiles = TileSpec(size_px=27, slice_px=64, context_px=context, stride_px=stride)
+    tiles = TileSpec(input_px=27, slice_px=64, context_px=context, stride_px=stride)
     options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=1, overlap=overlap)
     found = predict_slide(
         array_slide(tmp_path, labels), checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options
@@ -126,7 +126,7 @@ def test_real_network_scores_alike_with_and_without_sharing(tmp_path: Path, fusi
     config = ModelConfig(
         slice_encoder="resnet18", context_encoder="resnet18", width=8, num_classes=3, fusion=fusion, dropout=0
     )
-    tiles = TileSpec(size_px=64, slice_px=64, context_px=192, stride_px=64)
+    tiles = TileSpec(input_px=64, slice_px=64, context_px=192, stride_px=64)
     slide = array_slide(tmp_path, blobs((192, 320)))
     maps = []
     for share in (True, False):
@@ -480,7 +480,7 @@ def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path,
     slide.pixels[200, 100] = 0
     at = r"0123456789ab gives scores .*slide\.bin at Box\(x=\d+, y=1[4-9]\d, width=64, height=64\)"
     for options in (OPTIONS, replace(OPTIONS, tta=True, map_stride=4)):
-        tiles = replace(SPEC, size_px=64)
+        tiles = replace(SPEC, input_px=64)
         with pytest.raises(PredictionError, match=at):
             predict_slide(slide, checkpoint(Faulty(), tiles=tiles), out=tmp_path / "map", options=options)
     assert not (tmp_path / "map" / "scoremap.json").exists()
@@ -501,7 +501,7 @@ def test_bfloat16_labels_like_float32(tmp_path: Path) -> None:
     maps = []
     for precision in ("fp32", "bf16"):
         model = checkpoint(
-            build_model(config, seed=1), tiles=TileSpec(size_px=64, slice_px=64, context_px=128, stride_px=32)
+            build_model(config, seed=1), tiles=TileSpec(input_px=64, slice_px=64, context_px=128, stride_px=32)
         )
         model.normalization = Normalization()
         options = PredictOptions(tissue=False, device="cpu", precision=precision)  # type: ignore[arg-type]
@@ -511,7 +511,7 @@ def test_bfloat16_labels_like_float32(tmp_path: Path) -> None:
 
 def test_unknown_pixel_size_is_refused_in_micrometres_only(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((200, 200)), mpp=None)
-    physical = TileSpec(size_px=32, slice_um=32, context_um=128, stride_um=16)
+    physical = TileSpec(input_px=32, slice_um=32, context_um=128, stride_um=16)
     with pytest.raises(MissingMppError, match="--mpp"):
         predict_slide(slide, checkpoint(ColorNetwork(), tiles=physical), out=tmp_path / "a", options=OPTIONS)
     found = predict_slide(

@@ -48,7 +48,7 @@ def test_slides_one_after_the_other_with_a_real_model(tmp_path: Path) -> None:
     model = Checkpoint(
         state=build_model(config, seed=0).state_dict(),
         model=config,
-        tiles=TileSpec(size_px=32, slice_px=64, context_px=128, stride_px=64),
+        tiles=TileSpec(input_px=32, slice_px=64, context_px=128, stride_px=64),
         classes=ClassMap(names=("A", "B", "C")),
     )
     save_checkpoint(tmp_path / "model.safetensors", model)

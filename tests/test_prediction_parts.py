@@ -142,7 +142,7 @@ def test_one_class_has_no_runner_up() -> None:
 
 SPECS = st.builds(
     lambda side, times, steps, placement, size: TileSpec(
-        size_px=size, slice_px=side, context_px=side * times, stride_px=max(1, side // steps), placement=placement
+        input_px=size, slice_px=side, context_px=side * times, stride_px=max(1, side // steps), placement=placement
     ),
     side=st.integers(20, 120),
     times=st.integers(1, 5),
@@ -200,7 +200,7 @@ def test_slices_lie_around_the_middle_of_their_context() -> None:
 
 @pytest.mark.parametrize(("overlap", "stride"), [(None, 375), (0.0, 500), (0.5, 250), (0.75, 125)])
 def test_overlap_sets_the_stride(overlap: float | None, stride: int) -> None:
-    spec = TileSpec(size_px=500, slice_px=500, context_px=2000, stride_px=500).at(None)
+    spec = TileSpec(input_px=500, slice_px=500, context_px=2000, stride_px=500).at(None)
     assert with_overlap(spec, overlap).stride_px == stride
 
 
@@ -234,7 +234,7 @@ def asked(draw: st.DrawFn) -> tuple[TileSpec, float, PredictOptions, tuple[int, 
     """Tiles in any ratio, pixel size, options and slide: large and fine ones along one axis only."""
     slice_um = draw(st.floats(1, 400))
     tiles = TileSpec(
-        size_px=draw(st.integers(1, 64)),
+        input_px=draw(st.integers(1, 64)),
         slice_um=slice_um,
         context_um=slice_um * draw(st.one_of(st.just(1.0), st.floats(1, 1.3), st.floats(1, 6))),
         stride_um=slice_um * draw(st.floats(0.1, 1)),
@@ -261,11 +261,11 @@ def test_every_map_pixel_is_reached_whatever_the_ratios(
     for axis in (0, 1):
         boxes = [box for row in plan.rows for parent in row.parents for box in parent.slices]
         places = [plan.grid.place(start) for start in sorted({box.bounds[axis] for box in boxes})]
-        ends = [pixel + pooled_length(plan.spec.size_px, phase, plan.grid.stride) for pixel, phase in places]
+        ends = [pixel + pooled_length(plan.spec.input_px, phase, plan.grid.stride) for pixel, phase in places]
         assert places[0] == (0, 0)
         assert ends[-1] >= plan.grid.size[axis]
         inputs = [pixel * plan.grid.stride + phase for pixel, phase in places]
-        assert all(step <= plan.spec.size_px for step in np.diff(inputs))
+        assert all(step <= plan.spec.input_px for step in np.diff(inputs))
 
 
 @given(
@@ -279,9 +279,9 @@ def test_every_map_pixel_is_reached_whatever_the_ratios(
 def test_every_map_pixel_that_is_asked_for_is_reached(
     sizes: tuple[int, int, int, int], slide: tuple[int, int], corner: tuple[float, float], seed: int, map_stride: int
 ) -> None:
-    side, more, stride, size_px = sizes
+    side, more, stride, input_px = sizes
     tiles = TileSpec(
-        slice_px=side, context_px=side + more, stride_px=min(stride, side), size_px=max(size_px, side // 8)
+        slice_px=side, context_px=side + more, stride_px=min(stride, side), input_px=max(input_px, side // 8)
     )
     mask = np.random.default_rng(seed).random((7, 9)) < 0.3
     region = Region(
@@ -293,7 +293,7 @@ def test_every_map_pixel_that_is_asked_for_is_reached(
     reached = np.zeros(plan.grid.size[::-1], bool)
     for box in (box for row in plan.rows for parent in row.parents for box in parent.slices):
         (column, right), (row, down) = plan.grid.place(box.x), plan.grid.place(box.y)
-        height, width = (pooled_length(plan.spec.size_px, phase, map_stride) for phase in (down, right))
+        height, width = (pooled_length(plan.spec.input_px, phase, map_stride) for phase in (down, right))
         reached[row : row + height, column : column + width] = True
     outside = region.outside(plan.grid, 0, plan.grid.size.height)
     assert (reached | (False if outside is None else outside)).all()
@@ -389,7 +389,7 @@ def test_pooled_scores_are_those_of_the_mean_logits(phase: tuple[int, int]) -> N
 def test_network_without_context_is_given_none(tmp_path: Path) -> None:
     config = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3)
     slide = array_slide(tmp_path, blobs((128, 128)))
-    tiles = TileSpec(size_px=64, slice_px=64, context_px=128, stride_px=64)
+    tiles = TileSpec(input_px=64, slice_px=64, context_px=128, stride_px=64)
     options = PredictOptions(tissue=False, device="cpu", precision="fp32", overlap=0.0)
     predict_slide(slide, checkpoint(build_model(config, seed=0), tiles=tiles), out=tmp_path / "map", options=options)
     assert {read.width for read in slide.reads} == {64}
@@ -646,7 +646,7 @@ def warnings_for(tmp_path: Path, *, mpp: float | None = 0.5, **provenance: objec
     slide = array_slide(tmp_path, blobs((300, 300)))
     slide.pixels = np.tile(tissue((190, 110, 170)), (5, 5, 1))[:300, :300]
     plan = plan_slide(slide.size, SPEC.at(None), PredictOptions())
-    physical = TileSpec(size_px=32, slice_um=16, context_um=64, stride_um=8)
+    physical = TileSpec(input_px=32, slice_um=16, context_um=64, stride_um=8)
     found = check_slide(slide, plan, tiles=physical, mpp=mpp, provenance=provenance)
     return {warning.kind: warning for warning in found}
 

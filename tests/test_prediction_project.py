@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = Checkpoint(
         state=build_model(config, seed=0).state_dict(),
         model=config,
-        tiles=TileSpec(size_px=64, slice_um=256, context_um=1280, stride_um=256),
+        tiles=TileSpec(input_px=64, slice_um=256, context_um=1280, stride_um=256),
         classes=ClassMap(names=("Normal", "Benign", "In situ", "Invasive"), unlabelled="Normal"),
     )
     save_checkpoint(path, checkpoint)
@@ -183,7 +183,7 @@ def test_a_pixel_size_that_no_slide_has(request_of: Request, mpp: float) -> None
     found = predict_project(request_of(mpp=mpp, images=("test-3.tif",)))
     assert "it must be 0.001 to 1000" in (found.outcomes[0].error or "")
     with pytest.raises(MissingMppError, match=r"the pixel size of the slide is .*; it must be 0\.001 to 1000"):
-        TileSpec(size_px=64, slice_um=256, context_um=1280, stride_um=256).at(mpp)
+        TileSpec(input_px=64, slice_um=256, context_um=1280, stride_um=256).at(mpp)
 
 
 def test_the_command_gives_the_bounds_of_a_pixel_size(

@@ -133,13 +133,13 @@ def test_an_unknown_key_is_refused(tmp_path: Path, section: str, key: str, near:
 
 def test_micrometres_take_the_place_of_pixels() -> None:
     settings = Settings(tiles={"slice_um": 100, "context_um": 500, "stride_um": 50})
-    assert settings.tile_spec(TileSpec.paper()) == TileSpec(size_px=500, slice_um=100, context_um=500, stride_um=50)
+    assert settings.tile_spec(TileSpec.paper()) == TileSpec(input_px=500, slice_um=100, context_um=500, stride_um=50)
 
 
 def test_options_go_over_the_file_and_the_file_over_the_default() -> None:
-    settings = Settings(tiles={"size_px": 256, "slice_um": 100, "context_um": 500, "stride_um": 50})
-    found = settings.tile_spec(TileSpec.paper(), slice_px=1000, context_px=5000, stride_px=250, size_px=None)
-    assert found == TileSpec(size_px=256, slice_px=1000, context_px=5000, stride_px=250)
+    settings = Settings(tiles={"input_px": 256, "slice_um": 100, "context_um": 500, "stride_um": 50})
+    found = settings.tile_spec(TileSpec.paper(), slice_px=1000, context_px=5000, stride_px=250, input_px=None)
+    assert found == TileSpec(input_px=256, slice_px=1000, context_px=5000, stride_px=250)
     assert settings.tile_spec(TileSpec.paper(), stride_um=25).stride_um == 25
 
 
@@ -182,7 +182,7 @@ def test_a_class_setting_of_another_kind_is_refused(tmp_path: Path, text: str, m
     ("text", "message"),
     [
         ('slice_um = "big"', "slice_um = 'big' must be a number of micrometres"),
-        ("size_px = 64.5", "size_px = 64.5 must be a whole number of pixels"),
+        ("input_px = 64.5", "input_px = 64.5 must be a whole number of pixels"),
         ("stride_um = true", "stride_um = True must be a number"),
     ],
 )

@@ -34,8 +34,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pyramid(tmp_path_factory.mktemp("ramps") / "ramps.tif", RAMPS, (2, 4))
 
 
-def spec_for(side: int, size_px: int = 50) -> PixelSpec:
-    return PixelSpec(slice_px=side, context_px=5 * side, stride_px=side, size_px=size_px, context_size_px=size_px)
+def spec_for(side: int, input_px: int = 50) -> PixelSpec:
+    return PixelSpec(slice_px=side, context_px=5 * side, stride_px=side, input_px=input_px, context_input_px=input_px)
 
 
 def assert_shows(found: np.ndarray, pixels: np.ndarray, box: Box, origin: tuple[int, int] = (0, 0)) -> None:

@@ -98,18 +98,18 @@ def _masks(
     """Mask of every tile without overlap, and the source mask at the centres of its pixels; `IGNORE` beyond it."""
     size = Size(known.shape[1], known.shape[0])
     padded = np.pad(known, ((0, spec.slice_px), (0, spec.slice_px)), constant_values=IGNORE)
-    centers = np.ceil((np.arange(spec.size_px) + 0.5) * spec.slice_downsample - 1).astype(int)
+    centers = np.ceil((np.arange(spec.input_px) + 0.5) * spec.slice_downsample - 1).astype(int)
     painter = LabelPainter(source.annotations, CLASSES)
     for pair in plan_tiles(size, spec):
         mask = paint_mask(painter, pair, spec, size)
         yield mask, padded[np.ix_(pair.slice.y + centers, pair.slice.x + centers)]
 
 
-@pytest.mark.parametrize(("size_px", "slice_px"), SIZES)
+@pytest.mark.parametrize(("input_px", "slice_px"), SIZES)
 def test_tiles_without_overlap_hold_the_pixels_of_the_label_masks(
-    sources: tuple[TileSource, ...], known: dict[str, NDArray[np.uint8]], size_px: int, slice_px: int
+    sources: tuple[TileSource, ...], known: dict[str, NDArray[np.uint8]], input_px: int, slice_px: int
 ) -> None:
-    spec = TileSpec(size_px=size_px, slice_px=slice_px, context_px=5 * slice_px, stride_px=slice_px).at(None)
+    spec = TileSpec(input_px=input_px, slice_px=slice_px, context_px=5 * slice_px, stride_px=slice_px).at(None)
     for source in sources:
         found, sampled = np.zeros(256, np.int64), np.zeros(256, np.int64)
         agreeing = 0
@@ -130,7 +130,7 @@ def test_tiles_without_overlap_hold_the_pixels_of_the_label_masks(
 def test_without_ignored_areas_the_counts_are_those_of_the_files(
     sources: tuple[TileSource, ...], known: dict[str, NDArray[np.uint8]]
 ) -> None:
-    spec = TileSpec(size_px=500, slice_px=1000, context_px=5000, stride_px=1000)
+    spec = TileSpec(input_px=500, slice_px=1000, context_px=5000, stride_px=1000)
     index = index_tiles(sources, spec, CLASSES, screening=Screening(min_labelled=0, min_tissue=0))
     checked = 0
     for number, source in enumerate(sources):
@@ -145,7 +145,7 @@ def test_without_ignored_areas_the_counts_are_those_of_the_files(
 
 
 def test_the_project_splits_by_slide_with_every_class_in_training(sources: tuple[TileSource, ...]) -> None:
-    index = index_tiles(sources, replace(TileSpec.paper(), size_px=100), CLASSES)
+    index = index_tiles(sources, replace(TileSpec.paper(), input_px=100), CLASSES)
     part = split_images(index).part(index, "train")
     assert (part.tiles.class_tiles > 0).all()
     first = index.subset(index.image == 1)

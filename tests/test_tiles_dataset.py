@@ -38,7 +38,7 @@ from darefine_qupath.tiles.storage import Storage, encode_mask, palette
 from tests.tile_slides import ArraySlide, ramps, write_pyramid
 
 CLASSES = ClassMap(names=("A", "B"), colors=(Color(1, 2, 3), Color(250, 20, 30)))
-SPEC = TileSpec(size_px=32, slice_px=64, context_px=192, stride_px=32)
+SPEC = TileSpec(input_px=32, slice_px=64, context_px=192, stride_px=32)
 LOSSLESS = Storage(pixels="webp")
 
 
@@ -87,7 +87,7 @@ def test_counts_are_those_of_the_masks(sources: tuple[TileSource, ...]) -> None:
 
 
 def test_tiles_side_by_side_count_every_labelled_pixel_once(sources: tuple[TileSource, ...]) -> None:
-    spec = TileSpec(size_px=50, slice_px=50, context_px=150, stride_px=50)
+    spec = TileSpec(input_px=50, slice_px=50, context_px=150, stride_px=50)
     index = index_tiles(sources[:1], spec, CLASSES, screening=Screening(min_labelled=0))
     assert index.class_pixels.tolist() == [260 * 260 - 64 * 64, 64 * 64]
 
@@ -484,7 +484,7 @@ def test_tiles_on_a_damaged_spot_are_left_out_and_counted(
     assert same(load_index(tmp_path), index)
     # Of the context only the pieces on the spot are lost.
     around = next(record for record in index if record.pair.context.intersection(SPOT) is not None)
-    box, side = around.pair.context, around.spec.context_size_px
+    box, side = around.pair.context, around.spec.context_input_px
     rows, columns = (np.indices((side, side)) + 0.5) * box.width / side
     piece = box.width / 8
     near = (abs(columns + box.x - 215) < 5 + piece) & (abs(rows + box.y - 65) < 5 + piece)

@@ -31,8 +31,8 @@ def specs(draw: st.DrawFn, placement: str | None = None) -> PixelSpec:
         slice_px=slice_px,
         context_px=draw(st.integers(slice_px, 90)),
         stride_px=draw(st.integers(1, slice_px)),
-        size_px=8,
-        context_size_px=8,
+        input_px=8,
+        context_input_px=8,
         placement=placement or draw(st.sampled_from(["parent", "centred"])),  # type: ignore[arg-type]
     )
 
@@ -122,7 +122,7 @@ def test_a_slide_smaller_than_a_context_lies_in_its_middle() -> None:
 
 
 def test_the_plan_goes_context_by_context_row_by_row() -> None:
-    spec = PixelSpec(slice_px=2, context_px=4, stride_px=2, size_px=2, context_size_px=2)
+    spec = PixelSpec(slice_px=2, context_px=4, stride_px=2, input_px=2, context_input_px=2)
     corners = [(pair.slice.x, pair.slice.y) for pair in plan_tiles((8, 4), spec)]
     assert corners == [(0, 0), (2, 0), (0, 2), (2, 2), (4, 0), (6, 0), (4, 2), (6, 2)]
 
@@ -145,7 +145,7 @@ def any_ratios(draw: st.DrawFn) -> PixelSpec:
     context_um = slice_um * draw(st.one_of(st.just(1.0), st.floats(1, 1.3), st.floats(1, 9)))
     stride_um = slice_um * (1 - draw(st.one_of(st.just(0.0), st.floats(0, 0.9))))
     spec = TileSpec(
-        size_px=draw(st.integers(1, 600)), slice_um=slice_um, context_um=context_um, stride_um=stride_um,
+        input_px=draw(st.integers(1, 600)), slice_um=slice_um, context_um=context_um, stride_um=stride_um,
         placement=draw(st.sampled_from(["parent", "centred"])),
     )  # fmt: skip
     return spec.at(draw(st.floats(0.1, 4)))
@@ -207,7 +207,7 @@ def test_contexts_are_shared_as_far_as_they_reach(length: int, spec: PixelSpec, 
     ("tiles", "num"), [((1000, 1200, 500), 39 * 31), ((256, 320, 192), 104 * 83), ((256, 384, 256), 79 * 63)]
 )
 def test_a_context_hardly_larger_than_its_slices_skips_none(tiles: tuple[int, int, int], num: int) -> None:
-    spec = PixelSpec(slice_px=tiles[0], context_px=tiles[1], stride_px=tiles[2], size_px=256, context_size_px=256)
+    spec = PixelSpec(slice_px=tiles[0], context_px=tiles[1], stride_px=tiles[2], input_px=256, context_input_px=256)
     assert sum(len(boxes) for _, boxes in plan_even((20_000, 16_000), spec)) == num
 
 
@@ -220,7 +220,7 @@ def test_contexts_of_the_paper_are_shared(context_overlap: float, contexts: int)
 
 def test_each_parent_is_read_once() -> None:
     slide = ArraySlide(ramps(300, 200))
-    spec = TileSpec(slice_px=40, context_px=100, stride_px=20, size_px=20).at(None)
+    spec = TileSpec(slice_px=40, context_px=100, stride_px=20, input_px=20).at(None)
     pairs = plan_tiles(slide.size, spec)
     read = list(iter_pairs(slide, pairs, spec))
     assert [pair for pair, _ in read] == list(pairs)

@@ -36,7 +36,7 @@ def tiles_of(source: TileSource, spec: TileSpec) -> TileIndex:
     return index_tiles([source], spec, CLASSES, opener=opener)
 
 
-SPEC = TileSpec(size_px=40, slice_px=50, context_px=150, stride_px=50)
+SPEC = TileSpec(input_px=40, slice_px=50, context_px=150, stride_px=50)
 
 
 def test_examples_show_every_class_and_repeat_nothing(source: TileSource) -> None:
@@ -56,7 +56,7 @@ def index_of_everything(tiles: TileIndex) -> TileIndex:
 
 
 @pytest.mark.parametrize(
-    "spec", [SPEC, TileSpec(size_px=40, slice_um=25, context_um=75, stride_um=25)], ids=["px", "um"]
+    "spec", [SPEC, TileSpec(input_px=40, slice_um=25, context_um=75, stride_um=25)], ids=["px", "um"]
 )
 def test_a_sheet_holds_slices_masks_contexts_and_the_table(source: TileSource, tmp_path: Path, spec: TileSpec) -> None:
     tiles = tiles_of(source, spec)

@@ -26,7 +26,7 @@ def index_of(counts: object, images: object = None) -> TileIndex:
     image = np.zeros(number, np.int64) if images is None else np.asarray(images, np.int64)
     x = np.arange(number) * 10
     rows = np.column_stack([image, x, 0 * x, x, 0 * x, table, 100 - table.sum(axis=1)])
-    spec = TileSpec(size_px=10, slice_px=10, context_px=10, stride_px=10)
+    spec = TileSpec(input_px=10, slice_px=10, context_px=10, stride_px=10)
     sources = tuple(TileImage(id=str(i), name=f"slide {i}", size=Size(10 * number + 10, 10)) for i in range(4))
     return TileIndex.of_rows(spec, ClassMap(names=NAMES), sources, rows)
 

@@ -18,7 +18,7 @@ properties = settings(deadline=None, derandomize=True)
 def test_the_paper_s_geometry() -> None:
     spec = TileSpec.paper().at(None)
     assert (spec.slice_px, spec.context_px, spec.stride_px) == (1000, 5000, 500)
-    assert (spec.size_px, spec.context_size_px, spec.placement) == (500, 500, "parent")
+    assert (spec.input_px, spec.context_input_px, spec.placement) == (500, 500, "parent")
     assert (spec.slice_downsample, spec.context_downsample) == (2, 10)
 
 
@@ -31,8 +31,11 @@ def test_the_paper_s_geometry() -> None:
         ({"slice_px": 100, "context_px": 50, "stride_px": 50}, "stride <= slice <= context"),
         ({"slice_px": 100, "context_px": 500, "stride_px": 101}, "stride of 101 px"),
         ({"slice_um": 100.0, "context_um": 500.0, "stride_um": 0.0}, "stride of 0 um"),
-        ({"slice_px": 1, "context_px": 1, "stride_px": 1, "size_px": 0}, "size_px must be at least 1 pixel, got 0"),
-        ({"slice_px": 1, "context_px": 1, "stride_px": 1, "context_size_px": -3}, "context_size_px must be at least 1"),
+        ({"slice_px": 1, "context_px": 1, "stride_px": 1, "input_px": 0}, "input_px must be at least 1 pixel, got 0"),
+        (
+            {"slice_px": 1, "context_px": 1, "stride_px": 1, "context_input_px": -3},
+            "context_input_px must be at least 1",
+        ),
         ({"slice_px": 1, "context_px": 1, "stride_px": 1, "placement": "left"}, "placement is 'left'"),
     ],
     ids=["none", "two of three", "both", "context", "stride", "zero", "size", "context size", "placement"],
@@ -44,14 +47,14 @@ def test_a_spec_that_makes_no_sense_is_refused(arguments: dict[str, object], mes
 
 def test_pixel_specs_are_checked_too() -> None:
     with pytest.raises(TileError, match="stride_px must be at least 1 pixel, got 0"):
-        PixelSpec(slice_px=1, context_px=1, stride_px=0, size_px=1, context_size_px=1)
+        PixelSpec(slice_px=1, context_px=1, stride_px=0, input_px=1, context_input_px=1)
 
 
 TRIPLE = ("slice", "context", "stride")
 
 
 @pytest.mark.parametrize("unit", ["px", "um"])
-@pytest.mark.parametrize("field", [*TRIPLE, "size_px", "context_size_px"])
+@pytest.mark.parametrize("field", [*TRIPLE, "input_px", "context_input_px"])
 @pytest.mark.parametrize("value", [10**7, float("nan"), float("inf")])
 def test_sides_beyond_any_slide_are_refused_by_name(unit: str, field: str, value: float) -> None:
     field = field if field.endswith("px") else f"{field}_{unit}"
@@ -99,7 +102,7 @@ def test_any_slide_gets_a_legal_geometry(mpp: float, sides: list[float]) -> None
 
 
 def test_the_context_may_have_a_size_of_its_own() -> None:
-    spec = TileSpec(slice_px=512, context_px=2048, stride_px=512, size_px=256, context_size_px=128).at(0.5)
+    spec = TileSpec(slice_px=512, context_px=2048, stride_px=512, input_px=256, context_input_px=128).at(0.5)
     assert (spec.slice_downsample, spec.context_downsample) == (2, 16)
 
 

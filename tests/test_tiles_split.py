@@ -42,7 +42,7 @@ def index_of(slides: list[tuple[str | None, list[int]]], tiles_each: int = 3) ->
         for tile in range(tiles_each)
     ]
     names = tuple("ABCDEFG"[: len(slides[0][1])])
-    spec = TileSpec(size_px=10, slice_px=10, context_px=10, stride_px=10)
+    spec = TileSpec(input_px=10, slice_px=10, context_px=10, stride_px=10)
     return TileIndex.of_rows(spec, ClassMap(names=names), images, rows)
 
 
@@ -260,7 +260,7 @@ def test_no_pixel_is_in_slices_of_two_sides(
     placement: str, overlap: int, contexts: int, size: tuple[int, int], test: float
 ) -> None:
     spec = TileSpec(
-        size_px=8,
+        input_px=8,
         slice_px=20,
         stride_px=20 // overlap,
         context_px=20 * contexts,
@@ -281,7 +281,7 @@ def test_no_pixel_is_in_slices_of_two_sides(
 
 
 def test_parents_stay_whole_and_the_log_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    tiles = one_slide(TileSpec(size_px=8, slice_px=20, stride_px=10, context_px=100), (500, 300))
+    tiles = one_slide(TileSpec(input_px=8, slice_px=20, stride_px=10, context_px=100), (500, 300))
     split = spatial_split(tiles)
     roles = split.roles(tiles)
     by_context: dict[tuple[int, ...], set[object]] = {}
@@ -294,19 +294,19 @@ def test_parents_stay_whole_and_the_log_says_what_it_is(caplog: pytest.LogCaptur
 
 
 def test_a_single_context_is_parted_by_slices() -> None:
-    tiles = one_slide(TileSpec(size_px=8, slice_px=20, stride_px=20, context_px=100), (100, 100))
+    tiles = one_slide(TileSpec(input_px=8, slice_px=20, stride_px=20, context_px=100), (100, 100))
     split = spatial_split(tiles)
     assert len(split.part(tiles, "train")) + len(split.part(tiles, "validation")) == 25
 
 
 def test_two_tiles_cannot_be_parted() -> None:
-    tiles = one_slide(TileSpec(size_px=8, slice_px=20, stride_px=20, context_px=100), (40, 20))
+    tiles = one_slide(TileSpec(input_px=8, slice_px=20, stride_px=20, context_px=100), (40, 20))
     with pytest.raises(TileError, match=r"2 tiles are too few to part into training and \['validation'\]"):
         spatial_split(tiles)
 
 
 def test_fixed_images_are_not_parted() -> None:
-    spec = TileSpec(size_px=8, slice_px=20, stride_px=20, context_px=100)
+    spec = TileSpec(input_px=8, slice_px=20, stride_px=20, context_px=100)
     one = one_slide(spec, (300, 200))
     images = (one.images[0], TileImage(id="2", name="other", size=one.images[0].size))
     rows = np.column_stack([np.arange(len(one)) % 2, one.slice_xy, one.context_xy, one.counts])

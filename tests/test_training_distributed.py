@@ -93,7 +93,7 @@ SETTINGS = """
 names = ["Normal", "Benign", "In situ", "Invasive"]
 unlabelled = "Normal"
 [tiles]
-size_px = 32
+input_px = 32
 slice_um = 128
 context_um = 640
 stride_um = 128

@@ -483,7 +483,7 @@ def test_out_of_memory_says_which_settings_to_change(
         raise error
 
     monkeypatch.setattr(loop_module.Stepper, "train_on", exhausted)
-    with pytest.raises(TrainingError, match=r"4 tiles of 32 px.*lower --batch-size.*size_px"):
+    with pytest.raises(TrainingError, match=r"4 tiles of 32 px.*lower --batch-size.*input_px"):
         toy_train(tmp_path)
 
 
@@ -719,7 +719,7 @@ def test_workers_of_several_processes_do_not_fork_from_them(
     image.save(tmp_path / "a.tif")
     drawn = Annotation(geometry=shapely.box(0, 0, 64, 64), path_class="Normal")
     sources = [TileSource(id="a", name="a", path=tmp_path / "a.tif", annotations=(drawn,))]
-    spec = TileSpec(size_px=32, slice_px=32, context_px=64, stride_px=32)
+    spec = TileSpec(input_px=32, slice_px=32, context_px=64, stride_px=32)
     data = TileDataset(build_dataset(sources, spec, CLASSES, tmp_path / "tiles"), DatasetReader(tmp_path / "tiles"))
     planned = plan_epoch(data.tiles, TrainConfig(batch_size=4), None, 0)
     assert sum(len(loaded.ids) for loaded in load_batches(data, planned, workers=1)) == len(data) == 4

@@ -29,9 +29,9 @@ class ToyReader:
     def read(self, record: TileRecord) -> TilePixels:
         if record.id == self.bad:
             raise RuntimeError(f"tile {record.id} cannot be read")
-        size = self.spec.size_px
+        size = self.spec.input_px
         seed = record.pair.slice.x // record.pair.slice.width
-        return TilePixels(*toy_pixels(size, self.spec.context_size_px or size, seed))
+        return TilePixels(*toy_pixels(size, self.spec.context_input_px or size, seed))
 
 
 def toy_pixels(size: int, context_size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def toy_data(num_tiles: int, size: int = 32, *, start: int = 0, bad: str | None 
 
 
 def toy_spec(size: int = 32) -> TileSpec:
-    return TileSpec(size_px=size, slice_px=40, context_px=200, stride_px=40, placement="centred")
+    return TileSpec(input_px=size, slice_px=40, context_px=200, stride_px=40, placement="centred")
 
 
 def toy_model(**changes: object) -> ModelConfig:

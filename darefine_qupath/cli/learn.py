@@ -33,7 +33,7 @@ from darefine_qupath.training import Progress, TrainResult
 __all__ = ["onnx", "show", "tiles", "train"]
 
 _TILE_OPTIONS = (
-    click.option("--size-px", type=WHOLE, help="Pixels of slice and context as the network sees them."),
+    click.option("--input-px", type=WHOLE, help="Pixels of slice and context as the network sees them."),
     click.option("--slice-um", type=FiniteRange(0, min_open=True), help="Side of a slice in micrometres."),
     click.option("--context-um", type=FiniteRange(0, min_open=True), help="Side of a context in micrometres."),
     click.option("--stride-um", type=FiniteRange(0, min_open=True), help="Step between slices in micrometres."),
@@ -72,7 +72,7 @@ _SPLIT_OPTIONS = (
 )
 _RECIPE_KEYS = ("preset", "epochs", "batch_size", "device", "seed", "encoder_weights")
 _SPLIT_KEYS = ("validation", "test", "validation_images", "test_images")
-_TILE_KEYS = ("size_px", "slice_um", "context_um", "stride_um", "slice_px", "context_px", "stride_px", "placement")
+_TILE_KEYS = ("input_px", "slice_um", "context_um", "stride_um", "slice_px", "context_px", "stride_px", "placement")
 _NO_MATTER = 0.02
 """Difference of mIoU that different seeds make as well."""
 

@@ -22,8 +22,8 @@ names = ["Normal", "Benign", "In situ", "Invasive"]
 unlabelled = "Normal"
 
 [tiles]
-# A slice of {slice_um} um with its context of {context_um} um, both seen at {size_px} x {size_px} pixels.
-size_px = {size_px}
+# A slice of {slice_um} um with its context of {context_um} um, both seen at {input_px} x {input_px} pixels.
+input_px = {input_px}
 slice_um = {slice_um}
 context_um = {context_um}
 stride_um = {stride_um}
@@ -125,6 +125,6 @@ def make_project(
                 progress(image.name)
         path = project.path
     (folder / "darefine.toml").write_text(
-        SETTINGS.format(size_px=128, slice_um=128, context_um=640, stride_um=128), encoding="utf-8"
+        SETTINGS.format(input_px=128, slice_um=128, context_um=640, stride_um=128), encoding="utf-8"
     )
     return DemoProject(path=path, truth=truth, train=tuple(names["train"]), test=tuple(names["test"]))

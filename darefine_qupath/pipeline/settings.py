@@ -11,7 +11,7 @@
     [classes.colours]
     Invasive = "#c81e28"
 
-    [tiles]      # fields of TileSpec (size_px, slice_um ...), of Screening (min_labelled ...) and Storage (pixels ...)
+    [tiles]      # fields of TileSpec (input_px, slice_um ...), of Screening (min_labelled ...) and Storage (pixels ...)
     [split]      # fields of SplitSpec: validation, test, validation_images, test_images, folds
     [sampling]   # fields of SamplingSpec: max_per_image, max_per_image_class, hard ...
     [model]      # fields of ModelConfig: slice_encoder, context_encoder, fusion, width ...
@@ -35,8 +35,8 @@ from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.scan import Screening
+from darefine_qupath.tiles.spec import FORMER_NAMES, TileSpec
 from darefine_qupath.tiles.storage import Storage
 
 __all__ = ["FILE_NAME", "Settings", "read_settings"]
@@ -162,7 +162,7 @@ class Settings:
         merged = default.to_json()
         for layer in (table, {key: value for key, value in changes.items() if value is not None}):
             units = {key.rsplit("_", 1)[1] for key in layer if key.split("_")[0] in ("slice", "context", "stride")}
-            if "context_size_px" in layer and not {"context_px", "slice_px", "stride_px"} & set(layer):
+            if "context_input_px" in layer and not {"context_px", "slice_px", "stride_px"} & set(layer):
                 units.discard("px")
             for unit, other in (("um", "px"), ("px", "um")):
                 if unit in units:
@@ -274,7 +274,8 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], section: str
     known = tuple(known)
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            renamed = FORMER_NAMES.get(key)
+            near = [renamed] if renamed in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
             where = "table" if section is None else f"[{section}] key"
             raise ConfigError(f"{file}: unknown {where} {key!r}{hint}")

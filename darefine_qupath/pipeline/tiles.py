@@ -194,5 +194,5 @@ def _default_tiles() -> TileSpec:
     return (
         TileSpec.paper()
         if torch.cuda.is_available()
-        else TileSpec(size_px=256, slice_px=1000, context_px=5000, stride_px=500)
+        else TileSpec(input_px=256, slice_px=1000, context_px=5000, stride_px=500)
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from darefine_qupath.pipeline.tiles import TileRequest
+from darefine_qupath.tiles.spec import with_current_names
 
 __all__ = ["TrainRequest"]
 
@@ -71,6 +72,7 @@ class TrainRequest:
             settings=None if tiles["settings"] is None else Path(tiles["settings"]),
             images=tuple(tiles["images"]),
             annotators=tuple(tiles.get("annotators", ())),
+            tiles=with_current_names(tiles["tiles"]),
         )
         split = {key: tuple(value) if isinstance(value, list) else value for key, value in tables["split"].items()}
         paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}

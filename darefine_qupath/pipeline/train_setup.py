@@ -80,7 +80,7 @@ def describe_run(
     steps = steps_per_epoch(len(training), config)
     processes = "" if world.size == 1 else f" in {world.size} processes"
     yield (
-        f"{model.title}: {len(training):,} tiles of {training.tiles.spec.size_px} px to learn from, "
+        f"{model.title}: {len(training):,} tiles of {training.tiles.spec.input_px} px to learn from, "
         f"{len(validation):,} to validate; preset {config.preset}, {config.epochs} epochs of {steps} steps of "
         f"{config.batch_size}, on {world.device}{processes}"
     )

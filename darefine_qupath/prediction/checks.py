@@ -134,7 +134,7 @@ def _probe(slide: Slide, plan: SlidePlan) -> tuple[list[NDArray[np.uint8]], list
     boxes = [box for row in plan.rows for parent in row.parents for box in parent.slices]
     step = max(1, len(boxes) // _PROBES)
     images, unreadable = [], []
-    every = max(1, plan.spec.size_px // _PROBE_PX)
+    every = max(1, plan.spec.input_px // _PROBE_PX)
     for box in boxes[step // 2 :: step][:_PROBES]:
         try:
             images.append(read_slice(slide, box, plan.spec)[::every, ::every])
@@ -166,7 +166,7 @@ def _check_mpp(tiles: TileSpec, mpp: float | None, trained: Any) -> SlideWarning
         return SlideWarning(kind="mpp", message=message, value=ratio)
     if tiles.slice_um is None:
         return None
-    ratio = mpp / (tiles.slice_um / tiles.size_px)
+    ratio = mpp / (tiles.slice_um / tiles.input_px)
     if ratio <= _MPP_LIMIT:
         return None
     message = f"the slide has {mpp:.4g} um per pixel, {ratio:.2f} times coarser than the network's input"

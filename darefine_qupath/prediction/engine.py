@@ -164,7 +164,7 @@ class SliceScores:
         Per slice, whether all that the network said of it is a finite number; on the device too.
     phases : tuple of (int, int)
         Per slice, input pixels (down, right) from the first map pixel's edge to the slice's.
-    size_px : int
+    input_px : int
         Side of the slices.
     stride : int
         Input pixels per map pixel.
@@ -173,7 +173,7 @@ class SliceScores:
     scores: tuple[Tensor, ...]
     finite: tuple[Tensor, ...]
     phases: tuple[tuple[int, int], ...]
-    size_px: int
+    input_px: int
     stride: int
 
     def first_not_finite(self) -> int | None:
@@ -193,8 +193,8 @@ class SliceScores:
         """
         rows_of_scores = (row for part in self.scores for row in part.cpu().numpy())
         for scores, (down, right) in zip(rows_of_scores, self.phases, strict=True):
-            rows = pooled_window(self.size_px, down, self.stride)
-            columns = pooled_window(self.size_px, right, self.stride)
+            rows = pooled_window(self.input_px, down, self.stride)
+            columns = pooled_window(self.input_px, right, self.stride)
             yield scores[:, : len(rows), : len(columns)], rows[:, None] * columns[None]
 
 
@@ -477,14 +477,14 @@ def _covered(length: int, phase: int, stride: int, num: int) -> NDArray[np.float
     return part
 
 
-def choose_batch_size(device: torch.device, size_px: int) -> int:
+def choose_batch_size(device: torch.device, input_px: int) -> int:
     """Slices at once on a device, to begin with; one that is out of memory halves it.
 
     Parameters
     ----------
     device : torch.device
         Where the network runs.
-    size_px : int
+    input_px : int
         Side of a slice.
 
     Returns
@@ -493,4 +493,4 @@ def choose_batch_size(device: torch.device, size_px: int) -> int:
         A power of two. On a processor more than this is no faster (measured: 128 px from 16 on, 500 px at any).
     """
     pixels = _CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS
-    return int(2 ** int(np.log2(min(max(pixels / size_px**2, 2), _LARGEST_BATCH))))
+    return int(2 ** int(np.log2(min(max(pixels / input_px**2, 2), _LARGEST_BATCH))))

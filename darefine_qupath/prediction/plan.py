@@ -218,7 +218,7 @@ def _span(parents: Sequence[Parent], grid: MapGrid, spec: PixelSpec) -> tuple[in
     """Map rows, half-open, that the slices of some parents reach."""
     starts = [box.y for parent in parents for box in parent.slices]
     top, (last, phase) = max(0, grid.place(min(starts))[0]), grid.place(max(starts))
-    return top, min(grid.size.height, last - (-(phase + spec.size_px) // grid.stride))
+    return top, min(grid.size.height, last - (-(phase + spec.input_px) // grid.stride))
 
 
 def _blank(top: int, bottom: int) -> list[PlanRow]:

@@ -224,7 +224,7 @@ class _Run:
         return EngineSettings(
             device=str(device),
             precision=precision,
-            batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.size_px),
+            batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.input_px),
             tta=self.options.tta,
             compile=self.options.compile,
             map_stride=self.options.map_stride,

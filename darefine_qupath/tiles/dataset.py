@@ -106,7 +106,8 @@ def build_dataset(
     screening, storage = screening or Screening(), storage or Storage()
     try:
         request = _request(sources, spec, classes, screening, storage)
-        state = {"request": _digest(request), "modified": _modified(sources)}
+        digest = _digest({**request, "spec": spec.for_digest(), "classes": classes.for_digest()})
+        state = {"request": digest, "modified": _modified(sources)}
         if _is_complete(out, state, overwrite=overwrite):
             return load_index(out)
         plans = plan_sources(sources, spec, classes, screening, opener)

@@ -23,11 +23,11 @@ class TileItem(NamedTuple):
 
     Attributes
     ----------
-    slice : Tensor of uint8, shape (3, size_px, size_px)
+    slice : Tensor of uint8, shape (3, input_px, input_px)
         RGB; white outside the slide.
-    context : Tensor of uint8, shape (3, context_size_px, context_size_px)
+    context : Tensor of uint8, shape (3, context_input_px, context_input_px)
         RGB; white outside the slide.
-    mask : Tensor of uint8, shape (size_px, size_px)
+    mask : Tensor of uint8, shape (input_px, input_px)
         Labels of the slice, `IGNORE` where nothing is known; a loss wants ``mask.long()``.
     id : str
         Tile id.

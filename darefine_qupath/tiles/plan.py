@@ -182,7 +182,7 @@ def _even_starts(length: int, spec: PixelSpec) -> NDArray[np.int64]:
     Where an input pixel is larger than a level-0 pixel, each is moved on to the next whole input pixel: what then
     covers the slide without a gap covers the score map too, and lies on both at the same place.
     """
-    side, size, stride = spec.slice_px, spec.size_px, spec.stride_px
+    side, size, stride = spec.slice_px, spec.input_px, spec.stride_px
     number = np.arange(max(0, -(-(length - side) // stride)) + 1)
     if side <= size:
         return number * stride

@@ -29,9 +29,9 @@ class PairPixels(NamedTuple):
 
     Attributes
     ----------
-    slice : ndarray of uint8, shape (size_px, size_px, 3)
+    slice : ndarray of uint8, shape (input_px, input_px, 3)
         RGB; white outside the slide.
-    context : ndarray of uint8, shape (context_size_px, context_size_px, 3)
+    context : ndarray of uint8, shape (context_input_px, context_input_px, 3)
         RGB; white outside the slide.
     """
 
@@ -53,10 +53,10 @@ def read_slice(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8]:
 
     Returns
     -------
-    ndarray of uint8, shape (size_px, size_px, 3)
+    ndarray of uint8, shape (input_px, input_px, 3)
         RGB; white outside the slide.
     """
-    return slide.read(box, (spec.size_px, spec.size_px))
+    return slide.read(box, (spec.input_px, spec.input_px))
 
 
 def read_context(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8]:
@@ -73,10 +73,10 @@ def read_context(slide: Slide, box: Box, spec: PixelSpec) -> NDArray[np.uint8]:
 
     Returns
     -------
-    ndarray of uint8, shape (context_size_px, context_size_px, 3)
+    ndarray of uint8, shape (context_input_px, context_input_px, 3)
         RGB; white outside the slide.
     """
-    return slide.read(box, (spec.context_size_px, spec.context_size_px))
+    return slide.read(box, (spec.context_input_px, spec.context_input_px))
 
 
 def mended_context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], tuple[Box, ...]]:
@@ -93,7 +93,7 @@ def mended_context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.
 
     Returns
     -------
-    ndarray of uint8, shape (context_size_px, context_size_px, 3)
+    ndarray of uint8, shape (context_input_px, context_input_px, 3)
         As `read_context` gives it; where the slide is damaged put together from pieces, white those that fail.
     tuple of Box
         The white pieces, in level-0 pixels; none where the slide is whole.
@@ -105,7 +105,7 @@ def mended_context(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.
 
 
 def _context_in_pieces(slide: Slide, box: Box, spec: PixelSpec) -> tuple[NDArray[np.uint8], tuple[Box, ...]]:
-    side = spec.context_size_px
+    side = spec.context_input_px
     canvas = np.full((side, side, 3), 255, np.uint8)
     holes = []
     cuts = [round(side * index / _PIECES) for index in range(_PIECES + 1)]

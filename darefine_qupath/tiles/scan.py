@@ -243,7 +243,7 @@ class Finder:
     def do(self, job: Job) -> Found:
         """Do one job."""
         slide, painter = self._reader.open(job.image_id)
-        enough = max(1, math.ceil(self._min_labelled * job.spec.size_px**2))
+        enough = max(1, math.ceil(self._min_labelled * job.spec.input_px**2))
         rows, kept = [], []
         for pair in job.pairs:
             mask = paint_mask(painter, pair, job.spec, slide.size)

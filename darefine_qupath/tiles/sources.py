@@ -115,11 +115,11 @@ class TilePixels(NamedTuple):
 
     Attributes
     ----------
-    slice : ndarray of uint8, shape (size_px, size_px, 3)
+    slice : ndarray of uint8, shape (input_px, input_px, 3)
         RGB; white outside the slide.
-    context : ndarray of uint8, shape (context_size_px, context_size_px, 3)
+    context : ndarray of uint8, shape (context_input_px, context_input_px, 3)
         RGB; white outside the slide.
-    mask : ndarray of uint8, shape (size_px, size_px)
+    mask : ndarray of uint8, shape (input_px, input_px)
         Labels of the slice; `IGNORE` where nothing is known.
     """
 
@@ -139,8 +139,8 @@ class TileReader(Protocol):
 def paint_mask(
     painter: LabelPainter, pair: TilePair, spec: PixelSpec, image_size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Labels of a slice, shape (size_px, size_px)."""
-    return painter.paint(pair.slice, (spec.size_px, spec.size_px), image_size=image_size)
+    """Labels of a slice, shape (input_px, input_px)."""
+    return painter.paint(pair.slice, (spec.input_px, spec.input_px), image_size=image_size)
 
 
 def count_labels(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
@@ -242,7 +242,7 @@ class SlideReader:
         except SlideError as error:
             if self._is_new((record.image.id, record.pair.slice)):
                 _log.warning("The tile %s cannot be read and gives no labels: %s", record.id, error)
-            white = np.full((record.spec.size_px, record.spec.size_px, 3), 255, np.uint8)
+            white = np.full((record.spec.input_px, record.spec.input_px, 3), 255, np.uint8)
             return TilePixels(white, context, np.full(white.shape[:2], IGNORE, np.uint8))
         return TilePixels(pixels, context, paint_mask(painter, record.pair, record.spec, slide.size))
 

@@ -10,12 +10,15 @@ from darefine_qupath.errors import MissingMppError, TileError
 from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import require_finite
 
-__all__ = ["PixelSpec", "Placement", "TileSpec"]
+__all__ = ["FORMER_NAMES", "PixelSpec", "Placement", "TileSpec", "with_current_names"]
 
 Placement = Literal["parent", "centred"]
 
+FORMER_NAMES = {"size_px": "input_px", "context_size_px": "context_input_px"}
+"""Names of fields in files written before, and what they are called now."""
+
 _PLACEMENTS = ("parent", "centred")
-_LARGEST_FED = 8192
+_LARGEST_INPUT = 8192
 """Side in pixels of what a network is fed; a batch of them must fit into memory."""
 _LARGEST = 1_000_000
 """Side on the slide, in level-0 pixels or micrometres; no slide is larger."""
@@ -29,7 +32,7 @@ class PixelSpec:
     ----------
     slice_px, context_px, stride_px : int
         Side of the slice, side of the context and step from slice to slice, in level-0 pixels.
-    size_px, context_size_px : int
+    input_px, context_input_px : int
         Sides of slice and context as fed to the network.
     placement : str
         ``"parent"`` or ``"centred"``.
@@ -38,8 +41,8 @@ class PixelSpec:
     slice_px: int
     context_px: int
     stride_px: int
-    size_px: int
-    context_size_px: int
+    input_px: int
+    context_input_px: int
     placement: Placement = "parent"
 
     def __post_init__(self) -> None:
@@ -53,12 +56,12 @@ class PixelSpec:
     @property
     def slice_downsample(self) -> float:
         """Level-0 pixels per pixel of the slice."""
-        return self.slice_px / self.size_px
+        return self.slice_px / self.input_px
 
     @property
     def context_downsample(self) -> float:
         """Level-0 pixels per pixel of the context."""
-        return self.context_px / self.context_size_px
+        return self.context_px / self.context_input_px
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +72,10 @@ class TileSpec:
 
     Attributes
     ----------
-    size_px : int
+    input_px : int
         Side of the slice as fed to the network.
-    context_size_px : int or None
-        Side of the context as fed to the network; None means `size_px`.
+    context_input_px : int or None
+        Side of the context as fed to the network; None means `input_px`.
     slice_um, context_um, stride_um : float or None
         Side of the slice, side of the context and step from slice to slice, in micrometres.
     slice_px, context_px, stride_px : int or None
@@ -87,8 +90,8 @@ class TileSpec:
         If none or both triples are given, or the sizes do not fit each other.
     """
 
-    size_px: int = 500
-    context_size_px: int | None = None
+    input_px: int = 500
+    context_input_px: int | None = None
     slice_um: float | None = None
     context_um: float | None = None
     stride_um: float | None = None
@@ -101,7 +104,7 @@ class TileSpec:
         if self.placement not in _PLACEMENTS:
             raise TileError(f"placement is {self.placement!r}; it must be one of {list(_PLACEMENTS)}")
         self._check_types()
-        for name, size in (("size_px", self.size_px), ("context_size_px", self.context_size_px)):
+        for name, size in (("input_px", self.input_px), ("context_input_px", self.context_input_px)):
             if size is not None and size < 1:
                 raise TileError(f"{name} must be at least 1 pixel, got {size}")
         _check_room(self)
@@ -118,7 +121,7 @@ class TileSpec:
         """Refuse what a file may hold in the place of a number."""
         for name, value in asdict(self).items():
             kinds = (int, float) if name.endswith("_um") else (int,)
-            is_left_out = value is None and name != "size_px"
+            is_left_out = value is None and name != "input_px"
             if name != "placement" and not is_left_out and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise TileError(f"{name} = {value!r} must be a finite {'' if float in kinds else 'whole '}number")
 
@@ -133,7 +136,7 @@ class TileSpec:
         ----------
         .. [1] DA-RefineNet, arXiv:1907.06358: 81 slices share a context.
         """
-        return cls(size_px=500, slice_px=1000, context_px=5000, stride_px=500)
+        return cls(input_px=500, slice_px=1000, context_px=5000, stride_px=500)
 
     @property
     def is_physical(self) -> bool:
@@ -191,8 +194,8 @@ class TileSpec:
             slice_px=side,
             context_px=max(side, context),
             stride_px=stride,
-            size_px=self.size_px,
-            context_size_px=self.context_size_px or self.size_px,
+            input_px=self.input_px,
+            context_input_px=self.context_input_px or self.input_px,
             placement=self.placement,
         )
 
@@ -200,13 +203,23 @@ class TileSpec:
         """Return plain JSON values; `from_json` gives the same spec back."""
         return asdict(self)
 
+    def for_digest(self) -> dict[str, Any]:
+        """Return the values under the names of the first files, so that digests of them stay what they were."""
+        former = {name: old for old, name in FORMER_NAMES.items()}
+        return {former.get(name, name): value for name, value in self.to_json().items()}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TileSpec:
-        """Spec of what `to_json` gave."""
+        """Rebuild the spec that `to_json` wrote, today or under `FORMER_NAMES`."""
         try:
-            return cls(**data)
+            return cls(**with_current_names(data))
         except TypeError as error:
             raise TileError(f"Not a tile spec: {error}") from None
+
+
+def with_current_names(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table whose keys may be `FORMER_NAMES` with the names of today."""
+    return {FORMER_NAMES.get(name, name): value for name, value in table.items()}
 
 
 def _check_room(spec: PixelSpec | TileSpec) -> None:
@@ -216,7 +229,7 @@ def _check_room(spec: PixelSpec | TileSpec) -> None:
         value = getattr(spec, field.name)
         if field.name == "placement" or value is None:
             continue
-        largest = _LARGEST_FED if field.name.endswith("size_px") else _LARGEST
+        largest = _LARGEST_INPUT if field.name.endswith("input_px") else _LARGEST
         if value > largest:
             raise TileError(f"{field.name} = {value:g} is too large; it must be at most {largest:,}")
 

@@ -325,7 +325,7 @@ class _Run:
     @contextmanager
     def _memory_advice(self) -> Iterator[None]:
         at_once = math.ceil(self.config.batch_size / self.world.size / self.config.accumulate)
-        with memory_advice(at_once, self.settings.tiles.size_px):
+        with memory_advice(at_once, self.settings.tiles.input_px):
             yield
 
     def _look_back(self) -> None:

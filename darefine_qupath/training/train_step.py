@@ -68,14 +68,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
+def memory_advice(batch_size: int, input_px: int) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what to change.
 
     Parameters
     ----------
     batch_size : int
         Tiles that are on the device at once.
-    size_px : int
+    input_px : int
         Side of a tile.
 
     Raises
@@ -89,8 +89,8 @@ def memory_advice(batch_size: int, size_px: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"Out of memory with {batch_size} tiles of {size_px} px at once: lower --batch-size (or raise accumulate, "
-            f"which cuts a batch into parts), or lower the tile size, size_px"
+            f"Out of memory with {batch_size} tiles of {input_px} px at once: lower --batch-size (or raise accumulate, "
+            f"which cuts a batch into parts), or lower the tile size, input_px"
         ) from error
 
 

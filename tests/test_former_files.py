@@ -1,0 +1,62 @@
+"""Model files, run folders and datasets that were written before a key was renamed are still read.
+
+``data/former`` holds what darefine 0.1 wrote on the tiny project: a training run and a small dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import shapely
+
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.checkpoint import load_checkpoint
+from darefine_qupath.classes import ClassMap
+from darefine_qupath.pipeline.train_request import TrainRequest
+from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, load_index
+from darefine_qupath.tiles.sources import TileSource
+from darefine_qupath.tiles.spec import TileSpec
+from tests.tile_slides import ArraySlide
+
+FORMER = Path(__file__).parent / "data" / "former"
+TILES = TileSpec(input_px=64, slice_um=128, context_um=640, stride_um=64)
+
+
+def test_a_model_is_read_and_keeps_its_id() -> None:
+    model = load_checkpoint(FORMER / "run" / "model.safetensors")
+    assert model.tiles == TILES
+    assert model.classes.names == ("Normal", "Benign", "In situ", "Invasive")
+    assert model.header.model_id == "e68725aba8f0"
+    model.build()
+
+
+def test_what_a_training_run_was_asked_for_is_read() -> None:
+    request = TrainRequest.from_json(json.loads((FORMER / "run" / "request.json").read_text()))
+    assert request.tiles.tiles["input_px"] == 64
+    assert TrainRequest.from_json(request.to_json()) == request
+
+
+def test_a_dataset_is_read() -> None:
+    index = load_index(FORMER / "tiles")
+    assert index.spec == TileSpec(input_px=64, slice_um=128, context_um=640, stride_um=128)
+    assert len(index) == 22
+    pixels = DatasetReader(FORMER / "tiles").read(index[3])
+    assert (pixels.slice.shape, pixels.context.shape) == ((64, 64, 3), (64, 64, 3))
+    assert tuple(np.bincount(pixels.mask.ravel(), minlength=256)[[0, 1, 2, 3, 255]]) == (
+        *index[3].counts,
+        index[3].ignored,
+    )
+
+
+def test_a_dataset_of_the_same_input_is_found_again(tmp_path: Path) -> None:
+    slide = tmp_path / "slide.tif"
+    slide.write_bytes(b"a slide")
+    drawn = Annotation(geometry=shapely.box(0, 0, 64, 64), path_class="Tumor")
+    source = TileSource(id="1", name="a", path=slide, annotations=(drawn,))
+    spec = TileSpec(input_px=32, slice_px=64, context_px=192, stride_px=64)
+    white = ArraySlide(np.full((200, 200, 3), 255, np.uint8))
+    build_dataset([source], spec, ClassMap(names=("Normal", "Tumor")), tmp_path / "out", opener=lambda _: white)
+    manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert manifest["request"] == "56ad4390070789eb60ed0858959358bbf7152ce8df804a8e949867282ff1b8a7"
