@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zipfile
 from collections.abc import Callable
@@ -231,7 +232,7 @@ def coco_file(*annotations: dict[str, object], images: object = None, **others: 
     categories = [{"id": 3, "name": "Tumor", "supercategory": "Tissue", "color": [200, 0, 0]}]
     entries = [{"id": number, "image_id": 1, "category_id": 3, **item} for number, item in enumerate(annotations)]
     images = [{"id": 1, "file_name": "a.png", "width": 200, "height": 100}] if images is None else images
-    return json.dumps({"images": images, "categories": categories, "annotations": entries, **others})
+    return json.dumps({"images": images, "categories": categories, "annotations": entries} | others)
 
 
 def runs(mask: np.ndarray) -> list[int]:
@@ -262,7 +263,9 @@ PARTS = shapely.union_all([box(10, 5, 30, 25) - box(12, 10, 20, 15), box(40, 30,
     ids=["polygon", "two parts", "runs", "runs as text", "box", "box without outline"],
 )
 def test_coco_forms(write: Write, drawn: dict[str, object], geometry: shapely.Geometry | None) -> None:
-    imported = read_annotations(write(coco_file(drawn), "a.json"), image_size=(200, 100))
+    size = (60, 40) if isinstance(drawn.get("segmentation"), dict) else (200, 100)
+    images = [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}]
+    imported = read_annotations(write(coco_file(drawn, images=images), "a.json"), image_size=size)
     (annotation,) = imported.annotations
     assert annotation.geometry.equals(geometry) if geometry else annotation.area == 40.5 + 45
     assert (annotation.path_class, imported.format) == ("Tumor", "COCO JSON")
@@ -317,10 +320,75 @@ def test_coco_of_a_smaller_picture_is_enlarged_and_of_another_shape_refused(writ
     ],
 )
 def test_coco_bad_annotation_is_refused_with_its_index(write: Write, bad: dict[str, object], reason: str) -> None:
-    imported = read_annotations(write(coco_file({"bbox": [0, 0, 9, 9]}, bad), "a.json"))
+    imported = read_annotations(write(coco_file({"bbox": [0, 0, 9, 9]}, bad, images=[]), "a.json"))
     assert [note.item for note in imported.refused] == ["annotation 1"]
     assert reason in imported.refused[0].reason
     assert len(imported.annotations) == 1
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product((int, str, float), repeat=2)), ids=str)
+def test_coco_ids_are_the_same_number_in_any_form(write: Write, kinds: tuple[type, type]) -> None:
+    here, there = kinds
+    table = {
+        "images": [{"id": here(number), "file_name": f"{number}.png"} for number in (1, 2)],
+        "categories": [{"id": here(1), "name": "Tumor"}, {"id": here(2), "name": "Stroma"}],
+        "annotations": [
+            {"image_id": there(image), "category_id": there(category), "bbox": [0, 0, category, image]}
+            for image in (1, 2)
+            for category in (1, 2)
+        ],
+    }
+    found = read_annotations(write(json.dumps(table), "a.json"), image_name="2.svs").annotations
+    assert [(record.path_class, record.area) for record in found] == [("Tumor", 2), ("Stroma", 4)]
+
+
+def test_coco_keys_that_are_no_ids_match_nothing(write: Write) -> None:
+    path = write(
+        coco_file({"bbox": [0, 0, 9, 9], "category_id": [3]}, categories=[{"id": None, "name": "X"}]), "a.json"
+    )
+    assert [record.path_class for record in read_annotations(path).annotations] == [None]
+
+
+@pytest.mark.parametrize("wrap", [lambda entries: entries, lambda entries: {"annotations": entries, "categories": []}])
+def test_coco_of_several_images_without_their_table_is_refused(write: Write, wrap: Callable[..., object]) -> None:
+    entries = [{"image_id": number, "category_id": 1, "bbox": [0, 0, 9, 9]} for number in (1, 2)]
+    with pytest.raises(ExchangeError, match=r"annotations of 2 images \(image_id 1, 2\) without a list of images"):
+        read_annotations(write(json.dumps(wrap(entries)), "a.json"))
+    assert len(read_annotations(write(json.dumps(wrap(entries[:1])), "a.json")).annotations) == 1
+
+
+def test_coco_whose_annotations_are_all_of_other_images_is_refused(write: Write) -> None:
+    with pytest.raises(ExchangeError, match="the image_id of none of its 1 annotations is the id of its only image"):
+        read_annotations(write(coco_file({"bbox": [0, 0, 9, 9], "image_id": 7}), "a.json"))
+
+
+@pytest.mark.parametrize("images", [None, []], ids=["by its entry", "by the project"])
+def test_coco_masks_of_another_size_than_the_image_are_refused(write: Write, images: object) -> None:
+    mask = {"segmentation": {"counts": [40, 20, 140], "size": [20, 10]}}
+    turned = {"segmentation": {"counts": [0, 20000], "size": [200, 100]}}
+    path = write(coco_file(mask, turned, {"bbox": [0, 0, 9, 9]}, images=images), "a.json")
+    refused = read_annotations(path, image_size=(200, 100)).refused
+    assert [note.reason for note in refused] == [
+        f"has a mask of {size} pixels, its image has 200 x 100" for size in ("10 x 20", "100 x 200")
+    ]
+
+
+def test_coco_of_an_image_of_another_name_is_said(write: Write) -> None:
+    path = write(coco_file({"bbox": [0, 0, 9, 9]}), "a.json")
+    assert "its image is 'a.png', taken for 'b.svs'" in read_annotations(path, image_name="b.svs").warnings[0]
+    assert not read_annotations(path, image_name="A.svs").warnings
+
+
+@pytest.mark.parametrize(("table", "name"), [("categories", "name"), ("images", "file_name")])
+def test_coco_ids_that_mean_two_things_are_refused(write: Write, table: str, name: str) -> None:
+    entries = [{"id": 1, name: "x"}, {"id": "1", name: "y"}]
+    with pytest.raises(ExchangeError, match=f"two {table} have the id 1: 'x' and 'y'"):
+        read_annotations(write(coco_file({"bbox": [0, 0, 9, 9]}, **{table: entries}), "a.json"))
+
+
+def test_coco_box_without_area_is_refused_in_words(write: Write) -> None:
+    found = read_annotations(write(coco_file({"bbox": [5, 5, 0, 0]}, {"bbox": [0, 0, 9, 9]}), "a.json"))
+    assert [note.reason for note in found.refused] == ["encloses no area"]
 
 
 def test_coco_results_and_other_fields(write: Write) -> None:

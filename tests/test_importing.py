@@ -29,7 +29,7 @@ from darefine_qupath.annotations import (
     unlearnable_words,
 )
 from darefine_qupath.classes import ClassMap, Color
-from darefine_qupath.errors import ExchangeError, ProjectError, ProjectWriteError
+from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
 from darefine_qupath.exchange.identity import Origin, contents, reconcile
 from darefine_qupath.exchange.names import NameIndex
@@ -317,6 +317,75 @@ def test_runs_noted_before_there_were_annotators_are_read(tmp_path: Path) -> Non
     assert TrainRequest.from_json(noted) == TrainRequest.from_json(request.to_json())
 
 
+def test_two_files_of_one_name_are_refused_with_replace(project: Project, tmp_path: Path) -> None:
+    files = [write(tmp_path / folder / "a.geojson", feature(shape)) for folder, shape in (("A", A), ("B", B))]
+    with pytest.raises(ExchangeError, match="have the same name and go into the same image; with --replace"):
+        take(project, *files, replaces=True)
+    assert drawn(project) == []
+    assert tally(take(project, files[0], files[0], replaces=True)) == (0, 0, 0, 1)
+
+
+def test_replace_removes_nothing_while_objects_of_the_file_are_refused(project: Project, tmp_path: Path) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A), feature(B, "Stroma")))
+    damaged = feature(B, "Stroma")
+    damaged["geometry"]["coordinates"][0][1][0] = None  # type: ignore[index]
+    done = take(project, write(tmp_path / "a.geojson", feature(A), damaged), replaces=True)
+    assert tally(done) == (0, 0, 0, 1)
+    assert "1 objects that a.geojson brought before are not in this file and stay, because some" in done.remarks[0]
+    assert [bounds for _, bounds in drawn(project)] == [B.bounds, A.bounds]
+
+
+@pytest.mark.parametrize("name", ["b.geojson", "a (1).geojson"])
+@pytest.mark.parametrize("changed", [feature(A, "Benign"), feature(translate(A, 0.02, 0))], ids=["class", "outline"])
+def test_what_lies_on_an_object_of_another_file_is_named(
+    project: Project, tmp_path: Path, name: str, changed: dict[str, object]
+) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A)))
+    done = take(project, write(tmp_path / name, changed))
+    assert tally(done) == (1, 0, 0, 0)
+    assert "lies on Tumor at (35, 35), which a.geojson brought; added beside it" in str(done.notes[0])
+
+
+@pytest.mark.parametrize("change", [{"path_class": "Necrosis"}, {"locked": True}], ids=str)
+@pytest.mark.parametrize("replaces", [False, True])
+def test_what_lies_on_an_edited_object_is_named(
+    project: Project, tmp_path: Path, change: dict[str, object], replaces: bool
+) -> None:
+    take(project, write(tmp_path / "a.geojson", feature(A)))
+    was = edit(project, **change).path_class
+    done = take(project, write(tmp_path / "a.geojson", feature(A, "Benign")), replaces=replaces)
+    assert tally(done) == (1, 0, 0, 0)
+    assert f"lies on {was} at (35, 35), which a.geojson brought and was edited" in str(done.notes[0])
+
+
+def test_what_lies_on_a_drawn_object_is_named_and_on_a_prediction_not(project: Project, tmp_path: Path) -> None:
+    image = project.images[0]
+    drawn_one = Annotation(geometry=A, path_class="Stroma")
+    predicted = Annotation(geometry=B, path_class="Stroma", metadata={"darefine.run": "x"})
+    project.apply(image, Changes(add=[drawn_one, predicted]))
+    done = take(project, write(tmp_path / "a.geojson", feature(A), feature(B)))
+    assert [str(note) for note in done.notes] == [
+        "feature 0: lies on Stroma at (35, 35), which was drawn in the project; added beside it, look at both"
+    ]
+
+
+def test_a_prediction_that_a_rater_exported_is_his_and_comes_once(project: Project, tmp_path: Path) -> None:
+    exported = feature(A, id=str(ID))
+    exported["properties"]["metadata"] = {"darefine.run": "x"}  # type: ignore[index]
+    file = write(tmp_path / "a.geojson", exported)
+    assert tally(take(project, file, annotator="Anna")) == (1, 0, 0, 0)
+    assert tally(take(project, file, annotator="Anna", replaces=True)) == (0, 0, 0, 1)
+    assert len(by_annotators(project.annotations(project.images[0]), ["Anna"])) == 1
+
+
+def test_an_annotator_given_later_is_said(project: Project, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.geojson", feature(A), feature(B))
+    take(project, file)
+    done = take(project, file, annotator="Anna")
+    assert tally(done) == (2, 0, 0, 0)
+    assert "2 of those added are in the project without an annotator too" in done.remarks
+
+
 # One bad object, and all or nothing
 
 BAD = [
@@ -369,6 +438,32 @@ def test_nothing_is_written_unless_all_of_it_will_be(
     with pytest.raises(ProjectWriteError, match="the disk is full"):
         take(project, good)
     assert (drawn(project), project.classes) == ([], ())
+
+
+def test_nothing_is_written_when_a_later_image_cannot_be_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = project.images[0]
+    second = project.add_image(write_pyramid(tmp_path / "second.tif", ramps(*SIZE)))
+    data = project.path.parent / "data" / second.id / "data.qpdata"
+    file = write(tmp_path / "a.geojson", feature(A))
+    with monkeypatch.context() as patch:
+        data.parent.mkdir(exist_ok=True, parents=True)
+        data.write_bytes(b"junk")
+        with pytest.raises(DarefineError, match="Not a Java object stream"):
+            import_files(project, [(file, first), (file, second)])
+        assert drawn(project) == []
+        data.unlink()
+        store = EmbeddedProject._store
+
+        def fail(self: EmbeddedProject, image: str, *rest: object, **named: object) -> object:
+            if image == second.id:
+                raise ProjectWriteError("the disk is full")
+            return store(self, image, *rest, **named)  # type: ignore[arg-type]
+
+        patch.setattr(EmbeddedProject, "_store", fail)
+        with pytest.raises(ProjectWriteError, match=r"the disk is full; imported before that: .*a\.geojson"):
+            import_files(project, [(file, first), (file, second)])
 
 
 def test_a_dry_run_counts_as_the_import_would(project: Project, tmp_path: Path) -> None:

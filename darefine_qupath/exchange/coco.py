@@ -99,17 +99,27 @@ def read_coco(
     """
     collector = Collector(path, classes, class_from=class_from)
     table: dict[str, Any] = data if isinstance(data, dict) else {"annotations": data}
-    image = _image(path, _dicts(table.get("images")), picture)
-    categories = {_key(entry.get("id")): entry for entry in _dicts(table.get("categories"))}
-    reader = _Reader(collector, categories, _scale(collector, image, picture))
+    images = _dicts(table.get("images"))
+    image = _image(path, images, picture)
+    if image is None:
+        _check_one_image(path, table["annotations"])
+    else:
+        _warn_of_another_name(collector, image, picture)
+    categories = _by_id(path, _dicts(table.get("categories")), "categories", "name")
+    reader = _Reader(collector, categories, _scale(collector, image, picture), _size(image) or picture.size)
     others = 0
     for index, entry in enumerate(table["annotations"]):
-        if image is not None and isinstance(entry, dict) and _key(entry.get("image_id")) != _key(image.get("id")):
+        if image is not None and isinstance(entry, dict) and not _is_of(entry, image):
             others += 1
             continue
         item = f"annotation {index}"
         with collector.item(item):
             reader.read(item, entry)
+    if others and others == len(table["annotations"]) and len(images) == 1:
+        raise ExchangeError(
+            f"{path}: the image_id of none of its {others} annotations is the id of its only image "
+            f"({str(images[0].get('id'))[:20]!r})"
+        )
     if others:
         collector.warnings.append(f"{path}: {others} annotations of other images are left out")
     return collector.result("COCO JSON")
@@ -119,12 +129,55 @@ def _dicts(value: object) -> list[dict[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-def _key(value: object) -> str:
-    return repr(value) if isinstance(value, (str, int)) else ""
+def _key(value: object) -> str | None:
+    """Make an id comparable: 1, 1.0 and "1" are the same; None where it is no id."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None if isinstance(value, (str, int)) else None
+
+
+def _is_of(entry: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
+    key = _key(image.get("id"))
+    return key is not None and _key(entry.get("image_id")) == key
+
+
+def _by_id(path: Path, entries: Sequence[Mapping[str, Any]], what: str, name: str) -> dict[str, Mapping[str, Any]]:
+    """Entries of a table by their id; an id that means two things is refused."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        key = _key(entry.get("id"))
+        if key is None:
+            continue
+        other = found.setdefault(key, entry)
+        if other.get(name) != entry.get(name):
+            names = f"{str(other.get(name))[:60]!r} and {str(entry.get(name))[:60]!r}"
+            raise ExchangeError(f"{path}: two {what} have the id {key[:20]}: {names}")
+    return found
+
+
+def _check_one_image(path: Path, entries: Sequence[object]) -> None:
+    """Refuse annotations of several images where no table says which image is which."""
+    ids = sorted({str(_key(entry.get("image_id"))) for entry in entries if isinstance(entry, dict)})
+    if len(ids) > 1:
+        shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+        raise ExchangeError(
+            f"{path}: annotations of {len(ids)} images (image_id {shown}) without a list of images that says which "
+            f"is which; keep those of one image, or add 'images'"
+        )
+
+
+def _warn_of_another_name(collector: Collector, image: Mapping[str, Any], picture: Picture) -> None:
+    name = image.get("file_name")
+    if picture.name is None or not isinstance(name, str) or _stem(name) == _stem(picture.name):
+        return
+    collector.warnings.append(f"{collector.path}: its image is {name[:60]!r}, taken for {picture.name!r}")
 
 
 def _image(path: Path, images: Sequence[Mapping[str, Any]], picture: Picture) -> Mapping[str, Any] | None:
     """Entry of the image that is asked for; None where the file lists none."""
+    _by_id(path, images, "images", "file_name")
     if len(images) <= 1:
         return images[0] if images else None
     found = [entry for entry in images if picture.name and _stem(entry.get("file_name")) == _stem(picture.name)]
@@ -143,9 +196,8 @@ def _stem(name: object) -> str:
 
 def _scale(collector: Collector, image: Mapping[str, Any] | None, picture: Picture) -> tuple[float, float]:
     """Level-0 pixels per pixel of the image that was annotated."""
-    sides = () if image is None else (image.get("width"), image.get("height"))
-    size = tuple(side for side in sides if isinstance(side, int) and not isinstance(side, bool) and side > 0)
-    if picture.size is None or len(size) != 2 or size == picture.size:
+    size = _size(image)
+    if picture.size is None or size is None or size == picture.size:
         return 1.0, 1.0
     x, y = (whole / part for whole, part in zip(picture.size, size, strict=True))
     one_pixel = max(1 / side for side in size)
@@ -161,15 +213,30 @@ def _scale(collector: Collector, image: Mapping[str, Any] | None, picture: Pictu
     return x, y
 
 
+def _size(image: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Width and height of the image that was annotated, where its entry states both."""
+    sides = (0, 0) if image is None else (image.get("width"), image.get("height"))
+    width, height = (
+        int(side) if isinstance(side, (int, float)) and not isinstance(side, bool) and 0 < side < 2**31 else 0
+        for side in sides
+    )
+    return (width, height) if width and height else None
+
+
 class _Reader:
     """Reads the annotations of an image."""
 
     def __init__(
-        self, collector: Collector, categories: Mapping[str, Mapping[str, Any]], scale: tuple[float, float]
+        self,
+        collector: Collector,
+        categories: Mapping[str, Mapping[str, Any]],
+        scale: tuple[float, float],
+        size: tuple[int, int] | None,
     ) -> None:
         self._collector = collector
         self._categories = categories
         self._scale = scale
+        self._size = size
         self._left_px = _MAX_MASK_PX
 
     def read(self, item: str, entry: object) -> None:
@@ -182,7 +249,7 @@ class _Reader:
         geometry = self._collector.shape(item, scaled)
         if geometry is None:
             return
-        category = self._categories.get(_key(entry.get("category_id")), {})
+        category = self._categories.get(_key(entry.get("category_id")) or "", {})
         choice = self._choice(entry, category)
         self._collector.color(choice.name, _color(category.get("color")))
         self._collector.add(item, Annotation(geometry=geometry, path_class=choice.name), choice)
@@ -219,6 +286,9 @@ class _Reader:
 
     def _mask(self, drawn: Mapping[str, Any], item: str) -> BaseGeometry:
         height, width = (_side(side, item) for side in _pair(drawn.get("size"), item))
+        if self._size is not None and self._size != (width, height):
+            size = " x ".join(map(str, self._size))
+            raise ExchangeError(f"{item} has a mask of {width} x {height} pixels, its image has {size}")
         counts = drawn.get("counts")
         runs = _uncompressed(counts) if isinstance(counts, str) else np.array(counts, np.int64)
         if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:

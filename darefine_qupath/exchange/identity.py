@@ -31,7 +31,7 @@ __all__ = ["Origin", "Reconciled", "contents", "reconcile"]
 
 _FILE, _ORIGIN = "darefine.file", "darefine.imported"
 _OURS = "darefine."
-_PREDICTED = "darefine.run"
+_PREDICTED, _MARK = "darefine.run", "darefine.place"
 
 _SAME_OUTLINE = 0.5
 """Share of what two outlines cover together that both cover, from which one can be a new form of the other."""
@@ -183,6 +183,7 @@ class _Matching:
         self._same(lambda item: item.imported)
         self._changed()
         self._redrawn()
+        self._beside()
 
     def standing(self, parent: UUID | None, ids: Sequence[UUID]) -> UUID | None:
         """Id under which the parent of a record stands in the image."""
@@ -254,6 +255,24 @@ class _Matching:
             else:
                 self.doubts[number] = _SEVERAL
         self.doubts.update(dict.fromkeys(crowded, _SEVERAL))
+
+    def _beside(self) -> None:
+        """Name what a new record lies on and does not update: edited or drawn in the project, or of another file."""
+        left = {number: self.records[number] for number in self.left() if number not in self.doubts}
+        drawn = [item for item in self.free.values() if not {_PREDICTED, _MARK} & item.record.metadata.keys()]
+        pairs, crowded = _overlapping(left, drawn)
+        for number, item in pairs:
+            if self._is_like(number, item):
+                self.doubts.setdefault(number, f"lies on {_described(item.record)}, which {_history(item)}")
+        for number in crowded:
+            self.doubts.setdefault(number, "lies where so many objects of the project do that they were not compared")
+
+
+def _history(item: _Known) -> str:
+    file = item.came_from[0]
+    if file is None:
+        return "was drawn in the project"
+    return f"{file} brought" + (" and was edited in the project since" if item.is_touched else "")
 
 
 def _overlapping(
@@ -348,13 +367,14 @@ def reconcile(found: Imported, objects: Sequence[Annotation], origin: Origin, *,
             notes.append(Note(item=item, reason=f"updated; it was {_described(known.record)}"))
     former = _former(matching)
     gone = [item for item in former if not item.is_touched]
+    replaces = replaces and not found.is_partial
     return Reconciled(
         add=tuple(add),
         update=tuple(update),
         remove=tuple(item.record.id for item in gone) if replaces else (),
         already=len(found.annotations) - len(add) - len(update),
         notes=tuple(notes),
-        remarks=tuple(_remarks(matching, former, gone, replaces=replaces)),
+        remarks=tuple(_remarks(matching, former, gone, replaces=replaces, is_partial=found.is_partial)),
     )
 
 
@@ -365,14 +385,11 @@ def _has_new_details(record: Annotation, known: _Known) -> bool:
 def _marked(matching: _Matching, number: int) -> Mapping[str, str]:
     """Metadata of a record with where it comes from."""
     record, whose = matching.records[number], matching.whose[number]
-    if _PREDICTED in record.metadata:
-        return record.metadata
     origin = matching.origin
-    marks = {
-        _FILE: origin.path.name,
-        _ORIGIN: f"{matching.contents[number]}.{_details(record)}.{origin.place}",
-        **({} if whose is None else {ANNOTATOR: whose}),
-    }
+    marks = {} if whose is None else {ANNOTATOR: whose}
+    if _PREDICTED not in record.metadata:
+        marks[_FILE] = origin.path.name
+        marks[_ORIGIN] = f"{matching.contents[number]}.{_details(record)}.{origin.place}"
     return {**record.metadata, **marks}
 
 
@@ -412,12 +429,23 @@ def _former(matching: _Matching) -> list[_Known]:
     return [item for item in matching.free.values() if item.came_from[0] == name and item.annotator in whose]
 
 
-def _remarks(matching: _Matching, former: Sequence[_Known], gone: Sequence[_Known], *, replaces: bool) -> Iterator[str]:
+def _remarks(
+    matching: _Matching, former: Sequence[_Known], gone: Sequence[_Known], *, replaces: bool, is_partial: bool
+) -> Iterator[str]:
     edited = sum(matching.found[number].content != matching.contents[number] for number in matching.same)
     if edited:
         yield f"{edited} of what is there already were edited in the project since, and stay as they are"
     name = matching.origin.path.name
-    if gone and not replaces:
+    nobodys = Counter(item.content for item in matching.free.values() if item.annotator is None)
+    twice = Counter(matching.contents[number] for number in matching.left() if matching.whose[number] is not None)
+    if nobodys & twice:
+        yield f"{(nobodys & twice).total()} of those added are in the project without an annotator too"
+    if gone and is_partial:
+        yield (
+            f"{len(gone)} objects that {name} brought before are not in this file and stay, because some of the file's "
+            f"objects were refused and may be among them; mend the file and import it with --replace"
+        )
+    elif gone and not replaces:
         yield (
             f"{len(gone)} objects that {name} brought before are not in this file and stay; if it is the corrected "
             f"file, import it with --replace, if it is another rater's, with --annotator NAME"

@@ -121,6 +121,11 @@ class Imported:
     class_notes: tuple[str, ...] = ()
 
     @property
+    def is_partial(self) -> bool:
+        """Whether the file holds objects that could not be read."""
+        return bool(self.refused)
+
+    @property
     def num_items(self) -> int:
         """Items in the file."""
         return len(self.annotations) + len(self.refused) + self.cut_outs
@@ -227,6 +232,8 @@ def crossings(geometry: BaseGeometry, most: int) -> float:
     Pairs of segments that only lie near each other count for the time that it takes to look at them.
     """
     starts, ends = _segments(geometry)
+    if len(starts) == 0:
+        return 0.0
     tree = shapely.STRtree(shapely.linestrings(np.stack([starts, ends], axis=1)))
     count, step = 0.0, max(_PAIRS // len(starts), 8)
     for first in range(0, len(starts), step):

@@ -147,6 +147,8 @@ def import_files(
     ExchangeError
         If a file cannot be read, or nothing in it can be used; nothing is written.
     """
+    if options.replaces:
+        _check_names_differ(files)
     classes = [path_class.name for path_class in project.classes]
     read = []
     for file, image in files:
@@ -156,6 +158,18 @@ def import_files(
             (read_for_image(file, options, classes, name=name, path=image.path, mpp=image.mpp, size=size), image)
         )
     return add_to_project(project, read, options, dry_run=dry_run)
+
+
+def _check_names_differ(files: Sequence[tuple[Path, ImageEntry]]) -> None:
+    """Refuse two files of one name for one image: the second would take out what the first brings."""
+    seen: dict[tuple[str, str], Path] = {}
+    for file, image in files:
+        other = seen.setdefault((image.id, file.name), file)
+        if other.resolve() != file.resolve():
+            raise ExchangeError(
+                f"{other} and {file} have the same name and go into the same image; with --replace the second would "
+                f"take out what the first brings. Rename one, or import each with its --annotator NAME"
+            )
 
 
 def read_for_image(
@@ -246,21 +260,24 @@ def _check_texts(record: Annotation) -> None:
 def add_to_project(
     project: Project, read: Sequence[tuple[Imported, ImageEntry]], options: ImportOptions, *, dry_run: bool
 ) -> tuple[Import, ...]:
-    imports = []
     states: dict[str, ImageState] = {}
+    plans = []
     for found, image in read:
         state = states[image.id] if image.id in states else project.state(image)
         origin = Origin(path=found.path, image=image.id, annotator=options.annotator)
         plan = _without_cores(reconcile(found, state.objects, origin, replaces=options.replaces))
+        plans.append((found, image, plan, None if image.id in states else state.version))
+        # The next file meets what this one leaves.
+        gone = {*plan.remove, *(record.id for record in plan.update)}
+        kept = (record for record in state.objects if record.id not in gone)
+        states[image.id] = replace(state, objects=(*kept, *plan.update, *plan.add))
+    imports: list[Import] = []
+    for found, image, plan, version in plans:
         changes = Changes(add=plan.add, replace=plan.update, remove=plan.remove, class_colors=found.colors)
-        if dry_run:
-            # The next file meets what this one would leave.
-            gone = {*plan.remove, *(record.id for record in plan.update)}
-            kept = (record for record in state.objects if record.id not in gone)
-            states[image.id] = replace(state, objects=(*kept, *plan.update, *plan.add))
-        elif not changes.is_empty:
-            warnings = project.apply(image, changes, version=state.version).warnings
-            plan = replace(plan, remarks=(*plan.remarks, *warnings))
+        warnings: tuple[str, ...] = ()
+        if not (dry_run or changes.is_empty):
+            with _naming_what_was_written(imports):
+                warnings = project.apply(image, changes, version=version).warnings
         imports.append(
             Import(
                 file=found,
@@ -270,10 +287,22 @@ def add_to_project(
                 removed=len(plan.remove),
                 already=plan.already,
                 notes=plan.notes,
-                remarks=plan.remarks,
+                remarks=(*plan.remarks, *warnings),
             )
         )
     return tuple(imports)
+
+
+@contextmanager
+def _naming_what_was_written(imports: Sequence[Import]) -> Iterator[None]:
+    """Add to an error the files that were imported before it."""
+    try:
+        yield
+    except DarefineError as error:
+        names = ", ".join(str(item.file.path) for item in imports)
+        if not names:
+            raise
+        raise type(error)(f"{error}; imported before that: {names}") from error
 
 
 def _without_cores(plan: Reconciled) -> Reconciled:
