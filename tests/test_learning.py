@@ -43,12 +43,12 @@ from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage
 from darefine_qupath.training import RunSettings, TrainResult
 from darefine_qupath.training.loader import BatchPlan, load_batches
+from darefine_qupath.training.tile_dataset import TileDataset
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, square, write
 from tests.test_inspection import ProjectOfFiles, entry
 from tests.tile_slides import ramps, write_pyramid

@@ -30,11 +30,11 @@ from darefine_qupath.tiles import TileSpec, plan_tiles, read_pair
 from darefine_qupath.tiles import scan as screening_module
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.reading import read_context
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
 from darefine_qupath.tiles.storage import Storage, encode_mask, palette
+from darefine_qupath.training.tile_dataset import TileDataset
 from tests.tile_slides import ArraySlide, ramps, write_pyramid
 
 CLASSES = ClassMap(names=("A", "B"), colors=(Color(1, 2, 3), Color(250, 20, 30)))

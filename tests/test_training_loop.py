@@ -34,7 +34,6 @@ from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
 from darefine_qupath.tiles.index import TileRecord
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.sampling import expected_shares
 from darefine_qupath.tiles.sources import TilePixels, TileSource
 from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
@@ -43,6 +42,7 @@ from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
 from darefine_qupath.training.interrupt import stop_on_signals
 from darefine_qupath.training.loader import load_batches, num_workers, plan_epoch, plan_run
+from darefine_qupath.training.tile_dataset import TileDataset
 from darefine_qupath.training.train_step import compile_advice, memory_advice
 from tests.test_tiles_sampling import COUNTS, TILES, index_of
 from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train

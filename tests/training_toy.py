@@ -11,9 +11,9 @@ from darefine_qupath.geometry import Size
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.sources import TilePixels
 from darefine_qupath.training import TrainConfig, TrainResult, train
+from darefine_qupath.training.tile_dataset import TileDataset
 
 CLASSES = ClassMap(names=("Normal", "Benign", "Invasive"))
 COLORS = np.array([[200, 160, 190], [120, 60, 140], [60, 40, 110]])

@@ -11,9 +11,9 @@ from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.devices import full_float32
 from darefine_qupath.errors import TrainingError
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.loader import BatchPlan, load_batches
+from darefine_qupath.training.tile_dataset import TileDataset
 
 __all__ = ["hard_weights"]
 

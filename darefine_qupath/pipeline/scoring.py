@@ -24,10 +24,10 @@ from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
 from darefine_qupath.slides import open_slide
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader
 from darefine_qupath.training import ContextMode, evaluate
+from darefine_qupath.training.tile_dataset import TileDataset
 
 __all__ = ["SlideScore", "Unpredicted", "score_context", "score_slide", "truth_labels", "truth_of"]
 

@@ -31,13 +31,13 @@ from darefine_qupath.pipeline.train_request import TILES_FOLDER, TrainRequest
 from darefine_qupath.pipeline.train_setup import describe_run, given_train_fields, new_run_config, resumed_run_config
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
-from darefine_qupath.tiles.loading import TileDataset
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.split import Split, TilePart
 from darefine_qupath.training import Reporter, TrainConfig, TrainResult, read_run, train
 from darefine_qupath.training.distributed import join_process_group
 from darefine_qupath.training.initialize import check_start
 from darefine_qupath.training.runfolder import RunSettings
+from darefine_qupath.training.tile_dataset import TileDataset
 
 __all__ = ["Folds", "resume_training", "train_on_project"]
 

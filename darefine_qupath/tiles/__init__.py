@@ -1,7 +1,6 @@
-"""Pairs of slice and context: planned, labelled, sampled, split, stored and loaded.
+"""Plan, label, sample, split, store and read pairs of slice and context.
 
-`spec`, `plan` and `reading` serve training and prediction alike; `sources`, `index`, `dataset`, `sampling` and `split`
-make training data; `loading` alone needs torch.
+`spec`, `plan` and `reading` serve training and prediction alike; the other modules make training data.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from torch.utils.data.dataloader import default_collate
 from darefine_qupath.errors import DarefineError, TrainingError
 from darefine_qupath.models import box_within
 from darefine_qupath.tiles.index import TileIndex
-from darefine_qupath.tiles.loading import TileItem
 from darefine_qupath.tiles.sampling import epoch_order
 from darefine_qupath.tiles.sources import SlideReader
 from darefine_qupath.training.augment import Batch
 from darefine_qupath.training.config import TrainConfig
+from darefine_qupath.training.tile_dataset import TileItem
 
 __all__ = [
     "BatchPlan",
@@ -48,7 +48,7 @@ _Collated = tuple[Batch, tuple[str, ...]] | DarefineError
 
 
 class TileData(Protocol):
-    """What training needs of a dataset; `darefine_qupath.tiles.loading.TileDataset` is one."""
+    """What training needs of a dataset; `darefine_qupath.training.tile_dataset.TileDataset` is one."""
 
     tiles: TileIndex
 

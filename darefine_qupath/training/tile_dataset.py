@@ -1,4 +1,4 @@
-"""Tiles as torch tensors."""
+"""Give tiles as torch tensors: the `Dataset` over an index and its pixels."""
 
 from __future__ import annotations
 
