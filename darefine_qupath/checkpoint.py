@@ -13,7 +13,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,15 +44,18 @@ __all__ = [
     "load_checkpoint",
     "model_id",
     "read_header",
+    "rename_former_tensors",
     "save_checkpoint",
 ]
 
 FORMAT = "darefine-model"
 """Kind of file, as its header names it."""
 
-VERSION = 1
-"""Version of the header; a reader refuses any other."""
+VERSION = 2
+"""Version of the header; version 1, which named some tensors otherwise and had no id, is read too."""
 
+# Tensors of version 1, by the first part of their names.
+_FORMER_NAMES = {"joins": "fusions", "narrows": "projections", "refines": "refinements"}
 _KEY = "darefine"
 _ID_LENGTH = 12
 _MAX_LISTED = 6
@@ -80,6 +83,9 @@ class CheckpointHeader:
         Digest of the weights.
     num_parameters : int
         Values in the weights, buffers of batch normalisation included.
+    model_id : str
+        Twelve hexadecimal digits that stand for everything that decides what the model predicts. They are written into
+        the file, so that a model keeps its id when the names of settings change.
     """
 
     model: ModelConfig
@@ -89,19 +95,7 @@ class CheckpointHeader:
     provenance: Mapping[str, Any]
     weights_sha256: str
     num_parameters: int
-
-    @property
-    def model_id(self) -> str:
-        """Twelve hexadecimal digits that stand for everything that decides what the model predicts."""
-        # Names are those of the first model files: a model keeps its id, which stands in every run it has made.
-        decisive = {
-            "weights": self.weights_sha256,
-            "model": self.model.to_json(),
-            "tiles": self.tiles.for_digest(),
-            "classes": list(self.classes.names),
-            "normalisation": self.normalization.to_json(),
-        }
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
+    model_id: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain JSON values that stand in the file."""
@@ -115,6 +109,7 @@ class CheckpointHeader:
             "provenance": dict(self.provenance),
             "weights_sha256": self.weights_sha256,
             "num_parameters": self.num_parameters,
+            "model_id": self.model_id,
         }
 
 
@@ -150,7 +145,7 @@ class Checkpoint:
     @cached_property
     def header(self) -> CheckpointHeader:
         """What the file says, or will say, about itself."""
-        return CheckpointHeader(
+        header = CheckpointHeader(
             model=self.model,
             tiles=self.tiles,
             classes=self.classes,
@@ -158,7 +153,9 @@ class Checkpoint:
             provenance=self.provenance,
             weights_sha256=_digest(self.state),
             num_parameters=sum(tensor.numel() for tensor in self.state.values()),
+            model_id="",
         )
+        return replace(header, model_id=_identify(header.to_json()))
 
     @property
     def model_id(self) -> str:
@@ -225,7 +222,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """
     path = Path(path)
     with _opened(path) as file:
-        header = _parse(path, file.metadata())
+        header, version = _parse(path, file.metadata())
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if _digest(state) != header.weights_sha256:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were saved; restore it from a copy")
@@ -236,8 +233,11 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             f"{path} has weights that are not finite (NaN or infinite) in {wrong[0]}{more}: its training went wrong; "
             f"take an earlier model file, or train again with a lower learning rate"
         )
+    if version == 1:
+        state = rename_former_tensors(state)
+        header = replace(header, weights_sha256=_digest(state))
     try:
-        return Checkpoint(
+        checkpoint = Checkpoint(
             state=state,
             model=header.model,
             tiles=header.tiles,
@@ -247,6 +247,14 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    vars(checkpoint)["header"] = header  # with the id that the file has
+    return checkpoint
+
+
+def rename_former_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name tensors of a file of version 1 as the networks name them now."""
+    parts = {name: name.partition(".") for name in state}
+    return {f"{_FORMER_NAMES.get(first, first)}{dot}{rest}": state[name] for name, (first, dot, rest) in parts.items()}
 
 
 def read_header(path: Path | str) -> CheckpointHeader:
@@ -264,7 +272,7 @@ def read_header(path: Path | str) -> CheckpointHeader:
     """
     path = Path(path)
     with _opened(path) as file:
-        return _parse(path, file.metadata())
+        return _parse(path, file.metadata())[0]
 
 
 def model_id(source: Checkpoint | CheckpointHeader | Path | str) -> str:
@@ -358,7 +366,7 @@ def _kind(path: Path) -> str:
     return "a damaged or truncated .safetensors" if start[8:9] == b"{" else "no .safetensors at all"
 
 
-def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
+def _parse(path: Path, metadata: Mapping[str, str] | None) -> tuple[CheckpointHeader, int]:
     expected = f"expected {FORMAT} version {VERSION}"
     text = (metadata or {}).get(_KEY)
     if text is None:
@@ -369,11 +377,11 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
     with naming(damaged, CheckpointError):
         data = parse_json(text, NOTES)
         kind, version = data["format"], data["version"]
-    if kind != FORMAT or version != VERSION:
+    if kind != FORMAT or version not in (1, VERSION):
         hint = "; a newer darefine wrote it, upgrade" if isinstance(version, int) and version > VERSION else ""
         raise CheckpointError(f"{path} is {kind} version {version}; {expected}{hint}")
     with naming(damaged, CheckpointError):
-        return CheckpointHeader(
+        header = CheckpointHeader(
             model=ModelConfig.from_json(data["model"]),
             tiles=TileSpec.from_json(data["tiles"]),
             classes=ClassMap.from_json(data["classes"]),
@@ -383,7 +391,21 @@ def _parse(path: Path, metadata: Mapping[str, str] | None) -> CheckpointHeader:
             provenance=_provenance(data["provenance"]),
             weights_sha256=_of_kind(str, "weights_sha256", data["weights_sha256"]),
             num_parameters=_of_kind(int, "num_parameters", data["num_parameters"]),
+            model_id=_identify(data) if version == 1 else _of_kind(str, "model_id", data["model_id"]),
         )
+    return header, version
+
+
+def _identify(data: Mapping[str, Any]) -> str:
+    """Digest of what decides the predictions, of a header's JSON."""
+    decisive = {
+        "weights": data["weights_sha256"],
+        "model": data["model"],
+        "tiles": data["tiles"],
+        "classes": data["classes"]["names"],
+        **{key: data[key] for key in ("normalization", "normalisation") if key in data},
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
 
 
 def _provenance(data: object) -> Mapping[str, Any]:

@@ -131,7 +131,7 @@ def test_the_header_is_read_without_the_weights(file: Path, monkeypatch: pytest.
 
 def test_the_header_is_json_in_the_safetensors_header(file: Path) -> None:
     data = json.loads(raw_header(file)["__metadata__"]["darefine"])
-    assert (data["format"], data["version"]) == (FORMAT, VERSION) == ("darefine-model", 1)
+    assert (data["format"], data["version"]) == (FORMAT, VERSION) == ("darefine-model", 2)
     assert data["model"]["network"] == "unet"
     assert data["classes"]["names"] == ["a", "b"]
     assert data["tiles"]["slice_um"] == 100
@@ -186,9 +186,9 @@ SIDES = {"slice_px": 100, "context_px": 500, "stride_px": 100}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "is darefine-model version 2; expected darefine-model version 1; a newer darefine wrote it"),
-        ({"version": 0}, "is darefine-model version 0; expected darefine-model version 1$"),
-        ({"format": "darefine-dataset"}, "is darefine-dataset version 1; expected darefine-model version 1"),
+        ({"version": 3}, "is darefine-model version 3; expected darefine-model version 2; a newer darefine wrote it"),
+        ({"version": 0}, "is darefine-model version 0; expected darefine-model version 2$"),
+        ({"format": "darefine-dataset"}, "is darefine-dataset version 2; expected darefine-model version 2"),
         ({"model": {"network": "segnet"}}, "damaged header: network = 'segnet' is not one of"),
         ({"model": {"depth": 1}}, r"damaged header: Unknown network setting \['depth'\]"),
         ({"model": []}, "damaged header"),
@@ -212,7 +212,7 @@ def test_a_file_with_another_header_is_refused(file: Path, change: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "key", ["model", "tiles", "classes", "normalization", "provenance", "weights_sha256", "version"]
+    "key", ["model", "tiles", "classes", "normalization", "provenance", "weights_sha256", "model_id", "version"]
 )
 def test_a_header_without_a_part_is_refused(file: Path, key: str) -> None:
     rewritten(file, lambda data: data.pop(key) and None)
@@ -235,7 +235,7 @@ def test_another_kind_of_file_is_refused_by_name(tmp_path: Path, content: bytes,
     path.write_bytes(content)
     for reader in (load_checkpoint, read_header):
         with pytest.raises(
-            CheckpointError, match=rf"model\.safetensors {message}.*expected a darefine-model version 1"
+            CheckpointError, match=rf"model\.safetensors {message}.*expected a darefine-model version 2"
         ):
             reader(path)
 

@@ -26,7 +26,6 @@ from darefine_qupath.geometry import Box
 from darefine_qupath.models import (
     ENCODERS,
     ContextFeatures,
-    Fusion,
     ModelConfig,
     Normalization,
     SegmentationNetwork,
@@ -37,6 +36,7 @@ from darefine_qupath.models import (
     load_encoder_weights,
     load_imagenet_weights,
     num_parameters,
+    register_network,
 )
 from darefine_qupath.models.blocks import (
     ChainedResidualPooling,
@@ -45,8 +45,10 @@ from darefine_qupath.models.blocks import (
     max_pool_5x5,
     resize,
 )
-from darefine_qupath.models.darefinenet import AttentionJoin, DARefineNet, crop
+from darefine_qupath.models.darefinenet import DARefineNet
 from darefine_qupath.models.encoders import build_encoder
+from darefine_qupath.models.fusion import AttentionFusion, crop_context
+from darefine_qupath.models.unet import UNet
 from tests.stored_logits import BOX_B4, SMALL, VARIANTS, image, sampled_logits, seeded_state
 
 FUSIONS = ("attention", "add", "concat", "aligned")
@@ -94,7 +96,7 @@ def on_meta(config: ModelConfig) -> DARefineNet:
         ("concat", "resnet50", "111.26"),
     ],
 )
-def test_parameter_counts_are_the_papers(fusion: Fusion, slice_encoder: str, millions: str) -> None:
+def test_parameter_counts_are_the_papers(fusion: str, slice_encoder: str, millions: str) -> None:
     network = on_meta(ModelConfig(fusion=fusion, slice_encoder=slice_encoder))
     assert f"{num_parameters(network) / 1e6:.2f}" == millions
 
@@ -132,7 +134,7 @@ def test_baselines_have_the_published_size() -> None:
 
 def test_width_decides_the_channels_of_the_decoder() -> None:
     network = on_meta(ModelConfig(width=64))
-    assert [refine[0].convs[0].in_channels for refine in network.refines] == [128, 64, 64, 64]
+    assert [refine[0].convs[0].in_channels for refine in network.refinements] == [128, 64, 64, 64]
 
 
 def test_parameters_are_either_of_an_encoder_or_of_the_decoder() -> None:
@@ -201,16 +203,16 @@ def test_resnet_layout_is_torchvisions(name: str, digest: str) -> None:
 # Equations
 
 
-def test_attention_join_is_equations_6_to_8() -> None:
-    join = AttentionJoin(12, 4)
+def test_attention_fusion_is_equations_6_to_8() -> None:
+    attention = AttentionFusion(12, 4)
     slice_bchw, previous_bchw, context_bchw = torch.randn(3, 2, 4, 5, 6).unbind()
-    joined = join(slice_bchw, previous_bchw, context_bchw.mean((2, 3), keepdim=True))
-    squeeze, excite = join.squeeze.weight[:, :, 0, 0], join.excite.weight[:, :, 0, 0]
+    fused = attention(slice_bchw, previous_bchw, context_bchw.mean((2, 3), keepdim=True))
+    squeeze, excite = attention.squeeze.weight[:, :, 0, 0], attention.excite.weight[:, :, 0, 0]
     for b in range(2):
         fusion = torch.stack([x[b, c].mean() for x in (slice_bchw, previous_bchw, context_bchw) for c in range(4)])
         weights = 1 / (1 + torch.exp(-(excite @ (squeeze @ fusion).clamp(min=0))))
         expected = torch.stack([weights[c] * slice_bchw[b, c] + previous_bchw[b, c] for c in range(4)])
-        torch.testing.assert_close(joined[b], expected)
+        torch.testing.assert_close(fused[b], expected)
 
 
 def test_residual_conv_unit_keeps_its_input_where_its_convolutions_are_zero() -> None:
@@ -284,24 +286,24 @@ def straight_line(config: ModelConfig, slice_b3hw: Tensor, context_b3hw: Tensor)
         if config.fusion == "add":
             x = sum(inputs[1:], inputs[0])
         elif config.fusion == "concat" or step == 0:
-            x = F.relu(conv(f"joins.{step}.conv", torch.cat(inputs, 1)))
+            x = F.relu(conv(f"fusions.{step}.conv", torch.cat(inputs, 1)))
         else:
             gap = torch.cat([F.adaptive_avg_pool2d(each, 1) for each in inputs], 1)
-            w = torch.sigmoid(conv(f"joins.{step}.excite", F.relu(conv(f"joins.{step}.squeeze", gap))))
+            w = torch.sigmoid(conv(f"fusions.{step}.excite", F.relu(conv(f"fusions.{step}.squeeze", gap))))
             x = w * s + inputs[1]
         top = x
         for stage in range(4):
-            top = conv(f"refines.{step}.0.convs.{stage}", F.max_pool2d(top, 5, 1, 2))
+            top = conv(f"refinements.{step}.0.convs.{stage}", F.max_pool2d(top, 5, 1, 2))
             x = x + top
-        previous = rcus(f"refines.{step}.1", x, 3)
+        previous = rcus(f"refinements.{step}.1", x, 3)
         if step < 3:
-            previous = conv(f"narrows.{step}", previous)
+            previous = conv(f"projections.{step}", previous)
     logits = up(conv("classifier", previous, 1), slice_b3hw.shape[-2:])
     return network(slice_b3hw, context_b3hw), logits
 
 
 @pytest.mark.parametrize("fusion", ["attention", "add", "concat"])
-def test_network_is_what_its_description_says(fusion: Fusion) -> None:
+def test_network_is_what_its_description_says(fusion: str) -> None:
     with torch.inference_mode():
         found, expected = straight_line(small(fusion=fusion), image(0, 96), image(1, 96))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -359,7 +361,7 @@ def test_the_context_matters_where_the_configuration_says_so(config: ModelConfig
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_slices_that_share_a_context_get_the_same_logits_as_with_one_each(fusion: Fusion) -> None:
+def test_slices_that_share_a_context_get_the_same_logits_as_with_one_each(fusion: str) -> None:
     network = seeded(small(fusion=fusion))
     slices, contexts = torch.cat([image(4), image(5)]), image(6)
     boxes = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)).sort(1).values
@@ -441,13 +443,13 @@ def test_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
 def test_crop_of_a_whole_number_of_cells_is_those_cells() -> None:
     context = torch.randn(2, 3, 10, 20)
     boxes = torch.tensor([[0.25, 0.5, 0.5, 0.8], [0.0, 0.0, 0.25, 0.3]])
-    found = crop(context, boxes, torch.Size((3, 5)))
+    found = crop_context(context, boxes, torch.Size((3, 5)))
     torch.testing.assert_close(found, torch.stack([context[0, :, 5:8, 5:10], context[1, :, 0:3, 0:5]]))
 
 
 def test_crop_without_a_box_is_the_whole_context() -> None:
     context = torch.randn(2, 3, 10, 20)
-    torch.testing.assert_close(crop(context, None, torch.Size((10, 20))), context)
+    torch.testing.assert_close(crop_context(context, None, torch.Size((10, 20))), context)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -455,7 +457,7 @@ def test_crop_without_a_box_is_the_whole_context() -> None:
 def test_crop_of_positions_gives_the_positions_in_the_box(left: float, top: float, side: float, height: int) -> None:
     centers = (torch.arange(20) + 0.5) / 20
     position = torch.stack([centers.expand(20, 20), centers[:, None].expand(20, 20)])[None]
-    found = crop(position, torch.tensor([[left, top, left + side, top + side]]), torch.Size((height, 6)))[0]
+    found = crop_context(position, torch.tensor([[left, top, left + side, top + side]]), torch.Size((height, 6)))[0]
     expected_x = left + side * (torch.arange(6) + 0.5) / 6
     expected_y = top + side * (torch.arange(height) + 0.5) / height
     torch.testing.assert_close(found[0], expected_x.expand(height, 6), atol=1e-5, rtol=0)
@@ -494,6 +496,11 @@ def test_resize_keeps_the_corners() -> None:
 def test_a_configuration_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         ModelConfig(**settings)
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ModelError, match="network 'unet' is registered already"):
+        register_network("unet", UNet, title="Another U-Net")
 
 
 @quick_variants

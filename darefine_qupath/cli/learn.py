@@ -21,7 +21,7 @@ from darefine_qupath.cli.options import (
     settings_option,
 )
 from darefine_qupath.cli.output import Report, echo_json, json_option, note, number, percent, progress_bar, say, table
-from darefine_qupath.models import ENCODERS
+from darefine_qupath.models import ENCODERS, FUSIONS, NETWORKS
 from darefine_qupath.pipeline.splitting import note_roles
 from darefine_qupath.pipeline.tiles import TileRequest, Tiles, divide_tiles, make_tiles
 from darefine_qupath.pipeline.train import Folds, resume_training, train_on_project
@@ -183,10 +183,8 @@ def _roles(request: TileRequest, made: Tiles, changes: dict[str, Any], *, note_t
 @click.option("--batch-size", type=WHOLE, help="Tiles per step.")
 @click.option("--encoder", type=click.Choice(ENCODERS), help="Encoder of the slice and, unless given, of the context.")
 @click.option("--context-encoder", type=click.Choice(ENCODERS), help="Encoder of the context.")
-@click.option(
-    "--fusion", type=click.Choice(["attention", "add", "concat", "aligned"]), help="How slice and context meet."
-)
-@click.option("--network", type=click.Choice(["da-refinenet", "refinenet", "unet"]), help="The network.")
+@click.option("--fusion", type=click.Choice(FUSIONS), help="How slice and context meet.")
+@click.option("--network", type=click.Choice(NETWORKS), help="The network.")
 @click.option(
     "--input", type=click.Choice(["dual", "single", "multisize"]), help="With a context, without, or the slice twice."
 )

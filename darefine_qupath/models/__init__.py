@@ -8,24 +8,35 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
-from darefine_qupath.models.config import ENCODERS, Fusion, InputMode, ModelConfig, NetworkName, Normalization
-from darefine_qupath.models.darefinenet import DARefineNet
+from darefine_qupath.models import darefinenet, efficientnet_lite, refinenet, resnet, unet  # noqa: F401 (register)
+from darefine_qupath.models.config import InputMode, ModelConfig, Normalization
 from darefine_qupath.models.encoders import LoadedWeights, load_encoder_weights, load_imagenet_weights
-from darefine_qupath.models.network import ContextFeatures, SegmentationNetwork, box_within
-from darefine_qupath.models.refinenet import RefineNet
-from darefine_qupath.models.unet import UNet
+from darefine_qupath.models.network import ContextFeatures, Encoder, SegmentationNetwork, box_within
+from darefine_qupath.models.registry import (
+    ENCODERS,
+    FUSIONS,
+    NETWORKS,
+    FusionStage,
+    register_encoder,
+    register_fusion,
+    register_network,
+)
 
 __all__ = [
     "ENCODERS",
+    "FUSIONS",
+    "NETWORKS",
     "ContextFeatures",
-    "Fusion",
+    "Encoder",
+    "FusionStage",
     "InputMode",
     "LoadedWeights",
     "ModelConfig",
-    "NetworkName",
     "Normalization",
     "SegmentationNetwork",
     "box_within",
@@ -35,9 +46,10 @@ __all__ = [
     "load_encoder_weights",
     "load_imagenet_weights",
     "num_parameters",
+    "register_encoder",
+    "register_fusion",
+    "register_network",
 ]
-
-_NETWORKS: dict[str, type[SegmentationNetwork]] = {"da-refinenet": DARefineNet, "refinenet": RefineNet, "unet": UNet}
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> SegmentationNetwork:
@@ -56,10 +68,14 @@ def build_model(config: ModelConfig, *, seed: int | None = None) -> Segmentation
         ``forward(slice_B3HW, context_B3HW, box_B4=None)`` gives logits (B, K, H, W).
     """
     if seed is None:
-        return _NETWORKS[config.network](config)
+        return _build(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _NETWORKS[config.network](config)
+        return _build(config)
+
+
+def _build(config: ModelConfig) -> SegmentationNetwork:
+    return cast("SegmentationNetwork", NETWORKS[config.network].build(config))
 
 
 def encoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,18 +12,13 @@ from torch import Tensor
 from darefine_qupath.devices import sent
 from darefine_qupath.errors import ModelError
 from darefine_qupath.limits import require_finite
+from darefine_qupath.models.registry import ENCODERS, FUSIONS, NETWORKS
 
-__all__ = ["ENCODERS", "Fusion", "InputMode", "ModelConfig", "NetworkName", "Normalization"]
+__all__ = ["InputMode", "ModelConfig", "Normalization"]
 
-NetworkName = Literal["da-refinenet", "refinenet", "unet"]
-Fusion = Literal["attention", "add", "concat", "aligned"]
 InputMode = Literal["dual", "single", "multisize"]
 
-ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0")
-"""Names of the encoders, in the order of their publication."""
-
 _WIDEST = 1024
-_TITLES: dict[str, str] = {"da-refinenet": "DA-RefineNet", "refinenet": "RefineNet", "unet": "U-Net"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +27,14 @@ class ModelConfig:
 
     Attributes
     ----------
-    network : {"da-refinenet", "refinenet", "unet"}
-        DA-RefineNet, or one of the two single-input baselines it was compared with.
+    network : str
+        A registered network: ``"da-refinenet"``, or ``"refinenet"`` and ``"unet"``, the single-input baselines it was
+        compared with.
     slice_encoder, context_encoder : str
-        One of `ENCODERS`. U-Net has its own encoder and uses neither; a network without a context uses the first.
-    fusion : {"attention", "add", "concat", "aligned"}
-        How slice and context meet in DA-RefineNet. The first three are the paper's; ``aligned`` also looks at the
-        part of the context where the slice lies.
+        Registered encoders. U-Net has its own encoder and uses neither; a network without a context uses the first.
+    fusion : str
+        A registered fusion of slice and context, for DA-RefineNet: ``"attention"``, ``"add"`` and ``"concat"`` are the
+        paper's; ``"aligned"`` also looks at the part of the context where the slice lies.
     input : {"dual", "single", "multisize"}
         ``dual`` is the paper's network. ``single`` has no context; ``multisize`` sees the slice itself, at half the
         resolution, in the place of the context. Only DA-RefineNet has the choice.
@@ -50,18 +46,18 @@ class ModelConfig:
         Probability, on the two deepest features of each encoder and before the classifier.
     """
 
-    network: NetworkName = "da-refinenet"
+    network: str = "da-refinenet"
     slice_encoder: str = "resnet50"
     context_encoder: str = "resnet50"
-    fusion: Fusion = "attention"
+    fusion: str = "attention"
     input: InputMode = "dual"
     num_classes: int = 4
     width: int = 256
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_choice("network", self.network, get_args(NetworkName))
-        _check_choice("fusion", self.fusion, get_args(Fusion))
+        _check_choice("network", self.network, NETWORKS)
+        _check_choice("fusion", self.fusion, FUSIONS)
         _check_choice("input", self.input, get_args(InputMode))
         _check_choice("slice_encoder", self.slice_encoder, ENCODERS)
         _check_choice("context_encoder", self.context_encoder, ENCODERS)
@@ -77,28 +73,28 @@ class ModelConfig:
     @property
     def uses_context(self) -> bool:
         """Whether the network looks at the context it is given."""
-        return self.network == "da-refinenet" and self.input == "dual"
+        return NETWORKS[self.network].fuses_context and self.input == "dual"
 
     @property
     def uses_box(self) -> bool:
         """Whether the network must be told where in the context the slice lies."""
-        return self.uses_context and self.fusion == "aligned"
+        return self.uses_context and FUSIONS[self.fusion].uses_box
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Names of the encoders that the network has, by role: ``"slice"``, ``"context"``."""
+        names = {"slice": self.slice_encoder, "context": self.context_encoder}
+        roles = [role for role in NETWORKS[self.network].encoders if role == "slice" or self.input != "single"]
+        return {role: names[role] for role in roles}
 
     @property
     def title(self) -> str:
         """One line for people, for example ``DA-RefineNet (attention), resnet50 + resnet50, width 256``."""
-        name = _TITLES[self.network]
-        if self.network == "unet":
-            return f"{name}, width {self.width}"
-        if self.network == "refinenet":
-            return f"{name}, {self.slice_encoder}, width {self.width}"
-        kind = {
-            "dual": self.fusion,
-            "single": f"{self.fusion}, single input",
-            "multisize": f"{self.fusion}, multi-size",
-        }
-        encoders = self.slice_encoder if self.input == "single" else f"{self.slice_encoder} + {self.context_encoder}"
-        return f"{name} ({kind[self.input]}), {encoders}, width {self.width}"
+        name = NETWORKS[self.network].title
+        if NETWORKS[self.network].fuses_context:
+            kind = {"dual": "", "single": ", single input", "multisize": ", multi-size"}[self.input]
+            name = f"{name} ({self.fusion}{kind})"
+        return ", ".join(filter(None, [name, " + ".join(self.encoders.values()), f"width {self.width}"]))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` gives the same configuration back."""
@@ -151,12 +147,10 @@ class Normalization:
     @classmethod
     def of(cls, config: ModelConfig) -> Normalization:
         """Normalisation with which the weights of the encoders, each of its own, were trained on ImageNet."""
-        if config.network == "unet":
-            return cls()
-        values = _IMAGENET.get(config.slice_encoder, {})
-        if config.network == "refinenet" or config.input == "single":
-            return cls(**values)
-        return cls(**values, context=cls(**_IMAGENET.get(config.context_encoder, {})))
+        first, *others = [
+            cls(mean=entry.mean, std=entry.std) for entry in map(ENCODERS.__getitem__, config.encoders.values())
+        ] or [cls()]
+        return replace(first, context=others[0] if others else None)
 
     @property
     def of_context(self) -> Normalization:
@@ -217,11 +211,7 @@ class Normalization:
             raise ModelError(f"Not a normalisation: {data!r} ({error})") from None
 
 
-# Weights of ResNets want the default.
-_IMAGENET: Mapping[str, Mapping[str, Any]] = {"efficientnet-lite0": {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}}
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ModelError(f"{name} = {value!r} is not one of {list(choices)}")
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from darefine_qupath.errors import ModelError
+from darefine_qupath.models.network import Encoder
+from darefine_qupath.models.registry import register_encoder
 
 __all__ = ["EfficientNetLite0", "imagenet_weights_file"]
 
@@ -77,14 +79,8 @@ class InvertedResidual(nn.Module):
         return y_BCHW + x_BCHW if self.is_residual else y_BCHW  # type: ignore[no-any-return]
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-lite0 without its head.
-
-    Attributes
-    ----------
-    channels : tuple of int
-        Channels of the four features, finest first.
-    """
+class EfficientNetLite0(Encoder):
+    """EfficientNet-lite0 without its head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,3 +145,12 @@ def imagenet_weights_file() -> Path:
 
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+register_encoder(
+    "efficientnet-lite0",
+    EfficientNetLite0,
+    mean=(127 / 255,) * 3,
+    std=(128 / 255,) * 3,
+    imagenet_file=imagenet_weights_file,
+)

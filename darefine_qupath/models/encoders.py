@@ -17,24 +17,17 @@ from torch import Tensor, nn
 
 from darefine_qupath.errors import ModelError
 from darefine_qupath.limits import spoken
-from darefine_qupath.models.efficientnet_lite import EfficientNetLite0, imagenet_weights_file
-from darefine_qupath.models.network import SegmentationNetwork
-from darefine_qupath.models.resnet import RESNETS, ResNet
+from darefine_qupath.models.network import Encoder, SegmentationNetwork
+from darefine_qupath.models.registry import ENCODERS
 
 __all__ = ["LoadedWeights", "build_encoder", "load_encoder_weights", "load_imagenet_weights"]
 
 _MAX_LISTED = 8
 
 
-def build_encoder(name: str) -> ResNet | EfficientNetLite0:
-    """Build an encoder with random weights.
-
-    Parameters
-    ----------
-    name : str
-        One of `darefine_qupath.models.config.ENCODERS`.
-    """
-    return ResNet(name) if name in RESNETS else EfficientNetLite0()
+def build_encoder(name: str) -> Encoder:
+    """Build a registered encoder with random weights."""
+    return cast("Encoder", ENCODERS[name].build())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,10 +105,13 @@ def load_imagenet_weights(model: SegmentationNetwork) -> tuple[str, ...]:
     ModelError
         If the package that ships the weights is not installed.
     """
-    light = {role: encoder for role, encoder in model.encoders.items() if isinstance(encoder, EfficientNetLite0)}
-    for role in light:
-        load_encoder_weights(model, imagenet_weights_file(), which=cast("Literal['slice', 'context']", role))
-    return tuple(light)
+    loaded = []
+    for role, name in model.config.encoders.items():
+        find_file = ENCODERS[name].imagenet_file
+        if find_file is not None:
+            load_encoder_weights(model, find_file(), which=cast("Literal['slice', 'context']", role))
+            loaded.append(role)
+    return tuple(loaded)
 
 
 def _chosen(model: SegmentationNetwork, which: str) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from darefine_qupath.errors import ModelError
 from darefine_qupath.geometry import Box
 from darefine_qupath.models.config import ModelConfig, Normalization
 
-__all__ = ["ContextFeatures", "SegmentationNetwork", "box_within"]
+__all__ = ["ContextFeatures", "Encoder", "SegmentationNetwork", "box_within"]
 
 
 class ContextFeatures(NamedTuple):
@@ -60,6 +60,18 @@ def _of_slices(feature_NCHW: Tensor, count: int, index_B: Tensor | None) -> Tens
     if contexts == 1:
         return feature_NCHW.expand(count, -1, -1, -1)
     raise ModelError(f"{contexts} contexts for {count} slices; say with index_B which slice has which context")
+
+
+class Encoder(nn.Module):
+    """A network that turns an image into features at 1/4, 1/8, 1/16 and 1/32, sizes rounded up.
+
+    Attributes
+    ----------
+    channels : tuple of int
+        Channels of the four features, finest first.
+    """
+
+    channels: tuple[int, ...]
 
 
 class SegmentationNetwork(nn.Module, ABC):

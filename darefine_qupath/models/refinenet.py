@@ -17,6 +17,7 @@ from darefine_qupath.models.blocks import ChainedResidualPooling, conv, residual
 from darefine_qupath.models.config import ModelConfig
 from darefine_qupath.models.encoders import build_encoder
 from darefine_qupath.models.network import ContextFeatures, SegmentationNetwork
+from darefine_qupath.models.registry import register_network
 
 __all__ = ["RefineNet"]
 
@@ -69,3 +70,6 @@ class RefineNet(SegmentationNetwork):
             output_BCHW = self.outputs[step](self.pools[step](F.relu(refined_BCHW)))
         logits_BKHW = self.classifier(self.dropout(output_BCHW))
         return resize(logits_BKHW, slice_B3HW.shape[-2:])
+
+
+register_network("refinenet", RefineNet, title="RefineNet")

@@ -12,9 +12,13 @@ References
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
+
+from darefine_qupath.models.network import Encoder
+from darefine_qupath.models.registry import register_encoder
 
 __all__ = ["RESNETS", "ResNet"]
 
@@ -82,18 +86,13 @@ RESNETS = {
 """Block and number of blocks per stage (Table 1 of [1]_)."""
 
 
-class ResNet(nn.Module):
+class ResNet(Encoder):
     """ResNet without its classification layer.
 
     Parameters
     ----------
     name : str
         A key of `RESNETS`.
-
-    Attributes
-    ----------
-    channels : tuple of int
-        Channels of the four features, finest first.
     """
 
     def __init__(self, name: str) -> None:
@@ -148,3 +147,7 @@ def _stage(
 ) -> nn.Sequential:
     later = (block(planes * block.expansion, planes, 1) for _ in range(count - 1))
     return nn.Sequential(block(inputs, planes, stride), *later)
+
+
+for _name in RESNETS:
+    register_encoder(_name, partial(ResNet, _name))

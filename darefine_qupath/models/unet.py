@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from darefine_qupath.models.blocks import resize
 from darefine_qupath.models.config import ModelConfig
 from darefine_qupath.models.network import ContextFeatures, SegmentationNetwork
+from darefine_qupath.models.registry import register_network
 
 __all__ = ["UNet"]
 
@@ -43,7 +44,7 @@ class UNet(SegmentationNetwork):
         coarse_to_fine = channels[::-1]
         pairs = list(itertools.pairwise(coarse_to_fine))
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, 2) for coarse, fine in pairs)
-        self.joins = nn.ModuleList(double_conv(2 * fine, fine) for _, fine in pairs)
+        self.fusions = nn.ModuleList(double_conv(2 * fine, fine) for _, fine in pairs)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Conv2d(channels[0], config.num_classes, 1)
 
@@ -65,10 +66,10 @@ class UNet(SegmentationNetwork):
         for down in self.downs[1:]:
             skips_BCHW.append(x_BCHW)
             x_BCHW = down(F.max_pool2d(x_BCHW, 2, ceil_mode=True))
-        for up, join, skip_BCHW in zip(self.ups, self.joins, reversed(skips_BCHW), strict=True):
+        for up, fusion, skip_BCHW in zip(self.ups, self.fusions, reversed(skips_BCHW), strict=True):
             # A size that 2 does not divide comes back one pixel too large.
             up_BCHW = up(x_BCHW)[..., : skip_BCHW.shape[-2], : skip_BCHW.shape[-1]]
-            x_BCHW = join(torch.cat([skip_BCHW, up_BCHW], 1))
+            x_BCHW = fusion(torch.cat([skip_BCHW, up_BCHW], 1))
         return resize(self.classifier(self.dropout(x_BCHW)), slice_B3HW.shape[-2:])
 
 
@@ -82,3 +83,6 @@ def double_conv(inputs: int, outputs: int) -> nn.Sequential:
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
+
+
+register_network("unet", UNet, title="U-Net", encoders=())

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from darefine_qupath.checkpoint import rename_former_tensors
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, spoken
@@ -26,7 +27,8 @@ from darefine_qupath.training.train_step import Stepper
 __all__ = ["Counters", "load_state", "read_trained", "save_state"]
 
 FORMAT = "darefine-training-state"
-VERSION = 2
+VERSION = 3
+"""Version of the file; version 2, which named some tensors otherwise, is read too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
     if stepper.average is not None:
         tensors |= {f"average/{name}": tensor for name, tensor in stepper.average.state_dict().items()}
     for index, values in stepper.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimiser/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -157,11 +159,12 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
     with _opened(path) as (header, file):
         counters, step = Counters.from_json(header["counters"]), int(header["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    renamed = rename_former_tensors if header["version"] == 2 else dict
     try:
-        stepper.network.load_state_dict(_under("network/", tensors))
+        stepper.network.load_state_dict(renamed(_under("network/", tensors)))
         if stepper.average is not None:
-            stepper.average.load_state_dict(_under("average/", tensors))
-        _restore_optimizer(stepper, _under("optimiser/", tensors))
+            stepper.average.load_state_dict(renamed(_under("average/", tensors)))
+        _restore_optimizer(stepper, _under("optimizer/", tensors) or _under("optimiser/", tensors))
         if header["scaler"]:  # empty where the run had no need of one; fp16 may have been chosen since
             stepper.scaler.load_state_dict(header["scaler"])
     except Exception as error:
@@ -198,7 +201,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     with naming(f"The training state {path} is damaged; train afresh", TrainingError), safe_open(path, "pt") as file:
         header = parse_json((file.metadata() or {}).get("darefine", "{}"), NOTES)
         kind, version = header.get("format", "a file of another program"), header.get("version")
-        if (kind, version) == (FORMAT, VERSION):
+        is_known = kind == FORMAT and version in (2, VERSION)
+        if is_known:
             yield header, file
-    if (kind, version) != (FORMAT, VERSION):
+    if not is_known:
         raise TrainingError(f"{path} is {kind} version {version}; expected {FORMAT} version {VERSION}; train afresh")
