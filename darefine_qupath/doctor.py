@@ -125,9 +125,9 @@ def _torch() -> Finding:
 
 def _device() -> Finding:
     torch = _load("torch")
-    forward = _load("darefine_qupath.prediction.engine")
-    device = forward.choose_device("auto")
-    precision = forward.choose_precision("auto", device)
+    devices = _load("darefine_qupath.devices")
+    device = devices.choose_device("auto")
+    precision = devices.choose_precision("auto", device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         more = f", {torch.cuda.device_count()} devices" if torch.cuda.device_count() > 1 else ""

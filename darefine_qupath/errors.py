@@ -8,6 +8,7 @@
     ├── JavaStreamError           (ValueError)         bytes that are no object stream of Java
     ├── ConfigError               (ValueError)         darefine.toml or an option is wrong
     ├── ClassMapError             (ValueError)         a path class is unknown or mapped twice
+    ├── DeviceError               (RuntimeError)       a device cannot be used, or its memory is too small
     ├── AnnotationError           (ValueError)         a geometry or record cannot be used
     ├── SlideError                (OSError)            an image cannot be read
     │   ├── SlideNotFoundError    (FileNotFoundError)  the file is not there
@@ -49,6 +50,7 @@ __all__ = [
     "ClassMapError",
     "ConfigError",
     "DarefineError",
+    "DeviceError",
     "EngineError",
     "ExchangeError",
     "GeometryError",
@@ -111,6 +113,10 @@ class ConfigError(DarefineError, ValueError):
 
 class ClassMapError(DarefineError, ValueError):
     """A path class is unknown or mapped twice."""
+
+
+class DeviceError(DarefineError, RuntimeError):
+    """A device cannot be used, or its memory is too small."""
 
 
 class AnnotationError(DarefineError, ValueError):

@@ -111,8 +111,8 @@ def test_a_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         get_device_properties=lambda _: SimpleNamespace(total_memory=80 * 2**30),
         device_count=lambda: 2,
     )
-    forward = SimpleNamespace(choose_device=lambda _: SimpleNamespace(type="cuda"), choose_precision=lambda *_: "bf16")
-    fakes = {"torch": SimpleNamespace(cuda=cuda), "darefine_qupath.prediction.engine": forward}
+    devices = SimpleNamespace(choose_device=lambda _: SimpleNamespace(type="cuda"), choose_precision=lambda *_: "bf16")
+    fakes = {"torch": SimpleNamespace(cuda=cuda), "darefine_qupath.devices": devices}
     monkeypatch.setattr(doctor, "_load", fakes.__getitem__)
     assert finding("device") == Finding(
         name="device", state="ok", found="CUDA: NVIDIA H100, 80 GiB, bf16, 2 devices", advice=""

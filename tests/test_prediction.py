@@ -17,7 +17,7 @@ import pytest
 import torch
 from shapely.geometry import Point, box
 
-from darefine_qupath.errors import MissingMppError, PredictionError
+from darefine_qupath.errors import DeviceError, MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, predict_slide, read_score_map
@@ -540,7 +540,7 @@ def test_options_are_checked(settings: dict[str, object], message: str) -> None:
 
 def test_unusable_device_is_named(tmp_path: Path) -> None:
     options = PredictOptions(tissue=False, device="abacus")
-    with pytest.raises(PredictionError, match="Device 'abacus' cannot be used"):
+    with pytest.raises(DeviceError, match="Device 'abacus' cannot be used"):
         predict_slide(
             array_slide(tmp_path, blobs((99, 99))), checkpoint(ColorNetwork()), out=tmp_path / "m", options=options
         )

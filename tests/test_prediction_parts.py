@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rasterio._err import CPLE_AppDefinedError
 
 from darefine_qupath import prediction
+from darefine_qupath.devices import choose_device, choose_precision
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
@@ -39,8 +40,6 @@ from darefine_qupath.prediction.engine import (
     Engine,
     EngineSettings,
     choose_batch_size,
-    choose_device,
-    choose_precision,
 )
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.plan import MapGrid, Parent, plan_slide, with_overlap
@@ -405,6 +404,7 @@ def test_precision_follows_the_processor(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: flags[1], raising=False)
     assert choose_precision("auto", torch.device("cpu")) == precision
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    assert choose_precision("auto", torch.device("cpu"), training=True) == "fp32"
 
 
 def test_batches_are_smaller_for_larger_slices() -> None:

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from darefine_qupath.cli import main
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import TileError, TrainingError, TrainingStoppedError
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.training import RunFolder
 from darefine_qupath.training import distributed as distributed_module
-from darefine_qupath.training.distributed import ProcessGroup, join_process_group, resolve_device
+from darefine_qupath.training.distributed import ProcessGroup, join_process_group
 from tests.training_toy import toy_config, toy_data, toy_train
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ import os, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import TileError, TrainingStoppedError
 from darefine_qupath.training.distributed import join_world
 from tests.test_training_distributed import run
@@ -62,6 +64,7 @@ faulthandler.dump_traceback_later(100, exit=True)
 torch.set_num_threads(1)
 from pathlib import Path
 from types import SimpleNamespace
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import TrainingStoppedError
 from darefine_qupath.training import loop
 from tests.training_toy import toy_config, toy_train
@@ -271,5 +274,5 @@ def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_devices_by_name() -> None:
-    assert resolve_device("cpu").type == "cpu"
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")

@@ -28,7 +28,15 @@ from torch._dynamo.exc import TorchDynamoException
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
-from darefine_qupath.errors import CheckpointError, ModelError, TileError, TrainingError, TrainingStoppedError
+from darefine_qupath.devices import memory_advice
+from darefine_qupath.errors import (
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    TileError,
+    TrainingError,
+    TrainingStoppedError,
+)
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.tiles import TileSpec
@@ -43,7 +51,7 @@ from darefine_qupath.training import state as state_module
 from darefine_qupath.training.interrupt import stop_on_signals
 from darefine_qupath.training.loader import load_batches, num_workers, plan_epoch, plan_run
 from darefine_qupath.training.tile_dataset import TileDataset
-from darefine_qupath.training.train_step import compile_advice, memory_advice
+from darefine_qupath.training.train_step import compile_advice
 from tests.test_tiles_sampling import COUNTS, TILES, index_of
 from tests.training_toy import CLASSES, ToyReader, toy_config, toy_data, toy_model, toy_spec, toy_train
 
@@ -483,7 +491,7 @@ def test_out_of_memory_says_which_settings_to_change(
         raise error
 
     monkeypatch.setattr(loop_module.Stepper, "train_on", exhausted)
-    with pytest.raises(TrainingError, match=r"4 tiles of 32 px.*lower --batch-size.*input_px"):
+    with pytest.raises(DeviceError, match=r"Out of memory with 4 tiles of 32 px.*lower --batch-size.*input_px"):
         toy_train(tmp_path)
 
 
@@ -493,7 +501,7 @@ def test_a_compiler_that_is_not_there_is_one_line() -> None:
         raise TorchDynamoException("InvalidCxxCompiler: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
 
 
-@pytest.mark.parametrize("advice", [compile_advice, partial(memory_advice, 4, 32)], ids=["compile", "memory"])
+@pytest.mark.parametrize("advice", [compile_advice, partial(memory_advice, "")], ids=["compile", "memory"])
 def test_other_runtime_errors_stay_what_they_are(advice: Callable[[], AbstractContextManager[None]]) -> None:
     with pytest.raises(RuntimeError, match="something else"), advice():
         raise RuntimeError("something else")
@@ -607,9 +615,9 @@ def test_what_workers_die_of_is_one_line(bad: str, kind: type[Exception], messag
 
 
 def test_device_that_is_not_here(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="No device is called 'gpu'"):
+    with pytest.raises(DeviceError, match=r"Device 'gpu' cannot be used .*; try --device cpu"):
         toy_train(tmp_path, toy_config(device="gpu"))
-    with pytest.raises(TrainingError, match="torch sees"):
+    with pytest.raises(DeviceError, match="Device 'cuda:77' cannot be used"):
         toy_train(tmp_path, toy_config(device="cuda:77"))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from darefine_qupath.devices import sent
+from darefine_qupath.devices import to_device
 from darefine_qupath.errors import ModelError
 from darefine_qupath.limits import require_finite
 from darefine_qupath.models.registry import ENCODERS, FUSIONS, NETWORKS
@@ -181,7 +181,7 @@ class Normalization:
             raise ModelError(f"Expected RGB pixels of shape (B, 3, H, W) or (B, H, W, 3), got {tuple(image.shape)}")
         image_B3HW = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
         mean_311, scale_311 = (
-            sent(torch.tensor(values, dtype=torch.float32).mul_(255)[:, None, None], image.device)
+            to_device(torch.tensor(values, dtype=torch.float32).mul_(255)[:, None, None], image.device)
             for values in (self.mean, self.std)
         )
         return ((image_B3HW.to(torch.float32) - mean_311) / scale_311).to(dtype)
@@ -191,7 +191,7 @@ class Normalization:
         if self.context is None:
             return slice_B3HW
         mean_311, std_311, other_mean_311, other_std_311 = (
-            sent(torch.tensor(values, dtype=torch.float32)[:, None, None], slice_B3HW.device)
+            to_device(torch.tensor(values, dtype=torch.float32)[:, None, None], slice_B3HW.device)
             for values in (self.mean, self.std, self.context.mean, self.context.std)
         )
         return (slice_B3HW * std_311 + (mean_311 - other_mean_311)) / other_std_311

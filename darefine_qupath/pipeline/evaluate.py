@@ -11,6 +11,7 @@ import numpy as np
 
 from darefine_qupath.annotations import Annotation, by_annotators
 from darefine_qupath.classes import UNLABELLED_IGNORE, ClassMap
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import DarefineError, PredictionError
 from darefine_qupath.limits import wording
 from darefine_qupath.metrics import ConfusionMatrix
@@ -19,7 +20,6 @@ from darefine_qupath.pipeline.predict import PredictRequest, Report, given_mpp, 
 from darefine_qupath.pipeline.scoring import SlideScore, Unpredicted, score_context, score_slide, slide_size, truth_of
 from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images
 from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model, predict_many
-from darefine_qupath.prediction.engine import choose_device
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, image_titles, open_project
 from darefine_qupath.review import for_images

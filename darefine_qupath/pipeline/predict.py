@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.classes import IGNORE, ClassMap
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box
 from darefine_qupath.limits import wording
@@ -27,7 +28,6 @@ from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
 from darefine_qupath.prediction.cluster import SlideTask, load_model, predict_many
-from darefine_qupath.prediction.engine import choose_device
 from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.review import RunResult, WriteOptions, write_back

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from darefine_qupath.devices import full_float32, is_out_of_memory, sent
+from darefine_qupath.devices import DTYPES, autocast, is_out_of_memory, keep_freed_memory, to_device
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.models.blocks import fold_batch_norms
@@ -27,85 +25,22 @@ from darefine_qupath.prediction.blend import pooled_length, pooled_window
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from darefine_qupath.prediction.options import Precision
-
 __all__ = [
     "EncodedContext",
     "Engine",
     "EngineSettings",
     "SliceScores",
     "choose_batch_size",
-    "choose_device",
-    "choose_precision",
 ]
 
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PIXELS = 2 * 512**2
 _GPU_PIXELS = 32 * 512**2
 _LARGEST_BATCH = 256
 _SYMMETRIES = 8
-# Of malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def choose_device(device: str) -> torch.device:
-    """Device of a name; ``"auto"`` is CUDA, else MPS, else the CPU.
-
-    Raises
-    ------
-    PredictionError
-        If torch cannot use it.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PredictionError(f"Device {device!r} cannot be used ({reason}); try --device cpu") from None
-    return chosen
-
-
-def choose_precision(precision: Precision, device: torch.device) -> str:
-    """Precision that a device computes natively, where the user leaves it open.
-
-    Parameters
-    ----------
-    precision : {"auto", "fp32", "bf16", "fp16"}
-        The user's choice.
-    device : torch.device
-        Where the network runs.
-
-    Returns
-    -------
-    str
-        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-    """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; emulation is slower than float32."""
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    known = [check for check in checks if check is not None]
-    if known:
-        return any(check() for check in known)
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +172,7 @@ class Engine:
         self.uses_context = bool(getattr(getattr(model, "config", None), "uses_context", True))
         self.device = torch.device(settings.device)
         self._normalization = normalization
-        self._dtype = _DTYPES[settings.precision]
+        self._dtype = DTYPES[settings.precision]
         network: Any = model.eval().to(self.device)
         fold_batch_norms(network)
         for module in network.modules():
@@ -246,7 +181,7 @@ class Engine:
                 module.to(self._dtype)
         network = network.to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._encode: Callable[..., Any] = network.encode_context
         self._decode: Callable[..., Any] = network.decode
         if settings.compile:
@@ -275,7 +210,7 @@ class Engine:
         return [features for part in parts for features in part]
 
     def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[EncodedContext]:
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self._dtype):
             image_N3HW = self._upload(contexts, self._normalization.of_context)
             turned = [self._encode(_turn(image_N3HW, symmetry)) for symmetry in self._symmetries]
         return [
@@ -343,15 +278,15 @@ class Engine:
         contexts: Sequence[EncodedContext],
     ) -> tuple[Tensor, Tensor]:
         slices, index, boxes, phases = zip(*jobs, strict=True)
-        index_B = sent(torch.tensor(index), self.device)
-        box_B4 = sent(torch.from_numpy(np.stack(boxes)), self.device)
+        index_B = to_device(torch.tensor(index), self.device)
+        box_B4 = to_device(torch.from_numpy(np.stack(boxes)), self.device)
         with torch.inference_mode():
             slice_B3HW = self._upload(slices, self._normalization)
             scores: list[Tensor] = []
             finite_B = torch.ones(len(jobs), dtype=torch.bool, device=self.device)
             for number, symmetry in enumerate(self._symmetries):
                 shared = _stack([context.features[number] for context in contexts])
-                with self._autocast():
+                with autocast(self.device, self._dtype):
                     logits_BKHW = self._decode(
                         _turn(slice_B3HW, symmetry), shared, index_B, _turn_boxes(box_B4, symmetry)
                     )
@@ -363,13 +298,8 @@ class Engine:
             return (torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]), finite_B
 
     def _upload(self, images: Sequence[NDArray[np.uint8]], normalization: Normalization) -> Tensor:
-        image_B3HW = normalization.apply(sent(torch.from_numpy(np.stack(images)), self.device))
+        image_B3HW = normalization.apply(to_device(torch.from_numpy(np.stack(images)), self.device))
         return image_B3HW.contiguous(memory_format=torch.channels_last)
-
-    def _autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
-        if self._dtype is torch.float32:
-            return full_float32()
-        return torch.autocast(self.device.type, dtype=self._dtype)
 
     def _within_memory(self, run: Callable[[Sequence[Any]], Result], items: Sequence[Any]) -> list[Result]:
         """Run on as many items at once as the device's memory takes; on fewer from then on when it does not."""
@@ -394,21 +324,6 @@ class Engine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return results
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Ask the C library not to hand large blocks back: the system would clear their pages anew for every layer.
-
-    Does nothing where the library is not glibc.
-    """
-    try:
-        mallopt, is_glibc = ctypes.CDLL(None).mallopt, hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
-    except (AttributeError, OSError, TypeError):
-        return
-    if is_glibc:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _row(features: ContextFeatures, index: int) -> ContextFeatures:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from darefine_qupath.devices import Precision
 from darefine_qupath.errors import PredictionError
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Precision", "PredictOptions", "Progress"]
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+__all__ = ["PredictOptions", "Progress"]
 
 
 @dataclass(frozen=True, kw_only=True)

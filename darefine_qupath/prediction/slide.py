@@ -18,6 +18,7 @@ import numpy as np
 from darefine_qupath import __version__
 from darefine_qupath.checkpoint import Checkpoint, CheckpointHeader, load_checkpoint
 from darefine_qupath.classes import IGNORE
+from darefine_qupath.devices import choose_device, choose_precision
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box
 from darefine_qupath.models import box_within
@@ -29,8 +30,6 @@ from darefine_qupath.prediction.engine import (
     EngineSettings,
     SliceScores,
     choose_batch_size,
-    choose_device,
-    choose_precision,
 )
 from darefine_qupath.prediction.journal import Journal, JournalState
 from darefine_qupath.prediction.options import PredictOptions, Progress

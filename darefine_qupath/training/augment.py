@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from darefine_qupath.classes import IGNORE
-from darefine_qupath.devices import sent
+from darefine_qupath.devices import to_device
 from darefine_qupath.training.config import TrainConfig
 
 __all__ = ["AugmentationParams", "Batch", "apply_augmentation", "draw_augmentation"]
@@ -204,8 +204,8 @@ def _crop(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
     device = batch.boxes.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     box_B4 = batch.boxes.to(dtype)
-    side_B1 = sent(torch.tensor([[1 / draw.scale] for draw in draws], dtype=dtype), device)
-    place_B4 = sent(torch.tensor([draw.place for draw in draws], dtype=dtype), device)
+    side_B1 = to_device(torch.tensor([[1 / draw.scale] for draw in draws], dtype=dtype), device)
+    place_B4 = to_device(torch.tensor([draw.place for draw in draws], dtype=dtype), device)
     slice_at_B2 = place_B4[:, :2] * (1 - side_B1)
     size_B2 = box_B4[:, 2:] - box_B4[:, :2]
     near_B2 = box_B4[:, :2] + slice_at_B2 * size_B2
@@ -234,7 +234,7 @@ def _window(image_BCHW: Tensor, at_B2: Tensor, side_B1: Tensor, *, outside: int,
 
 def _recolor(image_B3HW: Tensor, draws: Sequence[AugmentationParams]) -> Tensor:
     device = image_B3HW.device
-    colors_B3 = sent(torch.tensor([draw.colors for draw in draws]), device)
+    colors_B3 = to_device(torch.tensor([draw.colors for draw in draws]), device)
     brightness_B111, contrast_B111, saturation_B111 = (1 + colors_B3).T[:, :, None, None, None]
     image_B3HW = _restain(image_B3HW.float(), torch.tensor([draw.stains for draw in draws]))
     gray_B1HW = image_B3HW.mean(dim=1, keepdim=True)
@@ -248,7 +248,7 @@ def _restain(image_B3HW: Tensor, change_B3: Tensor) -> Tensor:
     """Multiply the amount of each stain by ``1 + change``: one 3 x 3 matrix on optical densities; glass stays glass."""
     stains_33 = F.normalize(torch.tensor(_STAINS, dtype=torch.float64), dim=1)
     amounts_B33 = torch.diag_embed(1 + change_B3.double())
-    matrix_B33 = sent((torch.linalg.inv(stains_33) @ amounts_B33 @ stains_33).float(), image_B3HW.device)
+    matrix_B33 = to_device((torch.linalg.inv(stains_33) @ amounts_B33 @ stains_33).float(), image_B3HW.device)
     density_B3P = -torch.log((image_B3HW.flatten(2) + 1) / 256)
     restained_B3P = torch.exp(-torch.bmm(matrix_B33.transpose(1, 2), density_B3P))
     return (256 * restained_B3P - 1).reshape(image_B3HW.shape)

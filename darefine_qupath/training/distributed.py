@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import DarefineError, TrainingError, TrainingStoppedError
 from darefine_qupath.models import SegmentationNetwork
 
-__all__ = ["ProcessGroup", "join_process_group", "resolve_device"]
+__all__ = ["ProcessGroup", "join_process_group"]
 
 # The others wait while the first process cuts the tiles of a whole project.
 _COLLECTIVE_TIMEOUT = timedelta(hours=12)
@@ -143,48 +144,13 @@ class ProcessGroup:
         return DistributedDataParallel(network, device_ids=[self.device] if self.device.type == "cuda" else None)
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device of a setting.
-
-    Parameters
-    ----------
-    name : str
-        ``auto`` takes CUDA, then MPS, then the CPU; ``cuda`` takes the device of this process.
-    local_rank : int
-        Number of this process on its machine.
-
-    Returns
-    -------
-    torch.device
-
-    Raises
-    ------
-    TrainingError
-        If there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise TrainingError(f"No device is called {name!r}; use auto, cpu, cuda, cuda:0 or mps") from None
-    if name == "cuda":
-        device = torch.device("cuda", local_rank)
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
-    if (device.index or 0) >= count:
-        raise TrainingError(
-            f"Device {device} is not here: torch sees {count} {device.type} device(s); use --device cpu"
-        )
-    return device
-
-
 def join_process_group(device: str) -> ProcessGroup:
     """Join the processes that ``torchrun`` started; they stay joined until this process ends.
 
     Parameters
     ----------
     device : str
-        See `resolve_device`.
+        See `darefine_qupath.devices.choose_device`.
 
     Returns
     -------
@@ -194,7 +160,9 @@ def join_process_group(device: str) -> ProcessGroup:
     Raises
     ------
     TrainingError
-        If the environment is incomplete or the device is not there.
+        If the environment is incomplete.
+    DeviceError
+        If the device cannot be used.
     """
     try:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -203,7 +171,7 @@ def join_process_group(device: str) -> ProcessGroup:
         raise TrainingError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
     if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise TrainingError(f"Several processes cannot share {device}; with --device cuda each takes its own")
-    world = ProcessGroup(rank=rank, size=size, device=resolve_device(device, local_rank))
+    world = ProcessGroup(rank=rank, size=size, device=choose_device(device, local_rank=local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not distributed.is_initialized():

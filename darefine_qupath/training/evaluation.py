@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from darefine_qupath.classes import IGNORE
+from darefine_qupath.devices import autocast
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import Normalization, SegmentationNetwork
 from darefine_qupath.training.augment import WHITE
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.loader import BatchPlan, TileData, load_batches
-from darefine_qupath.training.train_step import autocast
 
 __all__ = ["ContextMode", "evaluate"]
 

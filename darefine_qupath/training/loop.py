@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from darefine_qupath.checkpoint import Checkpoint, environment, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
+from darefine_qupath.devices import memory_advice
 from darefine_qupath.errors import TrainingError, TrainingStoppedError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model
@@ -41,7 +42,7 @@ from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 from darefine_qupath.training.schedule import learning_rate_factor
 from darefine_qupath.training.state import Counters, load_state, read_trained, save_state
-from darefine_qupath.training.train_step import StepOutcome, Stepper, memory_advice
+from darefine_qupath.training.train_step import StepOutcome, Stepper
 
 __all__ = ["TrainResult", "train"]
 
@@ -322,11 +323,12 @@ class _Run:
         elif is_save_due:
             self._save_state()
 
-    @contextmanager
-    def _memory_advice(self) -> Iterator[None]:
+    def _memory_advice(self) -> AbstractContextManager[None]:
         at_once = math.ceil(self.config.batch_size / self.world.size / self.config.accumulate)
-        with memory_advice(at_once, self.settings.tiles.input_px):
-            yield
+        return memory_advice(
+            f"with {at_once} tiles of {self.settings.tiles.input_px} px at once: lower --batch-size (or raise "
+            f"accumulate, which cuts a batch into parts), or lower the tile size, input_px"
+        )
 
     def _look_back(self) -> None:
         """Wait for the step under way, count its loss, report; note whether a process was asked to stop."""

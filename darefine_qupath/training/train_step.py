@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from darefine_qupath.devices import full_float32, is_out_of_memory
+from darefine_qupath.devices import DTYPES, autocast, choose_precision, full_float32
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import Normalization, SegmentationNetwork
 from darefine_qupath.training.augment import AugmentationParams, Batch, apply_augmentation
@@ -23,10 +23,9 @@ from darefine_qupath.training.initialize import FrozenNorms
 from darefine_qupath.training.losses import SegmentationLoss
 from darefine_qupath.training.schedule import build_optimizer, set_learning_rates
 
-__all__ = ["StepOutcome", "Stepper", "autocast", "compile_advice", "memory_advice", "resolve_precision"]
+__all__ = ["StepOutcome", "Stepper", "compile_advice"]
 
 _SMALLEST_SCALE = 2.0**-10
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepOutcome(NamedTuple):
@@ -51,47 +50,6 @@ class StepOutcome(NamedTuple):
     num_stops: Tensor
     num_saves: Tensor
     learning_rate: float
-
-
-def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Type that convolutions compute in; ``auto`` means bf16 or fp16 on CUDA and float32 elsewhere."""
-    if config.precision != "auto":
-        return _DTYPES[config.precision]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Context in which convolutions compute in `dtype`; float32 is float32, not TF32."""
-    return full_float32() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-@contextmanager
-def memory_advice(batch_size: int, input_px: int) -> Iterator[None]:
-    """Turn an out-of-memory error into one that says what to change.
-
-    Parameters
-    ----------
-    batch_size : int
-        Tiles that are on the device at once.
-    input_px : int
-        Side of a tile.
-
-    Raises
-    ------
-    TrainingError
-        In the place of torch's error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"Out of memory with {batch_size} tiles of {input_px} px at once: lower --batch-size (or raise accumulate, "
-            f"which cuts a batch into parts), or lower the tile size, input_px"
-        ) from error
 
 
 @contextmanager
@@ -158,7 +116,7 @@ class Stepper:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.network: SegmentationNetwork = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.network.expect(normalization)
-        self.dtype = resolve_precision(config, world.device)
+        self.dtype = DTYPES[choose_precision(config.precision, world.device, training=True)]
         self.optimizer = build_optimizer(self.network, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.loss = SegmentationLoss(config, class_weights).to(world.device)
