@@ -1,4 +1,4 @@
-"""Annotation files of every format, small and whole: what ``scripts/fuzz`` and its slice in the tests damage."""
+"""Annotation files of every format, small and whole, for ``scripts/check/fuzz.py`` and its slice in the tests."""
 
 from __future__ import annotations
 

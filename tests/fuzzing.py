@@ -1,4 +1,4 @@
-"""Damage for files of all kinds: the same for a seeded slice in the tests and for ``scripts/fuzz``."""
+"""Damage for files of all kinds: the same for a seeded slice in the tests and for ``scripts/check/fuzz.py``."""
 
 from __future__ import annotations
 

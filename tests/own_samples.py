@@ -1,4 +1,4 @@
-"""Files that darefine itself writes, damaged: for ``scripts/fuzz``."""
+"""Files that darefine itself writes, damaged: for ``scripts/check/fuzz.py``."""
 
 from __future__ import annotations
 

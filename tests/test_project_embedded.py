@@ -352,7 +352,7 @@ def test_a_limit_of_the_system_leaves_the_project_as_it_was(project: EmbeddedPro
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 def test_a_killed_write_leaves_the_old_state_or_the_new() -> None:
-    script = ROOT / "scripts" / "crash_project"
+    script = ROOT / "scripts" / "check" / "kills.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "20", "--seed", "3"], capture_output=True, text=True, check=False
     )
@@ -362,7 +362,7 @@ def test_a_killed_write_leaves_the_old_state_or_the_new() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 def test_a_killed_command_goes_on() -> None:
-    arguments = [str(ROOT / "scripts" / "crash_project"), "--commands", "import", "tiles", "--kills", "6"]
+    arguments = [str(ROOT / "scripts" / "check" / "kills.py"), "--commands", "import", "tiles", "--kills", "6"]
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills: the project opened each time" in done.stdout

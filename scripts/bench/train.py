@@ -5,7 +5,7 @@
 ``step``  tiles per second of whole optimiser steps, augmentation included, in plain float32 (never TF32) and in every
           faster way this device has; peak memory, and the fraction of the matrix-product peak measured beside it
 
-Usage: scripts/bench_train [--device cuda] [--encoder resnet50] [--size 500] [--batch 12] [--width 256] [--json]
+Usage: scripts/bench/train.py [--device cuda] [--encoder resnet50] [--size 500] [--batch 12] [--width 256] [--json]
 
 Without a GPU the defaults are ResNet-18, width 64, and tiles of 128 px. On a CPU, times are of the clock, and other
 work on the machine shows; the processor time of a step stands beside them, and fractions of the peak go by it. Memory
@@ -27,24 +27,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.demo import CLASSES, draw_slide
-from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.devices import DTYPES, choose_device, choose_precision, full_float32
+from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
-from darefine_qupath.training.tile_dataset import TileDataset
 from darefine_qupath.tiles.sources import SlideReader, TileReader, TileSource
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import draw_augmentation
-from darefine_qupath.training.loader import LoadedBatch, BatchPlan, load_batches, num_workers, plan_epoch
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.initialize import FrozenNorms, initial_network
+from darefine_qupath.training.loader import BatchPlan, LoadedBatch, load_batches, num_workers, plan_epoch
+from darefine_qupath.training.tile_dataset import TileDataset
 from darefine_qupath.training.train_step import Stepper
 
 PLAIN = "plain fp32"
@@ -161,7 +161,7 @@ def ways(base: TrainConfig, device: torch.device, *, low: bool, compiled: bool) 
     found = {PLAIN: plain, name: fast}
     if low:
         chosen = choose_precision(base.precision, device, training=True)
-        precision = "fp16" if chosen == "fp16" else "bf16"
+        precision: Literal["fp16", "bf16"] = "fp16" if chosen == "fp16" else "bf16"
         fast, name = replace(fast, precision=precision), f"{precision}, channels last"
         found[name] = fast
     if compiled:
@@ -233,7 +233,7 @@ def count_flops(step: Callable[[], object]) -> int:
     """
     with FlopCounterMode(display=False) as counter:
         step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def synchronise(device: torch.device) -> None:

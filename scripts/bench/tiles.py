@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tiles per second of a slide in the paper's geometry, beside plain OpenSlide reading the slices alone.
 
-Usage: scripts/bench_tiles SLIDE [--project PROJECT] [--parents 4] [--rounds 3] [--wall] [--tiatoolbox PYTHON]
+Usage: scripts/bench/tiles.py SLIDE [--project PROJECT] [--parents 4] [--rounds 3] [--wall] [--tiatoolbox PYTHON]
 
 Slices of 1000 px every 500 px inside contexts of 5000 px, both as 500 px; the same slices in every way, one way after
 the other in every round; medians. Annotations are the project's, or a generated one. Per second of processor time of
@@ -65,7 +65,7 @@ def source_of(slide: Path, project: Path | None) -> tuple[TileSource, ClassMap]:
         angle = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
         radius = 0.35 * min(width, height) * (1 + 0.1 * np.sin(9 * angle) + 0.01 * np.sin(200 * angle))
         ring = np.column_stack([width / 2 + radius * np.cos(angle), height / 2 + radius * np.sin(angle)])
-        notes = (Annotation(geometry=shapely.Polygon(ring), path_class="Tumor"),)
+        notes: tuple[Annotation, ...] = (Annotation(geometry=shapely.Polygon(ring), path_class="Tumor"),)
         return TileSource(id="1", name=slide.name, path=slide, annotations=notes), _classes(("Normal", "Tumor"))
     with open_project(project, engine="embedded") as opened:
         entry = next(image for image in opened.images if image.path is not None and image.path.name == slide.name)

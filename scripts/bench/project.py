@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure opening, reading and writing QuPath projects: processor time beyond interpreter start, and peak memory.
 
-    scripts/bench_project [--runs 5] [--scales 1 4 16] [--big PROJECT]
+    scripts/bench/project.py [--runs 5] [--scales 1 4 16] [--big PROJECT]
 
 ``annotated``  open and read a small project with every kind of object, imports and all
 ``read``       the same with 20,000 detections and 500 polygons of 200 vertices (``big``), and 4 and 16 times that
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from uuid import UUID
 
-DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "qupath" / "qupath-0.6.0"
+DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "qupath" / "qupath-0.6.0"
 MIB = 1 << 20
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Look for seams: is a trained model wrong more often near the borders of slices and contexts than elsewhere.
 
-Usage: scripts/check_seams MODEL [--seeds 1 2 3 4 5 6] [--distance 20]
+Usage: scripts/check/seams.py MODEL [--seeds 1 2 3 4 5 6] [--distance 20]
 
 On generated slides, and on slides of the same kind with no tumour, whose truth is one class throughout. Ends with 1
 when the error near borders is more than a tenth above that elsewhere. What lies near a border is chance as well: the
@@ -91,7 +91,7 @@ def errors(
     labels = found.read("class")
     painter = LabelPainter(truth, replace(checkpoint.classes, unlabelled="Normal"))
     known = labels != IGNORE
-    wrong = (labels != painter.paint(found.box, tuple(found.size))) & known
+    wrong = (labels != painter.paint(found.box, (found.size.width, found.size.height))) & known
     return wrong, known
 
 

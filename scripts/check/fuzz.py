@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Damage the files of real projects in thousands of ways; each must be read, or refused with its name and place.
 
-    scripts/fuzz [--cases 20000] [--seed 0] [--memory 512] [--seconds 5] [--only qpdata|qpproj|server|exchange|own]
+    scripts/check/fuzz.py [--cases 20000] [--seed 0] [--memory 512] [--seconds 5]
+                          [--only qpdata|qpproj|server|exchange|own]
 
 Workers may grow by ``--memory`` MiB over what Python and its libraries take; a case that takes longer than
-``--seconds`` of processor time, crashes the worker, or raises anything but a project error is a failure, and is printed with its number:
-``--first N --cases 1`` does it again.
+``--seconds`` of processor time, crashes the worker, or raises anything but a project error is a failure, and is
+printed with its number: ``--first N --cases 1`` does it again.
 
 Nobody reads ``server.json``, QuPath as little as darefine: the same server stands in ``project.qpproj``, and that copy
 counts. So a damaged one is tried twice: beside a sound project, which must read as ever, and then in its place there.
 
-Annotation files of other programs ("exchange") are those of ``tests/exchange_samples.py``, packed ones damaged inside too; those
-that darefine itself writes ("own": model files, settings, score maps, runs, datasets) are of ``tests/own_samples.py``.
-Bytes are flipped, moved and cut; JSON and XML also lose, double and nest their parts, and get values of every odd kind.
+Annotation files of other programs ("exchange") are those of ``tests/exchange_samples.py``, packed ones damaged inside
+too; those that darefine itself writes ("own": model files, settings, score maps, runs, datasets) are of
+``tests/own_samples.py``. Bytes are flipped, moved and cut; JSON and XML also lose, double and nest their parts, and
+get values of every odd kind.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from pathlib import Path
 
 import shapely
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from darefine_qupath.annotations import Annotation  # noqa: E402
 from darefine_qupath.errors import AnnotationError, ProjectError, ProjectFormatError  # noqa: E402
-from darefine_qupath.project import Changes, open_project, qpdata  # noqa: E402
 from darefine_qupath.javaserial.decode import decode  # noqa: E402
 from darefine_qupath.javaserial.encode import encode  # noqa: E402
+from darefine_qupath.project import Changes, open_project, qpdata  # noqa: E402
 from tests.exchange_samples import SAMPLES, packed_mutant, try_exchange  # noqa: E402
 from tests.fuzzing import mutated  # noqa: E402
 from tests.own_samples import NAMES, own_mutant, prepare, try_own  # noqa: E402

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Kill darefine with SIGKILL at random moments, and look at the project each time.
 
-    scripts/crash_project [--kills 200] [--seed 0] [PROJECT]
-    scripts/crash_project --commands [NAME ...] [--kills 60] [--seed 0]
+    scripts/check/kills.py [--kills 200] [--seed 0] [PROJECT]
+    scripts/check/kills.py --commands [NAME ...] [--kills 60] [--seed 0]
 
 The first kills single writes. PROJECT is copied first (by default one of the test projects). After every kill the
 project must open with the state before the write or the state after it, hold no file that QuPath would take for its
@@ -40,7 +40,7 @@ from darefine_qupath import cli
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.project import Changes, Project, list_backups, open_project
 
-DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "qupath"
+DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "qupath"
 OWN = [
     Annotation(
         id=UUID(int=10_000 + number),
@@ -170,7 +170,7 @@ def kill_once(folder: Path, name: str, delay: float) -> str:
 
 # -- whole commands
 
-TINY = Path(__file__).resolve().parents[1] / "projects" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "projects" / "tiny"
 TRAINING = ["--epochs=2", "--set=samples_per_epoch=16", "--width=8", "--encoder-weights=none", "--device=cpu"]
 
 
@@ -269,7 +269,7 @@ def temporary_files(place: Place) -> set[str]:
 
 
 def make_places(scratch: Path, names: Sequence[str]) -> dict[str, Place]:
-    """Make what the commands start from: a project, perhaps a model and a project with predictions, a file to import."""
+    """Make what the commands start from: a project, a file to import, perhaps a model and predictions."""
     plain = Place(scratch / "plain")
     shutil.copytree(TINY, plain.project)
     boxes = [shapely.box(30 * number, 20, 30 * number + 25, 300) for number in range(20)]

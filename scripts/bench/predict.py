@@ -32,7 +32,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from unittest import mock
 
 import numpy as np
@@ -120,7 +120,8 @@ def forward(args: argparse.Namespace) -> dict[str, Any]:
 
     def plain() -> Tensor:
         with torch.inference_mode():
-            return network(image, around).softmax(1)
+            logits: Tensor = network(image, around)
+            return logits.softmax(1)
 
     results: dict[str, Any] = {
         "slices": args.slices,
@@ -210,7 +211,8 @@ def context_share(network: SegmentationNetwork, image: Tensor, around: Tensor) -
         features = network.encode_context(around)
     with torch.inference_mode(), FlopCounterMode(display=False) as rest:
         network.decode(image, features)
-    return context.get_total_flops() / (context.get_total_flops() + rest.get_total_flops())
+    share: float = context.get_total_flops() / (context.get_total_flops() + rest.get_total_flops())
+    return share
 
 
 def shared(args: argparse.Namespace) -> dict[str, Any]:
@@ -290,7 +292,7 @@ def labels(args: argparse.Namespace) -> dict[str, Any]:
     maps = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
-            options = PredictOptions(device="cpu", precision=kind, resume=False, workers=args.workers)
+            options = PredictOptions(device="cpu", precision=cast("Any", kind), resume=False, workers=args.workers)
             maps[kind] = predict_slide(args.slide, args.model, out=Path(folder) / kind, options=options).read("class")
     seen = maps["fp32"] != IGNORE
     return {
@@ -506,8 +508,8 @@ _OURS = (
     _POINTWISE
     + """
 import shapely
-from darefine_qupath.models import ContextFeatures, Normalisation
-from darefine_qupath.polygons import vectorise
+from darefine_qupath.models import ContextFeatures, Normalization
+from darefine_qupath.polygons import vectorize
 from darefine_qupath.prediction import PredictOptions, predict_slide
 from darefine_qupath.tiles import TileSpec
 
@@ -529,7 +531,7 @@ class Pointwise(torch.nn.Module):
 
 
 model = namespace["checkpoint"](Pointwise(), TileSpec.paper())
-model.normalisation = Normalisation(mean=(0, 0, 0), std=(1, 1, 1))
+model.normalization = Normalization(mean=(0, 0, 0), std=(1, 1, 1))
 stride, smallest = int(sys.argv[5]), float(sys.argv[6])
 start, busy = time.perf_counter(), time.process_time()
 options = PredictOptions(device="cpu", precision="fp32", tissue=False, resume=False, overlap=0.5, map_stride=stride)
@@ -537,7 +539,7 @@ found = predict_slide(slide, model, out=out, options=options)
 features = []
 if kind == "polygons":
     layers = {name: (lambda window, name=name: found.read(name, window)) for name in ("class", "confidence")}
-    polygons = vectorise(
+    polygons = vectorize(
         layers["class"], box=found.box, size=found.size, mpp=found.mpp, min_area_um2=smallest,
         confidence=layers["confidence"],
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Regions per second of a slide: plain OpenSlide, plain fastslide, and what darefine reads them with.
 
-Usage: scripts/bench_slides SLIDE [--regions 60] [--seed 0] [--wall]
+Usage: scripts/bench/slides.py SLIDE [--regions 60] [--seed 0] [--wall]
 
 Each way reads the same places in turn; medians. Per second of processor time, all threads together, which other work
 on the machine does not change much; with --wall per second of the clock.
