@@ -279,8 +279,8 @@ def finish(report: dict[str, Any]) -> None:
 def table(report: dict[str, Any]) -> str:
     """Lay out the report for people."""
     lines = [
-        f"{report['device']}, {report['cores']} cores, torch {report['torch']}; tiles of {report['input_px']} px, batch "
-        f"{report['batch']}, {report['workers']} workers",
+        f"{report['device']}, {report['cores']} cores, torch {report['torch']}; tiles of {report['input_px']} px, "
+        f"batch {report['batch']}, {report['workers']} workers",
         "",
         f"{'data':<32}{'tiles/s':>9}{'x fastest step':>16}",
         *(f"{name:<32}{rate:>9.1f}{report['data_over_step'][name]:>16.2f}" for name, rate in report["data"].items()),
