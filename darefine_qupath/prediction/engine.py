@@ -20,6 +20,7 @@ from darefine_qupath.devices import DTYPES, autocast, is_out_of_memory, keep_fre
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.models.blocks import fold_batch_norms
+from darefine_qupath.models.symmetries import SYMMETRIES, restore_image, transform_boxes, transform_image
 from darefine_qupath.prediction.blend import pooled_length, pooled_window
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ Result = TypeVar("Result")
 _CPU_PIXELS = 2 * 512**2
 _GPU_PIXELS = 32 * 512**2
 _LARGEST_BATCH = 256
-_SYMMETRIES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ class Engine:
         self._decode: Callable[..., Any] = network.decode
         if settings.compile:
             self._encode, self._decode = torch.compile(self._encode), torch.compile(self._decode)
-        self._symmetries = tuple(range(_SYMMETRIES)) if settings.tta else (0,)
+        self._symmetries = SYMMETRIES if settings.tta else (0,)
 
     @property
     def no_context(self) -> EncodedContext:
@@ -212,7 +212,7 @@ class Engine:
     def _encode_batch(self, contexts: Sequence[NDArray[np.uint8]]) -> list[EncodedContext]:
         with torch.inference_mode(), autocast(self.device, self._dtype):
             image_N3HW = self._upload(contexts, self._normalization.of_context)
-            turned = [self._encode(_turn(image_N3HW, symmetry)) for symmetry in self._symmetries]
+            turned = [self._encode(transform_image(image_N3HW, symmetry)) for symmetry in self._symmetries]
         return [
             EncodedContext(tuple(_row(features, index) for features in turned), pixels)
             for index, pixels in enumerate(contexts)
@@ -288,10 +288,10 @@ class Engine:
                 shared = _stack([context.features[number] for context in contexts])
                 with autocast(self.device, self._dtype):
                     logits_BKHW = self._decode(
-                        _turn(slice_B3HW, symmetry), shared, index_B, _turn_boxes(box_B4, symmetry)
+                        transform_image(slice_B3HW, symmetry), shared, index_B, transform_boxes(box_B4, symmetry)
                     )
                 # Averaged before the softmax: the logits are interpolated from about that resolution anyway.
-                pooled_BKhw = _pool(_turn_back(logits_BKHW.float(), symmetry), phases, self.settings.map_stride)
+                pooled_BKhw = _pool(restore_image(logits_BKHW.float(), symmetry), phases, self.settings.map_stride)
                 # Before the softmax, which hides an infinity. Nobody waits for the answer yet.
                 finite_B &= pooled_BKhw.isfinite().flatten(1).all(1)
                 scores.append(pooled_BKhw.softmax(1))
@@ -339,29 +339,6 @@ def _stack(rows: Sequence[ContextFeatures]) -> ContextFeatures:
     maps = zip(*(row.maps for row in rows), strict=True)
     pooled = zip(*(row.pooled for row in rows), strict=True)
     return ContextFeatures(tuple(map(torch.cat, maps)), tuple(map(torch.cat, pooled)))
-
-
-def _turn(image_BCHW: Tensor, symmetry: int) -> Tensor:
-    """Apply one of the eight symmetries of the square: quarter turns, and a mirror for the last four."""
-    if symmetry >= 4:
-        image_BCHW = image_BCHW.flip(-1)
-    return torch.rot90(image_BCHW, symmetry % 4, (-2, -1)) if symmetry % 4 else image_BCHW
-
-
-def _turn_back(image_BCHW: Tensor, symmetry: int) -> Tensor:
-    if symmetry % 4:
-        image_BCHW = torch.rot90(image_BCHW, -(symmetry % 4), (-2, -1))
-    return image_BCHW.flip(-1) if symmetry >= 4 else image_BCHW
-
-
-def _turn_boxes(box_B4: Tensor, symmetry: int) -> Tensor:
-    left, top, right, bottom = box_B4.unbind(1)
-    if symmetry >= 4:
-        left, right = 1 - right, 1 - left
-    for _ in range(symmetry % 4):
-        # A quarter turn counter-clockwise: what was at x is at 1 - x from the top.
-        left, top, right, bottom = top, 1 - right, bottom, 1 - left
-    return torch.stack([left, top, right, bottom], 1)
 
 
 def _pool(logits_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:

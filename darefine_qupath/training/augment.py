@@ -10,7 +10,7 @@ Shapes: B tiles, H and W pixels of the slice, h and w pixels of the context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.devices import to_device
+from darefine_qupath.models.symmetries import transform_boxes, transform_image
 from darefine_qupath.training.config import TrainConfig
 
 __all__ = ["AugmentationParams", "Batch", "apply_augmentation", "draw_augmentation"]
@@ -84,7 +85,7 @@ class AugmentationParams:
     Attributes
     ----------
     symmetry : int
-        0 to 7: bit 0 flips left-right, bit 1 up-down, bit 2 then swaps rows and columns.
+        See `darefine_qupath.models.symmetries`.
     scale : float
         Magnification of slice and context.
     place : tuple of float
@@ -154,7 +155,7 @@ def apply_augmentation(batch: Batch, draws: Sequence[AugmentationParams]) -> Bat
         Of the same shapes, on the same device.
     """
     if any(draw.symmetry for draw in draws):
-        batch = _turn(batch, [draw.symmetry for draw in draws])
+        batch = _transform(batch, [draw.symmetry for draw in draws])
     if any(draw.scale != 1 for draw in draws):
         batch = _crop(batch, draws)
     if any(any(draw.stains) or any(draw.colors) for draw in draws):
@@ -169,34 +170,16 @@ def apply_augmentation(batch: Batch, draws: Sequence[AugmentationParams]) -> Bat
     return batch
 
 
-def _turn(batch: Batch, symmetries: Sequence[int]) -> Batch:
+def _transform(batch: Batch, symmetries: Sequence[int]) -> Batch:
+    def each(change: Callable[[Tensor, int], Tensor], items_B: Tensor) -> Tensor:
+        return torch.stack([change(item, symmetry) for item, symmetry in zip(items_B, symmetries, strict=True)])
+
     return Batch(
-        slices=_turn_images(batch.slices, symmetries),
-        contexts=_turn_images(batch.contexts, symmetries),
-        masks=_turn_images(batch.masks, symmetries),
-        boxes=torch.stack(
-            [_turn_box(box_4, symmetry) for box_4, symmetry in zip(batch.boxes, symmetries, strict=True)]
-        ),
+        slices=each(transform_image, batch.slices),
+        contexts=each(transform_image, batch.contexts),
+        masks=each(transform_image, batch.masks),
+        boxes=each(transform_boxes, batch.boxes),
     )
-
-
-def _turn_images(images_BHW: Tensor, symmetries: Sequence[int]) -> Tensor:
-    return torch.stack([_turn_image(image, symmetry) for image, symmetry in zip(images_BHW, symmetries, strict=True)])
-
-
-def _turn_image(image_HW: Tensor, symmetry: int) -> Tensor:
-    flips = [axis for bit, axis in ((1, -1), (2, -2)) if symmetry & bit]
-    image_HW = image_HW.flip(flips) if flips else image_HW
-    return image_HW.transpose(-1, -2) if symmetry & 4 else image_HW
-
-
-def _turn_box(box_4: Tensor, symmetry: int) -> Tensor:
-    left, top, right, bottom = box_4
-    if symmetry & 1:
-        left, right = 1 - right, 1 - left
-    if symmetry & 2:
-        top, bottom = 1 - bottom, 1 - top
-    return torch.stack([top, left, bottom, right] if symmetry & 4 else [left, top, right, bottom])
 
 
 def _crop(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
