@@ -31,7 +31,7 @@ from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, spoken
 from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model
 from darefine_qupath.models.onnx import export_network
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 __all__ = [
     "FORMAT",

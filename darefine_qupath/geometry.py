@@ -170,16 +170,6 @@ class Box:
         """Return the box with `margin` pixels more on every side."""
         return Box(self.x - margin, self.y - margin, self.width + 2 * margin, self.height + 2 * margin)
 
-    def centred(self, width: int, height: int) -> Box:
-        """Box of the given size with the same centre (rounded up-left where the sizes differ by an odd number)."""
-        return Box(self.x + (self.width - width) // 2, self.y + (self.height - height) // 2, width, height)
-
-    def around(self, factor: float) -> Box:
-        """Box with the same centre, at least `factor` times as large; grows outwards to whole pixels."""
-        grow_x = math.ceil(self.width * (factor - 1) / 2)
-        grow_y = math.ceil(self.height * (factor - 1) / 2)
-        return Box(self.x - grow_x, self.y - grow_y, self.width + 2 * grow_x, self.height + 2 * grow_y)
-
     def intersection(self, other: Box) -> Box | None:
         """Return the common part, or None where there is none."""
         left, top = max(self.x, other.x), max(self.y, other.y)

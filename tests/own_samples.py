@@ -27,8 +27,8 @@ from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.project import open_project
 from darefine_qupath.review import list_runs
 from darefine_qupath.review.runs import Run, RunObject, save_run
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.dataset import FORMAT, VERSION, DatasetReader, load_index
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 from darefine_qupath.training.state import read_trained

@@ -30,7 +30,7 @@ from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, SlideTask, predict_slide
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 COLORS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
 CLASSES = ClassMap(names=("A", "B", "C"))

@@ -33,7 +33,7 @@ from darefine_qupath.checkpoint import (
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError
 from darefine_qupath.models import ModelConfig, Normalization, build_model
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from tests.conftest import Run
 from tests.stored_logits import BOX_B4, image, seeded_state
 

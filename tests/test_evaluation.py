@@ -34,7 +34,7 @@ from darefine_qupath.prediction.scoremap import write_score_map
 from darefine_qupath.project import ImageEntry, open_project
 from darefine_qupath.review import WriteOptions
 from darefine_qupath.slides import TissueMask, file_digest
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 OPTIONS = PredictOptions(device="cpu", precision="fp32", workers=1)

@@ -62,24 +62,6 @@ def test_shift_and_grow_undo_themselves(box: Box, dx: int, dy: int, margin: int)
     assert box.grow(margin).contains(box)
 
 
-@given(BOXES, SIDE, SIDE)
-@properties
-def test_centred_keeps_the_centre_to_half_a_pixel(box: Box, width: int, height: int) -> None:
-    other = box.centred(width, height)
-    assert other.size == (width, height)
-    assert 0 <= (2 * box.x + box.width) - (2 * other.x + other.width) <= 1
-    assert 0 <= (2 * box.y + box.height) - (2 * other.y + other.height) <= 1
-
-
-@given(BOXES, st.floats(1, 16))
-@properties
-def test_around_keeps_the_centre(box: Box, factor: float) -> None:
-    outer = box.around(factor)
-    assert (2 * outer.x + outer.width, 2 * outer.y + outer.height) == (2 * box.x + box.width, 2 * box.y + box.height)
-    assert outer.width >= box.width * factor - 1e-6
-    assert outer.width < box.width * factor + 2 + 1e-6
-
-
 @given(BOXES, BOXES)
 @properties
 def test_intersection_is_what_both_contain(one: Box, other: Box) -> None:

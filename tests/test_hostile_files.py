@@ -26,8 +26,8 @@ from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.dataset import FORMAT, VERSION, DatasetReader, load_index
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.runfolder import RunSettings, read_run
 from darefine_qupath.training.state import load_state, read_trained

@@ -41,10 +41,10 @@ from darefine_qupath.pipeline.tiles import TileRequest
 from darefine_qupath.pipeline.train import Folds, resume_training, train_on_project
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import open_project
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
 from darefine_qupath.training import RunSettings, TrainResult
 from darefine_qupath.training.loader import BatchPlan, load_batches

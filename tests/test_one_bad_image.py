@@ -26,7 +26,7 @@ from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.project import Project, open_project
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from tests.conftest import DATA, Run
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"

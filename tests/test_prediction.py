@@ -25,7 +25,7 @@ from darefine_qupath.prediction import slide as prediction_slide
 from darefine_qupath.prediction.plan import SlidePlan
 from darefine_qupath.prediction.slide import fingerprint
 from darefine_qupath.slides import TissueMask
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import COLORS, SPEC, ArraySlide, ColorNetwork, array_slide, blobs, checkpoint
 
 OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", map_stride=1)

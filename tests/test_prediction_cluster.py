@@ -22,7 +22,7 @@ from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.prediction import PredictOptions, Progress, SlideTask, predict_many
 from darefine_qupath.prediction import cluster as clusters
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import array_slide, blobs, run_slowly
 
 OPTIONS = PredictOptions(tissue=False, device="cpu", precision="fp32", batch_size=4, workers=1)

@@ -47,7 +47,8 @@ from darefine_qupath.prediction.reading import Batch, BatchPixels, batches, read
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.slides import TissueMask
-from darefine_qupath.tiles import TileSpec, plan_tiles
+from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import CLASSES, SPEC, ColorNetwork, array_slide, blobs, checkpoint
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)

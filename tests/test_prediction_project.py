@@ -21,7 +21,7 @@ from darefine_qupath.pipeline.predict import PredictRequest, predict_project
 from darefine_qupath.prediction import PredictOptions, Progress
 from darefine_qupath.project import open_project
 from darefine_qupath.review import WriteOptions
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 OPTIONS = PredictOptions(device="cpu", precision="fp32", workers=1)

@@ -15,9 +15,10 @@ from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.slides import open_slide
 from darefine_qupath.slides.sources import OpenSlideSource
-from darefine_qupath.tiles import PixelSpec, TilePair, read_pair
+from darefine_qupath.tiles.plan import TilePair
 from darefine_qupath.tiles.sources import paint_mask
-from tests.tile_slides import area_means, ramps, write_pyramid
+from darefine_qupath.tiles.spec import PixelSpec
+from tests.tile_slides import area_means, centered, ramps, read_pair, write_pyramid
 
 # The pyramids below are cut short: 803 x 607, 401 x 303, 200 x 151 are downsamples of 2.003 and 4.015 and more.
 SIZE = Size(803, 607)
@@ -68,7 +69,7 @@ def assert_shows(found: np.ndarray, pixels: np.ndarray, box: Box, origin: tuple[
 def test_slice_and_context_show_their_place(path: Path, reader: str, downsample: float, data: st.DataObject) -> None:
     side = SLICE_PX[downsample]
     box = Box(data.draw(st.integers(1 - side, SIZE[0] - 1)), data.draw(st.integers(1 - side, SIZE[1] - 1)), side, side)
-    pair = TilePair(box, box.centred(5 * side, 5 * side))
+    pair = TilePair(box, centered(box, (5 * side, 5 * side)))
     with open_slide(path, reader=reader) as slide:
         found = read_pair(slide, pair, spec_for(side))
     assert_shows(found.slice, RAMPS, pair.slice)
@@ -80,7 +81,7 @@ def test_slice_and_context_show_their_place(path: Path, reader: str, downsample:
 @properties
 def test_with_bounds_every_place_counts_from_their_corner(path: Path, downsample: float, x: int, y: int) -> None:
     side = SLICE_PX[downsample]
-    pair = TilePair(Box(x, y, side, side), Box(x, y, side, side).centred(2 * side, 2 * side))
+    pair = TilePair(Box(x, y, side, side), centered(Box(x, y, side, side), (2 * side, 2 * side)))
     cropped = RAMPS[BOUNDS.y : BOUNDS.bottom, BOUNDS.x : BOUNDS.right]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("darefine_qupath.slides.sources._bounds", lambda *_: BOUNDS)
@@ -117,7 +118,7 @@ def test_a_mask_is_dark_where_its_slice_is(stripes: Stripes, downsample: float, 
     with open_slide(path) as slide:
         found = read_pair(slide, TilePair(box, box), spec).slice
         painter = LabelPainter(bars, ClassMap(names=("Bar", "Rest"), unlabelled="Rest"))
-        mask = paint_mask(painter, TilePair(box, box), spec, slide.size)
+        mask = paint_mask(painter, box, spec, slide.size)
     x = box.x + (np.arange(50) + 0.5) * downsample
     y = box.y + (np.arange(50) + 0.5) * downsample
     outside = ((y < 0) | (y >= EVEN.height))[:, None] | ((x < 0) | (x >= EVEN.width))

@@ -17,9 +17,10 @@ from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import open_slide
-from darefine_qupath.tiles import PixelSpec, TileSpec, plan_tiles
+from darefine_qupath.tiles.plan import plan_tiles
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import TileSource, paint_mask
+from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 from darefine_qupath.tiles.split import spatial_split, split_images
 
 CLASSES = ClassMap(names=("Normal", "Benign", "In situ", "Invasive"), unlabelled="Normal")
@@ -101,7 +102,7 @@ def _masks(
     centers = np.ceil((np.arange(spec.input_px) + 0.5) * spec.slice_downsample - 1).astype(int)
     painter = LabelPainter(source.annotations, CLASSES)
     for pair in plan_tiles(size, spec):
-        mask = paint_mask(painter, pair, spec, size)
+        mask = paint_mask(painter, pair.slice, spec, size)
         yield mask, padded[np.ix_(pair.slice.y + centers, pair.slice.x + centers)]
 
 

@@ -26,16 +26,17 @@ from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import MissingMppError, SlideError, SlideNotFoundError, TileError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles import TileSpec, plan_tiles, read_pair
 from darefine_qupath.tiles import scan as screening_module
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
+from darefine_qupath.tiles.plan import plan_tiles
 from darefine_qupath.tiles.reading import read_context
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage, encode_mask, palette
 from darefine_qupath.training.tile_dataset import TileDataset
-from tests.tile_slides import ArraySlide, ramps, write_pyramid
+from tests.tile_slides import ArraySlide, ramps, read_pair, write_pyramid
 
 CLASSES = ClassMap(names=("A", "B"), colors=(Color(1, 2, 3), Color(250, 20, 30)))
 SPEC = TileSpec(input_px=32, slice_px=64, context_px=192, stride_px=32)
@@ -489,7 +490,7 @@ def test_tiles_on_a_damaged_spot_are_left_out_and_counted(
     piece = box.width / 8
     near = (abs(columns + box.x - 215) < 5 + piece) & (abs(rows + box.y - 65) < 5 + piece)
     context = DatasetReader(tmp_path).read(around).context
-    undamaged = read_context(ArraySlide(ramps(500, 400)), box, around.spec)
+    undamaged, _ = read_context(ArraySlide(ramps(500, 400)), box, around.spec)
     assert (context[(abs(columns + box.x - 215) < 5) & (abs(rows + box.y - 65) < 5)] == 255).all()
     np.testing.assert_array_equal(context[~near], undamaged[~near])
 

@@ -12,11 +12,11 @@ from PIL import Image
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import TileError
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.preview import check_sheet, choose_examples, contact_sheet
 from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileSource
+from darefine_qupath.tiles.spec import TileSpec
 from tests.tile_slides import ArraySlide
 
 CLASSES = ClassMap(names=("Normal", "Rare"), colors=(Color(10, 200, 30), Color(200, 10, 220)), unlabelled="Normal")

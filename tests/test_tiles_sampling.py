@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as arrays
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Size
-from darefine_qupath.tiles import TileSpec
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.sampling import cap_tiles, epoch_order, expected_shares, rarest_class, tile_weights
+from darefine_qupath.tiles.spec import TileSpec
 
 NAMES = ("Normal", "Benign", "Invasive")
 properties = settings(deadline=None, derandomize=True, max_examples=40)
@@ -160,31 +160,15 @@ def test_an_order_is_a_function_of_seed_and_epoch() -> None:
     assert (epoch_order(TILES, seed=4, epoch=1) != first).any()
 
 
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 60))
-@properties
-def test_ranks_share_an_epoch_in_equal_parts(number: int, world_size: int, num_samples: int) -> None:
-    tiles = index_of([[1, 1, 1]] * number)
-
-    def part(rank: int, size: int) -> np.ndarray:
-        return epoch_order(tiles, seed=0, epoch=0, num_samples=num_samples, rank=rank, world_size=size)
-
-    whole, parts = part(0, 1), [part(rank, world_size) for rank in range(world_size)]
-    joined = np.stack(parts, axis=1).ravel()
-    assert len({len(piece) for piece in parts}) == 1
-    assert (joined[: len(whole)] == whole).all()
-    assert (joined[len(whole) :] == np.resize(whole, len(joined))[len(whole) :]).all()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_samples": 0}, "num_samples = 0"),
-        ({"rank": 2, "world_size": 2}, "Rank 2 is not in a world of 2"),
         ({"weights": np.ones(3)}, "Weights must be 105 numbers of 0 or more"),
         ({"weights": np.zeros(105)}, "not all 0"),
         ({"weights": -np.ones(105)}, "of 0 or more"),
     ],
-    ids=["samples", "rank", "shape", "zero", "negative"],
+    ids=["samples", "shape", "zero", "negative"],
 )
 def test_an_order_that_makes_no_sense_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(TileError, match=message):

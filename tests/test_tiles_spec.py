@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.errors import MissingMppError, TileError
-from darefine_qupath.tiles import PixelSpec, TileSpec
+from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 
 properties = settings(deadline=None, derandomize=True)
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Size
-from darefine_qupath.tiles import TileSpec, plan_tiles
 from darefine_qupath.tiles.index import TileImage, TileIndex
+from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.split import (
     ROLE_KEY,
     Split,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.slides import Slide
+from darefine_qupath.tiles.plan import TilePair
+from darefine_qupath.tiles.reading import read_context, read_slice
+from darefine_qupath.tiles.spec import PixelSpec
 
 
 @dataclass
@@ -86,3 +91,18 @@ def _shares(start: int, length: int, number: int, total: int) -> np.ndarray:
     pixels = np.arange(total)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return np.asarray(overlap.clip(0) * number / length)
+
+
+class PairPixels(NamedTuple):
+    slice: np.ndarray
+    context: np.ndarray
+
+
+def read_pair(slide: Slide, pair: TilePair, spec: PixelSpec) -> PairPixels:
+    """Read slice and context of an undamaged slide."""
+    return PairPixels(read_slice(slide, pair.slice, spec), read_context(slide, pair.context, spec)[0])
+
+
+def centered(box: Box, size: tuple[int, int]) -> Box:
+    """Box of the given size around the same center, up and left where they differ by an odd number."""
+    return Box(box.x + (box.width - size[0]) // 2, box.y + (box.height - size[1]) // 2, *size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles.reading import held, mended_context, read_slice
+from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +162,7 @@ def read_ahead(
 def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPixels:
     """Read the slices of a batch and the contexts of the parents it opens.
 
-    A slice that cannot be read becomes None; for a context see `mended_context`.
+    A slice that cannot be read becomes None; for a context see `read_context`.
 
     Parameters
     ----------
@@ -179,9 +179,9 @@ def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPix
         Everything that could be read.
     """
     slide = handles.get()
-    near = held(slide, batch.slices, spec)
+    near = hold_slices(slide, batch.slices, spec)
     slices = tuple(_slice_or_none(near, box, spec) for box in batch.slices)
-    contexts = [mended_context(slide, box, spec) for _, box in batch.opening]
+    contexts = [read_context(slide, box, spec) for _, box in batch.opening]
     damaged = tuple(hole for _, holes in contexts for hole in holes)
     return BatchPixels(batch, slices, tuple(pixels for pixels, _ in contexts), damaged)
 

@@ -1,12 +1,12 @@
-"""Where the tiles of a slide lie: pure arithmetic, for training and for prediction.
+"""Plan where the tiles of a slide lie, for training and for prediction: pure arithmetic.
 
 Both know two placements. ``parent``: many slices share a context, which is moved back over the slide at its borders as
 far as its slices allow, so that it shows tissue rather than white; a slide smaller than a context lies in its middle.
 ``centred``: each slice has a context around its own centre, which may overhang.
 
-`plan_tiles`, for training: parent contexts stand side by side from the slide's top left corner and slices are cut
-inside them, evenly and at most a stride apart. At the right and lower border a slice may overhang the slide; slices
-that would only repeat what their neighbor covers are left out.
+`plan_tiles`, for training, as in the paper: parent contexts stand side by side from the slide's top left corner and
+slices are cut inside them, evenly and at most a stride apart. At the right and lower border a slice may overhang the
+slide; slices that would only repeat what their neighbor covers are left out.
 
 `plan_even`, for prediction: one even grid of slices over the whole slide, whatever the sizes of slice, context and
 stride; parent contexts overlap, and each slice has the one in whose middle it lies most. No slice is laid twice, and
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from darefine_qupath.tiles.spec import PixelSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["TilePair", "group_by_context", "plan_even", "plan_tiles"]
+__all__ = ["TilePair", "plan_even", "plan_tiles"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,12 +46,7 @@ class _Cell(NamedTuple):
 
 
 def plan_tiles(
-    size: tuple[int, int],
-    spec: PixelSpec,
-    *,
-    within: Box | None = None,
-    keep: Callable[[Box], bool] | None = None,
-    grid_shift: tuple[int, int] = (0, 0),
+    size: tuple[int, int], spec: PixelSpec, *, keep: Callable[[Box], bool] | None = None
 ) -> tuple[TilePair, ...]:
     """Plan the tiles of a slide for training.
 
@@ -62,26 +56,17 @@ def plan_tiles(
         Width and height of the slide in level-0 pixels.
     spec : PixelSpec
         From `TileSpec.at`.
-    within : Box, optional
-        Leave out slices that do not touch this box.
     keep : callable, optional
         Leave out slices for which ``keep(slice box)`` is false (glass, say).
-    grid_shift : tuple of int
-        Start the grid this many level-0 pixels to the left of and above the slide: a second pass over the slide
-        with the context borders elsewhere.
 
     Returns
     -------
     tuple of TilePair
-        Tiles that share a context stand together; contexts, and slices in them, row by row. Without `within` and
-        `keep` every pixel of the slide lies in at least one slice.
+        Tiles that share a context stand together; contexts, and slices in them, row by row. Without `keep`
+        every pixel of the slide lies in at least one slice.
     """
     axis = _parent_axis if spec.placement == "parent" else _centered_axis
-    columns = axis(size[0], spec, grid_shift[0])
-    rows = axis(size[1], spec, grid_shift[1])
-    if within is not None:
-        columns = _touching(columns, spec.slice_px, within.x, within.right)
-        rows = _touching(rows, spec.slice_px, within.y, within.bottom)
+    columns, rows = (axis(length, spec) for length in size)
     pairs = (pair for row in rows for column in columns for pair in _pairs(column, row, spec))
     return tuple(pair for pair in pairs if keep is None or keep(pair.slice))
 
@@ -117,22 +102,6 @@ def plan_even(
             yield context, tuple(Box(x, y, side, side) for y in row.slices for x in column.slices)
 
 
-def group_by_context(pairs: Iterable[TilePair]) -> tuple[tuple[Box, tuple[TilePair, ...]], ...]:
-    """Put neighbours that share a context together.
-
-    Parameters
-    ----------
-    pairs : iterable of TilePair
-        In the order `plan_tiles` gives.
-
-    Returns
-    -------
-    tuple of (Box, tuple of TilePair)
-        Every context with its tiles.
-    """
-    return tuple((context, tuple(group)) for context, group in groupby(pairs, key=lambda pair: pair.context))
-
-
 def _pairs(column: _Cell, row: _Cell, spec: PixelSpec) -> Iterator[TilePair]:
     context = Box(column.context, row.context, spec.context_px, spec.context_px)
     for y in row.slices:
@@ -140,26 +109,22 @@ def _pairs(column: _Cell, row: _Cell, spec: PixelSpec) -> Iterator[TilePair]:
             yield TilePair(Box(x, y, spec.slice_px, spec.slice_px), context)
 
 
-def _parent_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
+def _parent_axis(length: int, spec: PixelSpec) -> list[_Cell]:
     room = spec.context_px - spec.slice_px
     steps = -(-room // spec.stride_px)
     offsets = [room * step // steps for step in range(steps + 1)] if steps else [0]
     cells = []
-    for origin in range(-(shift % spec.context_px), length, spec.context_px):
-        slices = _needed([origin + offset for offset in offsets], spec.slice_px, length)
+    for origin in range(0, length, spec.context_px):
+        slices = _until_covered([origin + offset for offset in offsets], spec.slice_px, length)
         cells.append(_Cell(_context_start(origin, slices, spec, length), slices))
-        if origin + spec.context_px >= length:
-            break
     return cells
 
 
-def _centered_axis(length: int, spec: PixelSpec, shift: int) -> list[_Cell]:
-    starts = range(-(shift % spec.stride_px), length, spec.stride_px)
-    return _centred(_needed(starts, spec.slice_px, length), spec)
+def _centered_axis(length: int, spec: PixelSpec) -> list[_Cell]:
+    return _centered(_until_covered(range(0, length, spec.stride_px), spec.slice_px, length), spec)
 
 
-def _centred(starts: Iterable[int], spec: PixelSpec) -> list[_Cell]:
-    # Box.centred, for one axis.
+def _centered(starts: Iterable[int], spec: PixelSpec) -> list[_Cell]:
     margin = (spec.slice_px - spec.context_px) // 2
     return [_Cell(start + margin, (start,)) for start in starts]
 
@@ -167,7 +132,7 @@ def _centred(starts: Iterable[int], spec: PixelSpec) -> list[_Cell]:
 def _even_axis(length: int, spec: PixelSpec, context_overlap: float) -> list[_Cell]:
     starts = _even_starts(length, spec)
     if spec.placement == "centred":
-        return _centred(starts.tolist(), spec)
+        return _centered(starts.tolist(), spec)
     contexts = _context_starts(starts, length, spec, context_overlap)
     # Half way between the middles of two contexts, as starts of slices.
     between = (contexts[1:] + contexts[:-1] + spec.context_px - spec.slice_px) / 2
@@ -209,19 +174,13 @@ def _context_starts(
     return np.unique(found)
 
 
-def _needed(starts: Sequence[int], side: int, length: int) -> tuple[int, ...]:
-    """Without the slices at either end that cover nothing of the slide which their neighbour does not."""
-    first = max((index for index, start in enumerate(starts) if start <= 0), default=0)
+def _until_covered(starts: Sequence[int], side: int, length: int) -> tuple[int, ...]:
+    """Keep the slices up to the first that reaches the end of the slide."""
     last = next((index for index, start in enumerate(starts) if start + side >= length), len(starts) - 1)
-    return tuple(starts[first : max(first, last) + 1])
+    return tuple(starts[: last + 1])
 
 
 def _context_start(origin: int, slices: Sequence[int], spec: PixelSpec, length: int) -> int:
     room = length - spec.context_px
     wanted = min(max(origin, 0), room) if room >= 0 else room // 2
     return min(max(wanted, slices[-1] + spec.slice_px - spec.context_px), slices[0])
-
-
-def _touching(cells: Iterable[_Cell], side: int, start: int, end: int) -> list[_Cell]:
-    kept = (_Cell(cell.context, tuple(s for s in cell.slices if s < end and start < s + side)) for cell in cells)
-    return [cell for cell in kept if cell.slices]

@@ -150,8 +150,6 @@ def epoch_order(
     seed: int,
     epoch: int,
     num_samples: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> NDArray[np.int64]:
     """Order in which an epoch shows the tiles.
 
@@ -168,8 +166,6 @@ def epoch_order(
         Together they decide the order.
     num_samples : int, optional
         Tiles an epoch shows; by default as many as there are.
-    rank, world_size : int, optional
-        This process and how many there are. Each gets as many tiles, so the order is filled up from its beginning.
 
     Returns
     -------
@@ -179,20 +175,16 @@ def epoch_order(
     Raises
     ------
     TileError
-        If there are no tiles, the weights do not fit, or the rank is not one of the world.
+        If there are no tiles, or the weights do not fit.
     """
     number = len(tiles)
     if not number or (num_samples is not None and num_samples < 1):
         raise TileError(f"An epoch needs tiles; got {number} tiles and num_samples = {num_samples}")
-    if not 0 <= rank < world_size:
-        raise TileError(f"Rank {rank} is not in a world of {world_size}")
     weights = np.ones(number) if weights is None else weights
     if weights.shape != (number,) or not (weights >= 0).all() or not weights.sum() > 0:
         raise TileError(f"Weights must be {number} numbers of 0 or more, not all 0; got shape {weights.shape}")
     rng = np.random.default_rng((seed, epoch))
-    order = _systematic(weights, number if num_samples is None else num_samples, rng)
-    filled = np.resize(order, -(-len(order) // world_size) * world_size)
-    return np.asarray(filled[rank::world_size])
+    return _systematic(weights, number if num_samples is None else num_samples, rng)
 
 
 def _systematic(weights: NDArray[np.float64], num_samples: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from darefine_qupath.geometry import Box
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.plan import TilePair, plan_tiles
-from darefine_qupath.tiles.reading import held, mended_context, read_slice
+from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
 from darefine_qupath.tiles.sources import (
     Opener,
     SlideReader,
@@ -246,7 +246,7 @@ class Finder:
         enough = max(1, math.ceil(self._min_labelled * job.spec.input_px**2))
         rows, kept = [], []
         for pair in job.pairs:
-            mask = paint_mask(painter, pair, job.spec, slide.size)
+            mask = paint_mask(painter, pair.slice, job.spec, slide.size)
             counts = count_labels(mask, self._num_classes)
             if counts[:-1].sum() >= enough:
                 rows.append((job.image, pair.slice.x, pair.slice.y, pair.context.x, pair.context.y, *counts.tolist()))
@@ -270,7 +270,7 @@ def _store(
     tiles: Sequence[tuple[TilePair, NDArray[np.uint8]]],
 ) -> Found:
     """Write tiles of a job, each context once, and leave out those on a damaged spot of the slide."""
-    near = held(slide, [pair.slice for pair, _ in tiles], job.spec)
+    near = hold_slices(slide, [pair.slice for pair, _ in tiles], job.spec)
     stored, digests = [], []
     unreadable, mended, context, context_data = [], [], None, b""
     for number, (pair, mask) in enumerate(tiles):
@@ -280,7 +280,7 @@ def _store(
             unreadable.append(str(error))
             continue
         if pair.context != context:
-            found, holes = mended_context(slide, pair.context, job.spec)
+            found, holes = read_context(slide, pair.context, job.spec)
             context, context_data = pair.context, folder.write(job.image_id, "context", pair.context, found)
             if holes:
                 mended.append(white_context(slide, pair.context, holes))

@@ -18,8 +18,7 @@ from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import MissingMppError, SlideError, TileError
 from darefine_qupath.slides import Slide, open_slide
 from darefine_qupath.tiles.index import TileImage, TileRecord, case_of
-from darefine_qupath.tiles.plan import TilePair
-from darefine_qupath.tiles.reading import mended_context, read_slice
+from darefine_qupath.tiles.reading import read_context, read_slice
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 
 if TYPE_CHECKING:
@@ -136,11 +135,9 @@ class TileReader(Protocol):
         ...
 
 
-def paint_mask(
-    painter: LabelPainter, pair: TilePair, spec: PixelSpec, image_size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Labels of a slice, shape (input_px, input_px)."""
-    return painter.paint(pair.slice, (spec.input_px, spec.input_px), image_size=image_size)
+def paint_mask(painter: LabelPainter, box: Box, spec: PixelSpec, image_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Paint the labels of a slice, shape (input_px, input_px)."""
+    return painter.paint(box, (spec.input_px, spec.input_px), image_size=image_size)
 
 
 def count_labels(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
@@ -223,7 +220,7 @@ class SlideReader:
         return self._contexts.get((image_id, box), lambda key: self._context(slide, key, spec))
 
     def _context(self, slide: Slide, key: tuple[str, Box], spec: PixelSpec) -> NDArray[np.uint8]:
-        pixels, holes = mended_context(slide, key[1], spec)
+        pixels, holes = read_context(slide, key[1], spec)
         if holes and self._is_new(key):
             _log.warning("%s", white_context(slide, key[1], holes))
         return pixels
@@ -244,7 +241,7 @@ class SlideReader:
                 _log.warning("The tile %s cannot be read and gives no labels: %s", record.id, error)
             white = np.full((record.spec.input_px, record.spec.input_px, 3), 255, np.uint8)
             return TilePixels(white, context, np.full(white.shape[:2], IGNORE, np.uint8))
-        return TilePixels(pixels, context, paint_mask(painter, record.pair, record.spec, slide.size))
+        return TilePixels(pixels, context, paint_mask(painter, record.pair.slice, record.spec, slide.size))
 
     def close(self) -> None:
         """Close every slide."""

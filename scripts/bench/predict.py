@@ -52,7 +52,7 @@ from darefine_qupath.prediction import PredictOptions, predict_slide, read_score
 from darefine_qupath.prediction import slide as slide_module
 from darefine_qupath.prediction.engine import Engine, EngineSettings
 from darefine_qupath.prediction.reading import Batch, BatchPixels
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.spec import PixelSpec
 
 TILE = 512
@@ -511,7 +511,7 @@ import shapely
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.polygons import vectorize
 from darefine_qupath.prediction import PredictOptions, predict_slide
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 namespace = {"__name__": "bench"}
 exec(compile(Path(sys.argv[4]).read_text(), sys.argv[4], "exec"), namespace)

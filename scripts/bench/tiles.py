@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +36,12 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import Slide, open_slide
-from darefine_qupath.tiles import TilePair, TileSpec, group_by_context, iter_pairs, plan_tiles, read_pair
+from darefine_qupath.tiles.plan import TilePair, plan_tiles
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.dataset import build_dataset
 from darefine_qupath.tiles.scan import Screening
 from darefine_qupath.tiles.sources import TileSource, open_source, paint_mask
+from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
 from darefine_qupath.tiles.storage import Storage
 
 TIATOOLBOX = """
@@ -87,15 +91,21 @@ def plain(slide: openslide.OpenSlide, pairs: list[TilePair], level: int) -> None
 
 def in_memory(slide: Slide, painter: LabelPainter, pairs: list[TilePair]) -> None:
     """Read slices and contexts and paint masks; a context is read once per parent."""
-    for pair, _ in iter_pairs(slide, pairs, PIXELS):
-        paint_mask(painter, pair, PIXELS, slide.size)
+    for context, group in groupby(pairs, key=attrgetter("context")):
+        slices = [pair.slice for pair in group]
+        near = hold_slices(slide, slices, PIXELS)
+        read_context(slide, context, PIXELS)
+        for box in slices:
+            read_slice(near, box, PIXELS)
+            paint_mask(painter, box, PIXELS, slide.size)
 
 
 def context_each(slide: Slide, painter: LabelPainter, pairs: list[TilePair]) -> None:
     """Read every slice's context anew."""
     for pair in pairs:
-        read_pair(slide, pair, PIXELS)
-        paint_mask(painter, pair, PIXELS, slide.size)
+        read_slice(slide, pair.slice, PIXELS)
+        read_context(slide, pair.context, PIXELS)
+        paint_mask(painter, pair.slice, PIXELS, slide.size)
 
 
 def to_disk(source: TileSource, classes: ClassMap, spec: TileSpec, storage: Storage) -> int:
@@ -126,7 +136,7 @@ def main() -> None:
     # GDAL reads where fastslide does not, OpenSlide itself where neither agrees with it.
     gdal, reference = (open_slide(given.slide, reader=reader) for reader in ("tifffile", "openslide"))
     painter = LabelPainter(source.annotations, classes)
-    groups = [list(group) for _, group in group_by_context(plan_tiles(slide.size, PIXELS))]
+    groups = [list(group) for _, group in groupby(plan_tiles(slide.size, PIXELS), key=attrgetter("context"))]
     # Whole parents from the middle of the plan, so that no slice overhangs the slide.
     chosen = [group for group in groups if len(group) == 81][: given.parents] or groups[:1]
     pairs = [pair for group in chosen for pair in group]

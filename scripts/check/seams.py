@@ -28,7 +28,7 @@ from darefine_qupath.demo.painting import paint
 from darefine_qupath.demo.slides import draw_slide, write_slide
 from darefine_qupath.prediction import PredictOptions, predict_slide
 from darefine_qupath.prediction.plan import SlidePlan, plan_slide
-from darefine_qupath.tiles import TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 
 MPP = 0.5
 SIZE = (6144, 6144)
