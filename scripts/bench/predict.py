@@ -52,8 +52,7 @@ from darefine_qupath.prediction import PredictOptions, predict_slide, read_score
 from darefine_qupath.prediction import slide as slide_module
 from darefine_qupath.prediction.engine import Engine, EngineSettings
 from darefine_qupath.prediction.reading import Batch, BatchPixels
-from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.spec import PixelSpec
+from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 
 TILE = 512
 _SHARED_FROM = 12

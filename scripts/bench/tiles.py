@@ -36,12 +36,12 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import Slide, open_slide
-from darefine_qupath.tiles.plan import TilePair, plan_tiles
-from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.dataset import build_dataset
+from darefine_qupath.tiles.plan import TilePair, plan_tiles
+from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
 from darefine_qupath.tiles.scan import Screening
 from darefine_qupath.tiles.sources import TileSource, open_source, paint_mask
-from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
 
 TIATOOLBOX = """

@@ -36,9 +36,9 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.demo import CLASSES, draw_slide
 from darefine_qupath.devices import DTYPES, choose_device, choose_precision, full_float32
 from darefine_qupath.models import ModelConfig, Normalization
-from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
 from darefine_qupath.tiles.sources import SlideReader, TileReader, TileSource
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import draw_augmentation
 from darefine_qupath.training.distributed import ProcessGroup
