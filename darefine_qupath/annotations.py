@@ -35,6 +35,7 @@ __all__ = [
     "Plane",
     "RoiKind",
     "annotator_of",
+    "annotators_in",
     "by_annotators",
     "class_counts",
     "count_unlearnable",
@@ -151,8 +152,33 @@ def annotator_of(annotation: Annotation) -> str | None:
 
 
 def by_annotators(annotations: Iterable[Annotation], names: Sequence[str]) -> tuple[Annotation, ...]:
-    """Annotations of some annotators, `NOBODY` for those that have none; all of them where no name is given."""
-    return tuple(record for record in annotations if not names or (annotator_of(record) or NOBODY) in names)
+    """Annotations of some annotators, `NOBODY` for those that have none; all of them where no name is given.
+
+    What bounds the work (``Region*``, ``Ignore*``) and has no annotator counts for every one.
+    """
+    return tuple(
+        record
+        for record in annotations
+        if not names
+        or (annotator_of(record) or NOBODY) in names
+        or (_is_bound(record) and annotator_of(record) is None)
+    )
+
+
+def annotators_in(annotations: Iterable[Annotation]) -> set[str]:
+    """Whose classes the annotations of an image hold, `NOBODY` among them; ``Region*`` and ``Ignore*`` are nobody's."""
+    return {
+        annotator_of(record) or NOBODY
+        for record in annotations
+        if record.kind == "annotation"
+        and record.path_class is not None
+        and not _is_bound(record)
+        and "darefine.run" not in record.metadata
+    }
+
+
+def _is_bound(record: Annotation) -> bool:
+    return record.path_class is not None and (record.path_class == REGION or is_ignored(record.path_class))
 
 
 def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
@@ -171,12 +197,12 @@ def _areal(geometry: BaseGeometry | None) -> BaseGeometry | None:
 def unlearnable(
     annotation: Annotation, image_size: tuple[int, int] | None = None, *, stroke_px: float = 0.0
 ) -> str | None:
-    """Say why an object gives no pixel a label; None where it does.
+    """Say why an annotation gives no pixel a label; None where it does.
 
     Parameters
     ----------
     annotation : Annotation
-        The object.
+        The annotation.
     image_size : tuple of int, optional
         Width and height of its image.
     stroke_px : float, optional
@@ -187,8 +213,6 @@ def unlearnable(
     str or None
         The reason, in words that follow a number of objects.
     """
-    if annotation.kind != "annotation":
-        return f"of kind {annotation.kind}, no annotation"
     if annotation.path_class is None:
         return "without a class"
     if annotation.plane[1:] != Plane()[1:]:
@@ -210,13 +234,15 @@ def _is_outside(shape: BaseGeometry, image_size: tuple[int, int]) -> bool:
 
 
 def count_unlearnable(annotations: Iterable[Annotation], image_size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Count objects of an image that cannot train, by reason; see `unlearnable`.
+    """Count annotations of an image that cannot train, by reason; see `unlearnable`.
 
-    What darefine itself puts there (containers of predictions, marks that say where to look) does not count.
+    Other kinds of object, and what darefine itself puts there (containers of predictions, marks that say where to
+    look), do not count.
     """
     counts: dict[str, int] = {}
     for record in annotations:
-        reason = None if _is_furniture(record) else unlearnable(record, image_size)
+        is_counted = record.kind == "annotation" and not _is_furniture(record)
+        reason = unlearnable(record, image_size) if is_counted else None
         if reason is not None:
             counts[reason] = counts.get(reason, 0) + 1
     return dict(sorted(counts.items()))
@@ -227,7 +253,7 @@ def _is_furniture(record: Annotation) -> bool:
 
 
 def unlearnable_words(counts: Mapping[str, int]) -> str:
-    """One line on objects that cannot train; empty where there are none."""
+    """One line on annotations that cannot train; empty where there are none."""
     if not counts:
         return ""
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items())

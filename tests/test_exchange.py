@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +23,7 @@ from shapely.geometry.base import BaseGeometry
 from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import ClassMap, Color, PathClass
 from darefine_qupath.errors import ExchangeError, ProjectError
-from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_png, write_label_tiff
+from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_tiff
 from darefine_qupath.exchange.records import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.pipeline.annotation_import import import_files, match_files
@@ -620,11 +621,10 @@ def test_label_tiff_is_what_the_painter_paints(tmp_path: Path, downsample: int, 
     assert palette[1][:3] == tuple(CLASSES.colors[1])
 
 
-@pytest.mark.parametrize("write_mask", [write_label_tiff, write_label_png])
-def test_label_mask_round_trip(tmp_path: Path, write_mask: Callable[..., Size]) -> None:
+def test_label_mask_round_trip(tmp_path: Path) -> None:
     shapes = MultiPolygon([box(8, 8, 80, 40), box(100, 8, 120, 40)])
     painter = LabelPainter([Annotation(geometry=shapes, path_class="Tumor")], ClassMap(names=("Normal", "Tumor")))
-    write_mask(painter, (200, 100), tmp_path / "m.tif", downsample=4)
+    write_label_tiff(painter, (200, 100), tmp_path / "m.tif", downsample=4)
     imported = read_annotations(tmp_path / "m.tif")
     tumor = [a.geometry for a in imported.annotations if a.path_class == "Tumor"]
     assert shapely.union_all(tumor).equals(shapes)
@@ -633,9 +633,78 @@ def test_label_mask_round_trip(tmp_path: Path, write_mask: Callable[..., Size]) 
     assert [file.name for file in tmp_path.iterdir()] == ["m.tif"]
 
 
-def test_label_png_that_would_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ExchangeError, match="too large; take a larger downsample than 1"):
-        write_label_png(LabelPainter([], CLASSES), (100_000, 100_000), tmp_path / "m.png", downsample=1)
+def own_mask(path: Path, *names: str | None, step: int = 1, downsample: object = 4) -> Path:
+    """Write a mask of ours with a square for each label, and keep every `step`-th pixel with its notes."""
+    painter = LabelPainter([Annotation(geometry=box(8, 8, 80, 40), path_class="Tumor")], CLASSES)
+    write_label_tiff(painter, (200, 100), path, downsample=4)
+    with rasterio.open(path) as dataset:
+        pixels = dataset.read(1)[::step, ::step].copy()
+    pixels[:3, :3] = 2
+    notes = json.dumps({"names": ["Normal", "Tumor", *names], "downsample": downsample, "image_size": [200, 100]})
+    height, width = pixels.shape
+    with rasterio.open(path, "w", driver="GTiff", width=width, height=height, count=1, dtype="uint8") as dataset:
+        dataset.write(pixels, 1)
+        dataset.update_tags(DAREFINE_LABELS=notes)
+    return path
+
+
+@pytest.mark.parametrize("names", [(), (None,)], ids=["no name", "null"])
+def test_labels_painted_into_our_mask_are_named_where_they_have_no_class(
+    tmp_path: Path, names: tuple[None, ...]
+) -> None:
+    found = read_annotations(own_mask(tmp_path / "m.tif", *names), image_size=(200, 100))
+    assert {record.path_class for record in found.annotations} == {"Normal", "Tumor"}
+    assert "label 2 (9 px) has no class and is left out" in found.warnings[0]
+    named = read_annotations(own_mask(tmp_path / "m.tif", "Stroma"), image_size=(200, 100))
+    assert (len(named.annotations), named.warnings) == (3, ())
+
+
+@pytest.mark.parametrize("image_size", [None, (200, 100)])
+@pytest.mark.parametrize(("step", "downsample"), [(2, 4), (1, True), (1, 7)])
+def test_our_mask_that_another_program_reduced_lies_where_it_did(
+    tmp_path: Path, image_size: tuple[int, int] | None, step: int, downsample: object
+) -> None:
+    found = read_annotations(own_mask(tmp_path / "m.tif", step=step, downsample=downsample), image_size=image_size)
+    (tumor,) = (record for record in found.annotations if record.path_class == "Tumor")
+    assert np.allclose(tumor.geometry.bounds, (8, 8, 80, 40), atol=4 * step)
+    said = [warning for warning in found.warnings if "it was scaled to the image of 200 x 100" in warning]
+    assert len(said) == (downsample is not True)
+
+
+def test_mask_of_several_pages_is_refused_and_a_pyramid_is_not(tmp_path: Path) -> None:
+    path, whole = tmp_path / "m.tif", np.zeros((64, 64), np.uint8)
+    whole[8:16, 8:16] = 1
+    tifffile.imwrite(path, np.stack([np.zeros_like(whole), whole]), photometric="minisblack")
+    with pytest.raises(ExchangeError, match="2 pages, of which more than one is a whole mask"):
+        read_annotations(path)
+    with tifffile.TiffWriter(path) as pyramid:
+        pyramid.write(whole, photometric="minisblack")
+        pyramid.write(whole[::2, ::2], photometric="minisblack")
+    assert [record.area for record in read_annotations(path).annotations] == [64]
+
+
+@pytest.mark.parametrize(("labels", "said"), [((1, 254, 255), 1), ((1, 255, 256), 0)], ids=["8 bits", "instances"])
+def test_255_of_many_instances_is_one_of_them(tmp_path: Path, labels: tuple[int, ...], said: int) -> None:
+    mask = np.zeros((8, 32), np.uint16)
+    for number, label in enumerate(labels):
+        mask[2:4, 4 * number : 4 * number + 2] = label
+    tifffile.imwrite(tmp_path / "m.tif", mask)
+    found = read_annotations(tmp_path / "m.tif")
+    assert sum(record.path_class == "Ignore*" for record in found.annotations) == said == len(found.warnings)
+
+
+def test_an_exact_spelling_wins_and_a_merge_of_two_is_said(write: Write, tmp_path: Path) -> None:
+    both = aperio(region(SQUARE, value="tumor"), region(SQUARE, value="Tumor"), region(SQUARE, value="TUMOR"))
+    for known, names, said in (
+        (["Tumor", "tumor"], ["tumor", "Tumor", "Tumor"], "one: 'TUMOR' as 'Tumor'"),
+        ([], ["tumor"] * 3, "one: 'Tumor' as 'tumor', 'TUMOR' as 'tumor'"),
+    ):
+        found = read_annotations(write(both), classes=known)
+        assert [record.path_class for record in found.annotations] == names
+        assert found.warnings[-1].endswith(said)
+    tifffile.imwrite(tmp_path / "m.tif", np.eye(4, dtype=np.uint8))
+    found = read_annotations(tmp_path / "m.tif", labels={1: "tumor"}, classes=["Tumor"])
+    assert {record.path_class for record in found.annotations} == {"Tumor"}
 
 
 def test_label_tiff_needs_a_downsample(tmp_path: Path) -> None:

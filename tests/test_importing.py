@@ -39,6 +39,7 @@ from darefine_qupath.pipeline.annotation_import import Import, ImportOptions, im
 from darefine_qupath.pipeline.check import check_project
 from darefine_qupath.pipeline.create import create_from_slides
 from darefine_qupath.pipeline.provenance import LabelCollector
+from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.tiles import TileRequest, make_tiles
 from darefine_qupath.pipeline.train_request import TrainRequest
@@ -641,14 +642,42 @@ COUNTED = (
 )
 
 
-def test_import_check_and_export_count_alike_what_cannot_train(
+def test_all_verbs_count_alike_what_cannot_train(
     project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_geojson(OBJECTS, tmp_path / "a.geojson")
-    assert COUNTED in take(project, tmp_path / "a.geojson").file.warnings
+    write_geojson([*OBJECTS, Annotation(geometry=B, kind="detection", path_class="Tumor")], tmp_path / "a.geojson")
+    said = take(project, tmp_path / "a.geojson").file.warnings
+    assert COUNTED in said
+    assert "1 objects are no annotations and do not train: 1 of kind detection" in said
     assert COUNTED in [finding.message for finding in check_project(project, Settings(), mpp=0.5)]
     export_labels(project, Settings(), tmp_path, downsample=4)
-    assert f"slide.tif: {COUNTED}" in caplog.messages
+    collect_training_images(project, Settings(), LabelCollector("manual"))
+    assert caplog.messages.count(f"slide.tif: {COUNTED}") == 2
+
+
+SEVERAL = "annotations of several annotators (Anna, Bert); where they overlap, the smaller shape counts; --annotator"
+
+
+def test_several_annotators_of_one_image_are_said_unless_one_is_chosen(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, path_class in (("Anna", "Tumor"), ("Bert", "Stroma")):
+        take(project, write(tmp_path / "a.geojson", feature(A, path_class)), annotator=name)
+    assert any(finding.message.startswith(SEVERAL) for finding in check_project(project, Settings(), mpp=0.5))
+    export_labels(project, Settings(), tmp_path, downsample=4)
+    collect_training_images(project, Settings(), LabelCollector("manual"))
+    assert [message.startswith(f"1 images have {SEVERAL}") for message in caplog.messages] == [True, True]
+    caplog.clear()
+    export_labels(project, Settings(), tmp_path, downsample=4, annotators=["Anna"])
+    collect_training_images(project, Settings(), LabelCollector("manual", ["Anna"]))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("bound", ["Region*", "Ignore*"])
+def test_what_bounds_the_work_and_is_nobodys_counts_for_every_annotator(bound: str) -> None:
+    records = [Annotation(geometry=shape, path_class=name) for shape, name in ((A, bound), (B, "Tumor"))]
+    annas = replace(records[0], metadata={"darefine.annotator": "Anna"})
+    assert by_annotators([*records, annas], ["Bert"]) == (records[0],)
 
 
 @pytest.mark.parametrize("record", OBJECTS, ids=range(len(OBJECTS)))

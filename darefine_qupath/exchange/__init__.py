@@ -7,7 +7,7 @@ read.
 """
 
 from darefine_qupath.exchange.features import write_geojson
-from darefine_qupath.exchange.labels import read_label_mask, write_label_png, write_label_tiff
+from darefine_qupath.exchange.labels import read_label_mask, write_label_tiff
 from darefine_qupath.exchange.reading import read_annotations
 from darefine_qupath.exchange.records import Imported, Note
 
@@ -17,6 +17,5 @@ __all__ = [
     "read_annotations",
     "read_label_mask",
     "write_geojson",
-    "write_label_png",
     "write_label_tiff",
 ]

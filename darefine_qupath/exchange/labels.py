@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rasterio
 import shapely
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.features import shapes
 from rasterio.windows import Window
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["read_label_mask", "write_label_png", "write_label_tiff"]
+__all__ = ["read_label_mask", "write_label_tiff"]
 
 _MAX_PIXELS = 500_000_000
 _TAG = "DAREFINE_LABELS"
@@ -46,6 +44,7 @@ def read_label_mask(
     labels: Mapping[int, str] | None = None,
     image_size: tuple[int, int] | None = None,
     stretch: bool = False,
+    classes: Sequence[str] = (),
 ) -> Imported:
     """Turn a label mask into polygons, one per connected area.
 
@@ -55,12 +54,14 @@ def read_label_mask(
         PNG or TIFF of one 8-bit or 16-bit band.
     labels : mapping of int to str, optional
         Class of each label; others are left out. Default what `write_label_tiff` noted in the file; else every label
-        but 0 is ``Label <n>``, and 255 beside them ``Ignore*``.
+        but 0 is ``Label <n>``, and 255 beside them ``Ignore*`` in a mask of no label beyond it.
     image_size : tuple of int, optional
         Width and height of the image that the mask covers, in level-0 pixels; default what the file notes, else the
         mask's own size.
     stretch : bool, optional
         Scale a mask of another aspect ratio, or one that notes another image size, to the image all the same.
+    classes : sequence of str, optional
+        Class names of the project. A name that differs only in case becomes the project's.
 
     Returns
     -------
@@ -70,13 +71,14 @@ def read_label_mask(
     Raises
     ------
     ExchangeError
-        If the file cannot be read, is no label mask, has none of the labels that are asked for or only one that says
-        nothing (255), or does not have the shape of the image.
+        If the file cannot be read, is no label mask, has several pages of its size, has none of the labels that are
+        asked for or only one that says nothing (255), or does not have the shape of the image.
     """
     pixels, palette, notes = _read(path)
-    scale_x, scale_y = _scale(path, pixels, image_size, notes, stretch=stretch)
-    collector = Collector(path)
+    collector = Collector(path, classes)
+    scale_x, scale_y = _scale(collector, pixels, image_size, notes, stretch=stretch)
     known = _classes(collector, pixels, labels, notes)
+    known = {label: collector.class_name(name) or name for label, name in known.items()}
     for label, name in known.items():
         collector.color(name, palette.get(label))
     is_known = np.zeros(np.iinfo(pixels.dtype).max + 1, bool)
@@ -105,10 +107,22 @@ def _read(path: Path) -> tuple[NDArray[np.uint8 | np.uint16], dict[int, Color], 
                         f"{path}: a mask of {dataset.width} x {dataset.height} pixels is too large to be traced (at "
                         f"most {_MAX_PIXELS:,}); reduce it, and give the size of the image"
                     )
+                _check_pages(path, dataset)
                 palette = {key: Color(*value[:3]) for key, value in _colormap(dataset).items()}
                 return dataset.read(1), palette, _notes(dataset.tags().get(_TAG))
     except RasterioError as error:
         raise ExchangeError(f"{path}: the mask cannot be read ({error})") from error
+
+
+def _check_pages(path: Path, dataset: rasterio.DatasetReader) -> None:
+    """Refuse a TIFF of several masks; smaller pages are its pyramid."""
+    for name in dataset.subdatasets[1:]:
+        with rasterio.open(name) as page:
+            if page.width * page.height >= dataset.width * dataset.height:
+                raise ExchangeError(
+                    f"{path}: {len(dataset.subdatasets)} pages, of which more than one is a whole mask; save each mask "
+                    f"as a file of its own"
+                )
 
 
 def _colormap(dataset: rasterio.DatasetReader) -> dict[int, tuple[int, ...]]:
@@ -137,9 +151,14 @@ def _classes(
     counts = np.bincount(pixels.ravel())
     present = [int(value) for value in np.flatnonzero(counts)]
     if labels is not None:
-        return _chosen(collector, counts, present, labels)
+        if not set(labels) & set(present):
+            raise ExchangeError(
+                f"{collector.path}: no pixel has the label {_listed(sorted(labels))}; the mask has {_listed(present)}"
+            )
+        return _chosen(collector, counts, {0: "", **labels}, "--label")
     if isinstance(notes.get("names"), list):
-        return {**{label: str(name) for label, name in enumerate(notes["names"])}, IGNORE: _IGNORE_CLASS}
+        named = {label: name for label, name in enumerate(notes["names"]) if isinstance(name, str) and name.strip()}
+        return _chosen(collector, counts, {**named, IGNORE: _IGNORE_CLASS}, "class")
     found = [value for value in present if value != 0]
     if found == [IGNORE]:
         raise ExchangeError(
@@ -148,28 +167,24 @@ def _classes(
         )
     if not found:
         collector.warnings.append(f"{collector.path}: every pixel is 0, the mask labels nothing")
-    if IGNORE in found:
+    is_ignored = IGNORE in found and max(found) == IGNORE
+    if is_ignored:
         collector.warnings.append(
             f"{collector.path}: label {IGNORE} ({counts[IGNORE]} px) was taken for {_IGNORE_CLASS}; --label gives it a "
             f"class"
         )
-    return {value: _IGNORE_CLASS if value == IGNORE else f"Label {value}" for value in found}
+    return {value: _IGNORE_CLASS if value == IGNORE and is_ignored else f"Label {value}" for value in found}
 
 
-def _chosen(
-    collector: Collector, counts: NDArray[np.intp], present: Sequence[int], labels: Mapping[int, str]
-) -> dict[int, str]:
-    if not set(labels) & set(present):
-        raise ExchangeError(
-            f"{collector.path}: no pixel has the label {_listed(sorted(labels))}; the mask has {_listed(present)}"
-        )
-    left_out = [value for value in present if value != 0 and value not in labels]
+def _chosen(collector: Collector, counts: NDArray[np.intp], labels: Mapping[int, str], what: str) -> dict[int, str]:
+    """Labels that have a name; the others that the mask holds are said to be left out."""
+    left_out = [value for value in np.flatnonzero(counts).tolist() if value not in labels]
     if left_out:
         pixels = int(counts[left_out].sum())
         collector.warnings.append(
-            f"{collector.path}: label {_listed(left_out)} ({pixels} px) has no --label and is left out"
+            f"{collector.path}: label {_listed(left_out)} ({pixels} px) has no {what} and is left out"
         )
-    return dict(labels)
+    return {label: name for label, name in labels.items() if name}
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -178,7 +193,7 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def _scale(
-    path: Path,
+    collector: Collector,
     pixels: NDArray[np.uint8 | np.uint16],
     image_size: tuple[int, int] | None,
     notes: Mapping[str, Any],
@@ -187,21 +202,39 @@ def _scale(
 ) -> tuple[float, float]:
     """Level-0 pixels per mask pixel."""
     height, width = pixels.shape
-    downsample, noted = notes.get("downsample"), notes.get("image_size")
+    downsample, noted = _noted_downsample(notes), _noted_size(notes)
     if image_size is not None and not stretch:
-        _check_shape(path, (width, height), image_size, noted)
-    if isinstance(downsample, int) and downsample > 0 and not (stretch and noted != list(image_size or ())):
+        _check_shape(collector.path, (width, height), image_size, noted)
+    whole = image_size or noted
+    if downsample is not None and (whole is None or (width, height) == _mask_size(whole, downsample)):
         return float(downsample), float(downsample)
-    if image_size is None:
+    if whole is None:
         return 1.0, 1.0
-    return image_size[0] / width, image_size[1] / height
+    if downsample is not None:
+        collector.warnings.append(
+            f"{collector.path}: notes a downsample of {downsample}, which its {width} x {height} px do not have; it "
+            f"was scaled to the image of {whole[0]} x {whole[1]}"
+        )
+    return whole[0] / width, whole[1] / height
 
 
-def _check_shape(path: Path, size: tuple[int, int], image_size: tuple[int, int], noted: object) -> None:
+def _noted_downsample(notes: Mapping[str, Any]) -> int | None:
+    value = notes.get("downsample")
+    return value if type(value) is int and 0 < value < 2**31 else None
+
+
+def _noted_size(notes: Mapping[str, Any]) -> tuple[int, int] | None:
+    match notes.get("image_size"):
+        case [int(width), int(height)] if width > 0 and height > 0:
+            return width, height
+    return None
+
+
+def _check_shape(path: Path, size: tuple[int, int], image_size: tuple[int, int], noted: tuple[int, int] | None) -> None:
     """Refuse a mask that no single downsample, of whole pixels at the edges, makes of the image."""
-    if isinstance(noted, list) and noted != list(image_size):
+    if noted is not None and noted != image_size:
         raise ExchangeError(
-            f"{path}: made of an image of {' x '.join(map(str, noted))} px, this one has {image_size[0]} x "
+            f"{path}: made of an image of {noted[0]} x {noted[1]} px, this one has {image_size[0]} x "
             f"{image_size[1]}; give the right --image, or --stretch to scale it all the same"
         )
     least = max(whole / (part + 1) for whole, part in zip(image_size, size, strict=True))
@@ -262,48 +295,6 @@ def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: P
                     dataset.write(mask, 1, window=Window(window.x, window.y, window.width, window.height))
     except RasterioError as error:
         raise ExchangeError(f"{path}: the mask cannot be written ({error})") from error
-    return size
-
-
-def write_label_png(painter: LabelPainter, image_size: tuple[int, int], path: Path | str, *, downsample: int) -> Size:
-    """Write the labels of an image as a palette PNG, which any viewer shows in the class colours.
-
-    Parameters
-    ----------
-    painter : LabelPainter
-        Annotations and classes.
-    image_size : tuple of int
-        Width and height of the image in level-0 pixels.
-    path : Path or str
-        The file, ``.png``; replaced as a whole, or not at all.
-    downsample : int
-        Level-0 pixels per pixel of the mask.
-
-    Returns
-    -------
-    Size
-        Of the mask, which is held in memory as a whole.
-
-    Raises
-    ------
-    ExchangeError
-        If the downsample is not positive, the mask is too large for memory, or the file cannot be written.
-    """
-    size = _mask_size(image_size, downsample)
-    if size.width * size.height > _MAX_PIXELS:
-        raise ExchangeError(
-            f"{path}: a PNG of {size.width} x {size.height} pixels is too large; take a larger downsample than "
-            f"{downsample}, or a TIFF"
-        )
-    canvas = np.empty((size.height, size.width), np.uint8)
-    for window, mask in _tiles(painter, image_size, size, downsample):
-        canvas[window.y : window.bottom, window.x : window.right] = mask
-    image = Image.fromarray(canvas, "P")
-    image.putpalette([band for color in _palette(painter).values() for band in color])
-    notes = PngInfo()
-    notes.add_text(_TAG, _described(painter, image_size, downsample))
-    with atomic_write(Path(path), ExchangeError) as temporary:
-        image.save(temporary, "png", pnginfo=notes)
     return size
 
 

@@ -107,7 +107,7 @@ def read_annotations(
         if start.startswith(_IMAGE_STARTS):
             if class_from:
                 raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")
-            return read_label_mask(path, labels=labels, image_size=image_size, stretch=stretch)
+            return read_label_mask(path, labels=labels, image_size=image_size, stretch=stretch, classes=classes)
         request = _Request(
             path=path,
             mpp=mpp,

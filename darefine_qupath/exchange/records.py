@@ -50,6 +50,7 @@ _PAIRS_PER_CROSSING = 200
 _INT32 = 2**31
 """A coordinate, plane or time point from here on is no place in an image: QuPath counts in 32 bits."""
 
+_LISTED = 5
 _MAX_CLASS_DEPTH = 20
 """Parts of a derived class (``Tumor: Positive``); QuPath nests a class in a class for each."""
 
@@ -335,12 +336,19 @@ class Collector:
         self._crossings = float(_FILE_CROSSINGS)
         self._items: list[str] = []
         self._first: dict[UUID, Annotation] = {}
+        self._classes = frozenset(classes)
         self._spelling = {name.casefold(): name for name in reversed(classes)}
+        self._respelled: dict[str, str] = {}
 
     def class_name(self, text: str | None) -> str | None:
-        """Name of a class: the first spelling seen, whatever the case; None for an empty one."""
+        """Name of a class: as the project has it, else the first spelling seen whatever the case; None for no text."""
         name = " ".join((text or "").split())
-        return self._spelling.setdefault(name.casefold(), name) if name else None
+        if not name or name in self._classes:
+            return name or None
+        known = self._spelling.setdefault(name.casefold(), name)
+        if known != name:
+            self._respelled[name] = known
+        return known
 
     @contextmanager
     def item(self, item: str) -> Iterator[None]:
@@ -362,11 +370,11 @@ class Collector:
         others : mapping of str to str, optional
             Whatever else may hold it.
         """
-        words = {name: self.class_name(text) for name, text in fields.items()}
+        words = {name: " ".join((text or "").split()) for name, text in fields.items()}
         order = self.fields.asked or tuple(fields)
         source = next((name for name in order if words.get(name)), None)
-        found = None if source is None else words[source]
-        left = {name: word for name, word in words.items() if word and name != source and word != found}
+        found = None if source is None else self.class_name(words[source])
+        left = {name: word for name, word in words.items() if word and name != source and not _is_same(word, found)}
         return ClassChoice(name=found, source=source, others={**left, **(others or {})})
 
     def shape(self, item: str, geometry: BaseGeometry) -> BaseGeometry | None:
@@ -477,6 +485,10 @@ class Collector:
                 f"{self.path}: no object has a class in {' or '.join(self.fields.asked)}; fields with values are "
                 f"{self.fields.known()}"
             )
+        if self._respelled:
+            pairs = ", ".join(f"{name!r} as {known!r}" for name, known in list(self._respelled.items())[:_LISTED])
+            more = f" and {len(self._respelled) - _LISTED} more" if len(self._respelled) > _LISTED else ""
+            self.warnings.append(f"{self.path}: class names that differ only in case are taken as one: {pairs}{more}")
         return Imported(
             path=self.path,
             format=format_name,
@@ -491,6 +503,10 @@ class Collector:
             warnings=tuple(self.warnings),
             class_notes=self.fields.notes(),
         )
+
+
+def _is_same(word: str, name: str | None) -> bool:
+    return name is not None and word.casefold() == name.casefold()
 
 
 def _unusable(annotation: Annotation) -> str | None:

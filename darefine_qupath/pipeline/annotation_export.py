@@ -9,7 +9,13 @@ from pathlib import Path
 from darefine_qupath.annotations import LabelPainter, by_annotators, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.exchange import write_geojson, write_label_tiff
-from darefine_qupath.pipeline.selection import check_annotators, choose_images, every_annotation, say_what_cannot_train
+from darefine_qupath.pipeline.selection import (
+    check_annotators,
+    choose_images,
+    every_annotation,
+    say_several_annotators,
+    say_what_cannot_train,
+)
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import OnError, for_images
@@ -105,6 +111,7 @@ def export_labels(
     counts = class_counts(record for _, records in drawn for record in records)
     class_map = settings.class_map(project.classes, {k: v for k, v in counts.items() if not is_ignored(k)})
     say_what_cannot_train(drawn)
+    say_several_annotators(records for _, records in drawn)
     records_of = {image.id: records for image, records in drawn if class_counts(records)}
 
     def write(image: ImageEntry) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -200,8 +201,14 @@ def read_for_image(
         more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
         raise ExchangeError(f"{found.path} holds no annotation that can be used: {found.refused[0]}{more}")
     classes += [name for name in class_counts(found.annotations) if name not in classes]
-    line = unlearnable_words(count_unlearnable(found.annotations, size))
-    return replace(found, warnings=(*found.warnings, line)) if line else found
+    lines = (unlearnable_words(count_unlearnable(found.annotations, size)), _other_kinds(found.annotations))
+    return replace(found, warnings=(*found.warnings, *filter(None, lines)))
+
+
+def _other_kinds(records: Sequence[Annotation]) -> str:
+    kinds = Counter(record.kind for record in records if record.kind != "annotation")
+    counted = ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items())
+    return f"{kinds.total()} objects are no annotations and do not train: {counted}" if kinds else ""
 
 
 def _storable(found: Imported) -> Imported:

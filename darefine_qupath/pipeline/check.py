@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import shapely
 
-from darefine_qupath.annotations import Annotation, Plane, class_counts, count_unlearnable, unlearnable_words
+from darefine_qupath.annotations import (
+    Annotation,
+    Plane,
+    annotators_in,
+    class_counts,
+    count_unlearnable,
+    unlearnable_words,
+)
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.alignment import look_below
-from darefine_qupath.pipeline.selection import choose_images, size_mismatch
+from darefine_qupath.pipeline.selection import OVERLAP, choose_images, size_mismatch
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import PyramidSlide, Slide, open_slide, resolve_mpp
@@ -205,6 +212,10 @@ def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], sli
     line = unlearnable_words(count_unlearnable(annotations, slide.size))
     if line:
         yield Finding(level="warning", image=entry.name, message=line)
+    names = annotators_in(annotations)
+    if len(names) > 1:
+        message = f"annotations of several annotators ({', '.join(sorted(names))}); {OVERLAP}"
+        yield Finding(level="warning", image=entry.name, message=message)
     problems: dict[str, list[str]] = {}
     for record, outside in zip(annotations, _shares_outside(annotations, slide), strict=True):
         kind, detail = _problem(record, outside)

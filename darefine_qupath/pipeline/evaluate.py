@@ -18,7 +18,7 @@ from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.identity import trained_on
 from darefine_qupath.pipeline.predict import PredictRequest, Report, given_mpp, keep_former_map, plan_slides
 from darefine_qupath.pipeline.scoring import SlideScore, Unpredicted, score_context, score_slide, slide_size, truth_of
-from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images
+from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, say_several_annotators
 from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model, predict_many
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, image_titles, open_project
@@ -109,6 +109,17 @@ class Evaluation:
         }
 
 
+def _by_annotators(
+    truths: Sequence[tuple[ImageEntry, Sequence[Annotation]]], annotators: Sequence[str]
+) -> list[tuple[ImageEntry, tuple[Annotation, ...]]]:
+    """Images that are annotated by the chosen annotators, with what is theirs."""
+    check_annotators((record for _, records in truths for record in records), annotators)
+    chosen = [(image, by_annotators(records, annotators)) for image, records in truths]
+    annotated = [(image, records) for image, records in chosen if any(record.path_class for record in records)]
+    say_several_annotators(records for _, records in annotated)
+    return annotated
+
+
 def evaluate_project(
     request: PredictRequest,
     *,
@@ -157,10 +168,8 @@ def evaluate_project(
         def note_failure(title: str, error: DarefineError) -> None:
             failed.append(Skipped(id=by_title[title].id, name=by_title[title].name, why=str(error)))
 
-        truths = list(for_images(images, lambda image: truth_of(project, image, truth), note_failure))
-        check_annotators((record for _, records in truths for record in records), annotators)
-        truths = [(image, by_annotators(records, annotators)) for image, records in truths]
-        truths = [(image, records) for image, records in truths if any(record.path_class for record in records)]
+        read = list(for_images(images, lambda image: truth_of(project, image, truth), note_failure))
+        truths = _by_annotators(read, annotators)
         if not truths:
             if failed:
                 raise PredictionError("; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed))

@@ -12,6 +12,7 @@ from darefine_qupath.annotations import (
     NOBODY,
     Annotation,
     annotator_of,
+    annotators_in,
     class_counts,
     count_unlearnable,
     unlearnable_words,
@@ -26,18 +27,22 @@ from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.sources import TileSource
 
 __all__ = [
+    "OVERLAP",
     "Skipped",
     "TrainingSet",
     "check_annotators",
     "choose_images",
     "collect_training_images",
     "every_annotation",
+    "say_several_annotators",
     "say_what_cannot_train",
     "size_mismatch",
     "source_of",
 ]
 
 _log = logging.getLogger(__name__)
+
+OVERLAP = "where they overlap, the smaller shape counts; --annotator NAME chooses"
 
 AnnotationsOf = Callable[[Project, ImageEntry], Sequence[Annotation]]
 
@@ -254,8 +259,8 @@ def collect_training_images(
     wanted = tuple(project.image(name) for name in names) if names else project.images
     drawn, damaged = _drawn(project, wanted, annotations_of)
     annotated = [image.id for image in wanted if class_counts(drawn[image.id])]
-    # The tiles count those on the other images.
-    say_what_cannot_train([(image, drawn[image.id]) for image in wanted if image.id not in annotated])
+    say_what_cannot_train([(image, drawn[image.id]) for image in wanted])
+    say_several_annotators(drawn.values())
     readable, skipped = choose_images(project, annotated) if annotated else ((), ())
     skipped = (*damaged, *skipped)
     if not readable:
@@ -297,12 +302,20 @@ def _drawn(
 
 
 def say_what_cannot_train(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]]]) -> None:
-    """Log, image by image, how many objects give no label, and why."""
+    """Log, image by image, how many annotations give no label, and why."""
     for image, records in drawn:
         size = None if image.width is None or image.height is None else (image.width, image.height)
         line = unlearnable_words(count_unlearnable(records, size))
         if line:
             _log.warning("%s: %s", image.name, line)
+
+
+def say_several_annotators(drawn: Iterable[Sequence[Annotation]]) -> None:
+    """Log how many images have annotations of several people, of whom nobody chose."""
+    found = [names for records in drawn if len(names := annotators_in(records)) > 1]
+    if found:
+        everyone = ", ".join(sorted(set().union(*found)))
+        _log.warning("%d images have annotations of several annotators (%s); %s", len(found), everyone, OVERLAP)
 
 
 def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice, pairwise
 from multiprocessing import get_context
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from darefine_qupath.annotations import LabelPainter, count_unlearnable, unlearnable_words
+from darefine_qupath.annotations import LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import SlideError, TileError
 from darefine_qupath.geometry import Box
@@ -119,14 +119,11 @@ class ImagePlan:
         The sizes on it.
     corners : ndarray of int32, shape (N, 4)
         Slice x, y, context x, y.
-    unlearnable : mapping of str to int
-        Annotations that label nothing, by reason.
     """
 
     image: TileImage
     spec: PixelSpec
     corners: NDArray[np.int32]
-    unlearnable: Mapping[str, int] = field(default_factory=dict)
 
     def jobs(self, number: int) -> Iterator[Job]:
         """Cut the plan into jobs: wherever the context changes, if it is shared, and every so many tiles."""
@@ -179,11 +176,6 @@ def plan_sources(
     empty = [plan.image.name for plan in plans if not len(plan.corners)]
     if empty:
         _log.warning("%d of %d images give no tiles: %s", len(empty), len(plans), ", ".join(empty))
-    unlearnable: Counter[str] = Counter()
-    for plan in plans:
-        unlearnable.update(plan.unlearnable)
-    if unlearnable:
-        _log.warning("%s", unlearnable_words(dict(sorted(unlearnable.items()))))
     return plans
 
 
@@ -197,12 +189,7 @@ def _plan_source(
         keep = _keeper(slide, image.mpp, painter, screening)
     pairs = plan_tiles(image.size, pixels, keep=keep)
     corners = [(pair.slice.x, pair.slice.y, pair.context.x, pair.context.y) for pair in pairs]
-    return ImagePlan(
-        image=image,
-        spec=pixels,
-        corners=np.array(corners, np.int32).reshape(-1, 4),
-        unlearnable=count_unlearnable(source.annotations, image.size),
-    )
+    return ImagePlan(image=image, spec=pixels, corners=np.array(corners, np.int32).reshape(-1, 4))
 
 
 def _keeper(
