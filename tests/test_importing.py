@@ -45,7 +45,7 @@ from darefine_qupath.pipeline.tiles import TileRequest, make_tiles
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import Changes, Project, create_project, open_project
 from darefine_qupath.project.embedded import EmbeddedProject
-from darefine_qupath.project.qpdata import stored_records
+from darefine_qupath.project.qpdata.stored import stored_records
 from tests.tile_slides import ramps, write_pyramid
 
 SIZE = (400, 300)

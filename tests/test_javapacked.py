@@ -21,10 +21,16 @@ from darefine_qupath.javaserial.encode import encode
 from darefine_qupath.javaserial.nodes import Stream
 from darefine_qupath.javaserial.packed import PackedObject, distinct_nodes
 from darefine_qupath.javaserial.strings import JavaString
-from darefine_qupath.project import Changes, qpdata
-from darefine_qupath.project.qpdata import edit, read
+from darefine_qupath.project import Changes
+from darefine_qupath.project.qpdata import document, read
+from darefine_qupath.project.qpdata.create import create_image_data
+from darefine_qupath.project.qpdata.document import Document
+from darefine_qupath.project.qpdata.edit import edit_document
+from darefine_qupath.project.qpdata.read import read_image_data
+from darefine_qupath.project.qpdata.verify import verify_edit
 from tests.conftest import DATA
 from tests.fuzzing import damaged
+from tests.qpdata_edits import edited_data
 
 FILES = sorted((DATA / "qupath").rglob("data.qpdata"))
 
@@ -52,7 +58,7 @@ def _record(number: int, rng: random.Random) -> Annotation:
         "measurements": {f"Only {number}": 1.0},
         "metadata": {f"key {number}": "v"},
         "plane": Plane(0, 1, 2),
-        "colour": -70_000 - number,
+        "color": -70_000 - number,
         "geometry": shapely.Point(x, y).buffer(5.25),
     }
     for name in rng.sample(sorted(own), rng.choice((0, 0, 0, 0, 1, 2))):
@@ -64,17 +70,17 @@ def _record(number: int, rng: random.Random) -> Annotation:
 def _file(seed: int, count: int) -> bytes:
     """Image with objects that are much alike, some of them below others."""
     rng = random.Random(seed)
-    blank = qpdata.create(image_type="OTHER", server=None, entry_id="/p::1", version=rng.choice(("0.5.1", "0.6.0")))
+    blank = create_image_data(image_type="OTHER", server=None, entry_id="/p::1", version=rng.choice(("0.5.1", "0.6.0")))
     records = [_record(number, rng) for number in range(count)]
     for number in range(3, count):
         if rng.random() < 0.05:
             parent = records[rng.randrange(3)]
             records[number] = Annotation(geometry=shapely.box(0, number, 5, number + 5), parent=parent.id)
-    return qpdata.edit(qpdata.read(blank), Changes(add=records))
+    return edited_data(read_image_data(blank), Changes(add=records))
 
 
 def _without_packing(act: Callable[[], object]) -> object:
-    with mock.patch.object(read, "open_compact", decode), mock.patch.object(edit, "open_compact", decode):
+    with mock.patch.object(read, "open_compact", decode), mock.patch.object(document, "open_compact", decode):
         return act()
 
 
@@ -82,7 +88,7 @@ def _without_packing(act: Callable[[], object]) -> object:
 def test_files_of_qupath_read_the_same_and_encode_to_the_identical_bytes(path: Path) -> None:
     data = path.read_bytes()
     assert encode(decode(data, is_compact=True)) == data
-    assert qpdata.read(data) == _without_packing(lambda: qpdata.read(data))
+    assert read_image_data(data) == _without_packing(lambda: read_image_data(data))
 
 
 def test_most_of_many_objects_stay_bytes(shared: Path) -> None:
@@ -98,8 +104,8 @@ def test_most_of_many_objects_stay_bytes(shared: Path) -> None:
 def test_edits_are_those_of_a_decoded_file(seed: int, count: int, data: st.DataObject) -> None:
     content = _file(seed, count)
     assert encode(decode(content, is_compact=True)) == content
-    image = qpdata.read(content)
-    assert image == _without_packing(lambda: qpdata.read(content))
+    image = read_image_data(content)
+    assert image == _without_packing(lambda: read_image_data(content))
     rng = random.Random(seed + 1)
     fates = data.draw(st.lists(st.sampled_from("kkkrc"), min_size=len(image.objects), max_size=len(image.objects)))
     changed = [
@@ -112,10 +118,10 @@ def test_edits_are_those_of_a_decoded_file(seed: int, count: int, data: st.DataO
         replace=changed,
         remove=[record.id for record, fate in zip(image.objects, fates, strict=True) if fate == "r"],
     )
-    edited, touched = qpdata.Document(content).edit(changes, {})
-    assert edited == _without_packing(lambda: qpdata.Document(content).edit(changes, {}).content)
+    edited, touched = edit_document(Document(content), changes, {})
+    assert edited == _without_packing(lambda: edit_document(Document(content), changes, {}).content)
     assert encode(decode(edited)) == edited
-    qpdata.verify(qpdata.Document(content), changes, touched, qpdata.Document(edited), path=Path("data.qpdata"))
+    verify_edit(Document(content), changes, touched, Document(edited), path=Path("data.qpdata"))
 
 
 def test_a_reference_into_a_packed_object_opens_it() -> None:
@@ -169,7 +175,7 @@ def test_damage_is_said_as_of_a_decoded_file(seed: int) -> None:
 
     def outcome() -> object:
         try:
-            return qpdata.read(data)
+            return read_image_data(data)
         except ValueError as error:
             return str(error)
 

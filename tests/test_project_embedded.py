@@ -42,12 +42,16 @@ from darefine_qupath.project import (
     imagefile,
     list_backups,
     open_project,
-    qpdata,
     restore,
     staging,
 )
 from darefine_qupath.project.embedded import EmbeddedProject
+from darefine_qupath.project.qpdata.document import Document
+from darefine_qupath.project.qpdata.edit import Edited, edit_document
+from darefine_qupath.project.qpdata.read import read_image_data
+from darefine_qupath.project.qpdata.summary import summarize
 from darefine_qupath.tiles.split import Role
+from tests.qpdata_edits import edited_data
 
 ROOT = Path(__file__).parents[1]
 NEW = Annotation(geometry=shapely.box(10, 10, 60, 40), path_class="Invasive")
@@ -368,39 +372,39 @@ def test_a_killed_command_goes_on() -> None:
     assert "6 kills: the project opened each time" in done.stdout
 
 
-Meddler = Callable[[qpdata.Document, Changes, qpdata.Edited], bytes]
+Meddler = Callable[[Document, Changes, Edited], bytes]
 
 
-def _loses_an_object(before: qpdata.Document, changes: Changes, _: qpdata.Edited) -> bytes:
-    again = qpdata.Document(before.data)
-    return again.edit(replace(changes, remove=[again.found[4].id]), {}).content
+def _loses_an_object(before: Document, changes: Changes, _: Edited) -> bytes:
+    again = Document(before.data)
+    return edit_document(again, replace(changes, remove=[again.found[4].id]), {}).content
 
 
-def _changes_another(before: qpdata.Document, _: Changes, edited: qpdata.Edited) -> bytes:
-    record = qpdata.read(before.data).objects[3]
-    after = qpdata.read(edited.content)
-    return qpdata.edit(after, Changes(replace=[replace(record, name="somebody else")]))
+def _changes_another(before: Document, _: Changes, edited: Edited) -> bytes:
+    record = read_image_data(before.data).objects[3]
+    after = read_image_data(edited.content)
+    return edited_data(after, Changes(replace=[replace(record, name="somebody else")]))
 
 
-def _moves_another(before: qpdata.Document, _: Changes, edited: qpdata.Edited) -> bytes:
-    after = qpdata.read(edited.content)
+def _moves_another(before: Document, _: Changes, edited: Edited) -> bytes:
+    after = read_image_data(edited.content)
     child = next(record for record in after.objects if record.parent is not None and record.kind == "annotation")
     above = after.objects[0] if child.parent != after.objects[0].id else after.objects[1]
-    without = qpdata.read(qpdata.edit(after, Changes(remove=[child.id])))
+    without = read_image_data(edited_data(after, Changes(remove=[child.id])))
     assert before.path is not None
-    return qpdata.edit(without, Changes(add=[replace(child, parent=above.id)]))
+    return edited_data(without, Changes(add=[replace(child, parent=above.id)]))
 
 
-def _changes_what_was_added(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
-    after = qpdata.read(edited.content)
-    return qpdata.edit(after, Changes(replace=[replace(edited.touched[0], locked=True)]))
+def _changes_what_was_added(_: Document, __: Changes, edited: Edited) -> bytes:
+    after = read_image_data(edited.content)
+    return edited_data(after, Changes(replace=[replace(edited.touched[0], locked=True)]))
 
 
-def _changes_the_type(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
+def _changes_the_type(_: Document, __: Changes, edited: Edited) -> bytes:
     return edited.content.replace(b"BRIGHTFIELD_H_E", b"BRIGHTFIELD_X_Y")
 
 
-def _stops_early(_: qpdata.Document, __: Changes, edited: qpdata.Edited) -> bytes:
+def _stops_early(_: Document, __: Changes, edited: Edited) -> bytes:
     return edited.content[:-3]
 
 
@@ -419,28 +423,25 @@ def test_what_comes_back_wrong_is_not_written(
     meddler: Meddler, message: str, project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = listing(project.folder)
-    edit = qpdata.Document.edit
 
-    def meddled(self: qpdata.Document, changes: Changes, colors: dict[str, Color]) -> qpdata.Edited:
-        edited = edit(self, changes, colors)
-        with monkeypatch.context() as unmeddled:
-            unmeddled.setattr(qpdata.Document, "edit", edit)
-            return edited._replace(content=meddler(self, changes, edited))
+    def meddled(document: Document, changes: Changes, colors: dict[str, Color]) -> Edited:
+        edited = edit_document(document, changes, colors)
+        return edited._replace(content=meddler(document, changes, edited))
 
-    monkeypatch.setattr(qpdata.Document, "edit", meddled)
+    monkeypatch.setattr(embedded, "edit_document", meddled)
     with pytest.raises(ProjectWriteError, match=message):
         add(project)
     assert listing(project.folder) == before
 
 
 def test_a_change_during_the_write_is_noticed(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary, path = qpdata.summary, data_file(project)
+    path = data_file(project)
 
     def meanwhile(*args: Any, **named: Any) -> Any:  # noqa: ANN401
         path.write_bytes(path.read_bytes()[::-1])
-        return summary(*args, **named)
+        return summarize(*args, **named)
 
-    monkeypatch.setattr(qpdata, "summary", meanwhile)
+    monkeypatch.setattr(embedded, "summarize", meanwhile)
     changed = path.read_bytes()[::-1]
     with pytest.raises(ProjectChangedError, match="changed since it was read"):
         add(project)
@@ -644,7 +645,7 @@ def test_images_are_listed_with_one_read_each(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, has_summary: bool
 ) -> None:
     path = many(project, 40, has_summary=has_summary)
-    monkeypatch.setattr(qpdata, "read", None)  # no data is read as a whole
+    monkeypatch.setattr(embedded, "read_image_data", None)  # no data is read as a whole
     reads = Reads(monkeypatch)
     images = EmbeddedProject(path).images
     assert {image.image_type for image in images} == {"BRIGHTFIELD_H_E"}

@@ -36,10 +36,10 @@ from darefine_qupath.project import (
     list_backups,
     open_project,
     paquo_engine,
-    qpdata,
     restore,
 )
-from darefine_qupath.project.staging import verify_objects
+from darefine_qupath.project.qpdata.read import read_image_data
+from darefine_qupath.project.qpdata.verify import verify_objects
 from darefine_qupath.review import RunResult, undo, write_back
 from tests.fake_project import CLASSES, polygon
 
@@ -381,7 +381,7 @@ def test_a_thousand_polygons_arrive_through_qupath(place: Place) -> None:
 def everything(folder: Path, entry_id: str) -> dict[str, object]:
     """All that a file says beside its objects."""
     path = folder / "data" / entry_id / "data.qpdata"
-    data = qpdata.read(path.read_bytes(), path=path)
+    data = read_image_data(path.read_bytes(), path=path)
     return {
         "type": data.image_type,
         "stains": data.stains and (data.stains.name, [np.round(v.rgb, 6).tolist() for v in data.stains.vectors]),
@@ -613,7 +613,9 @@ def test_qupath_opens_and_saves_a_project_of_the_embedded_engine(tmp_path: Path)
         assert [replace(image, uri=None) for image in again.images] == [replace(image, uri=None) for image in images]
         for image, objects in zip(again.images, before, strict=True):
             verify_objects(objects, again.objects(image), path=project.path)
-            assert qpdata.read((again.folder / "data" / image.id / "data.qpdata").read_bytes()).properties["touched"]
+            assert read_image_data((again.folder / "data" / image.id / "data.qpdata").read_bytes()).properties[
+                "touched"
+            ]
 
 
 # -- with QuPath: nothing is lost

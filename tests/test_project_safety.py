@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 import shapely
 
-from darefine_qupath import locks as locks_module
+from darefine_qupath import filesystem
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import (
     ProjectChangedError,
@@ -24,6 +24,7 @@ from darefine_qupath.errors import (
     ProjectWriteError,
 )
 from darefine_qupath.project import staging
+from darefine_qupath.project.qpdata.verify import verify_objects
 from darefine_qupath.project.staging import Batch
 
 ONE, TWO = UUID(int=1), UUID(int=2)
@@ -178,7 +179,7 @@ def test_the_lock_of_windows_keeps_others_out_and_its_owner_can_be_read(
     locks = WindowsLocks()
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "msvcrt", locks)
-    spec = importlib.util.spec_from_file_location("locks_on_windows", locks_module.__file__)
+    spec = importlib.util.spec_from_file_location("locks_on_windows", filesystem.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -384,7 +385,7 @@ def annotation(identity: UUID = ONE, **more: object) -> Annotation:
 
 def test_the_same_objects_pass() -> None:
     ours = [annotation(), annotation(TWO)]
-    staging.verify_objects(ours, [annotation(TWO, roi="Rectangle"), annotation(roi="Rectangle")], path=Path("x"))
+    verify_objects(ours, [annotation(TWO, roi="Rectangle"), annotation(roi="Rectangle")], path=Path("x"))
 
 
 @pytest.mark.parametrize(
@@ -406,19 +407,19 @@ def test_the_same_objects_pass() -> None:
 )
 def test_an_object_that_changed_is_noticed(change: dict[str, object], match: str) -> None:
     with pytest.raises(ProjectWriteError, match=match):
-        staging.verify_objects([annotation()], [replace(annotation(), **change)], path=Path("x"))  # type: ignore[arg-type]
+        verify_objects([annotation()], [replace(annotation(), **change)], path=Path("x"))  # type: ignore[arg-type]
 
 
 def test_missing_and_doubled_objects_are_noticed() -> None:
     one, two = annotation(), annotation(TWO)
     for found in ([one], [one, one], [one, two, two], []):
         with pytest.raises(ProjectWriteError, match="objects were written"):
-            staging.verify_objects([one, two], found, path=Path("x"))
+            verify_objects([one, two], found, path=Path("x"))
 
 
 def test_a_changed_roi_type_is_noticed_where_it_was_known() -> None:
     with pytest.raises(ProjectWriteError, match="another roi"):
-        staging.verify_objects([annotation(roi="Rectangle")], [annotation(roi="Polygon")], path=Path("x"))
+        verify_objects([annotation(roi="Rectangle")], [annotation(roi="Polygon")], path=Path("x"))
 
 
 # -- QuPath at the same time

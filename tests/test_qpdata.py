@@ -31,13 +31,21 @@ from darefine_qupath.javaserial.encode import encode
 from darefine_qupath.javaserial.nodes import JavaArray, JavaObject, Stream
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, hash_code, hash_order, whole_number
-from darefine_qupath.project import qpdata
 from darefine_qupath.project.interface import Changes
 from darefine_qupath.project.qpdata.build import NodeBuilder
+from darefine_qupath.project.qpdata.create import create_image_data
+from darefine_qupath.project.qpdata.document import Document
+from darefine_qupath.project.qpdata.edit import edit_document
+from darefine_qupath.project.qpdata.geometries import fill
+from darefine_qupath.project.qpdata.items import Opaque
 from darefine_qupath.project.qpdata.objects import Reader
-from darefine_qupath.project.qpdata.rois import fill
+from darefine_qupath.project.qpdata.read import ImageData, read_image_data
+from darefine_qupath.project.qpdata.stored import expected_objects, stored_record
+from darefine_qupath.project.qpdata.summary import summarize
+from darefine_qupath.project.qpdata.verify import verify_edit
 from tests.conftest import DATA
 from tests.fuzzing import damaged
+from tests.qpdata_edits import edited_data
 
 VERSIONS = ("0.4.4", "0.5.1", "0.6.0", "0.7.0")
 NAMES = ("annotated", "empty", "multi", "workflow-tma", "paquo", "large")
@@ -52,8 +60,8 @@ def _file(version: str, name: str, entry: str = "1") -> Path:
     return _project(version, name) / "data" / entry / "data.qpdata"
 
 
-def _read(path: Path) -> qpdata.ImageData:
-    return qpdata.read(path.read_bytes(), path=path)
+def _read(path: Path) -> ImageData:
+    return read_image_data(path.read_bytes(), path=path)
 
 
 def _expected(folder: Path) -> list[dict[str, Any]]:
@@ -79,7 +87,7 @@ FILES = [pytest.param(case.values[0], id=case.id) for case in CASES]
 
 
 @pytest.fixture(scope="module")
-def annotated() -> qpdata.ImageData:
+def annotated() -> ImageData:
     return _read(_file("0.6.0", "annotated"))
 
 
@@ -158,7 +166,7 @@ def test_read_gives_every_object_that_qupath_reads(path: Path, wanted: dict[str,
 
 def _property_text(value: object) -> str:
     names = {bool: "java.lang.Boolean", int: "java.lang.Integer", float: "java.lang.Double"}
-    if isinstance(value, qpdata.Opaque):
+    if isinstance(value, Opaque):
         return value.java_class
     if isinstance(value, list):
         return f"java.util.ArrayList: [{', '.join(value)}]"
@@ -237,7 +245,7 @@ def test_read_gives_twenty_thousand_objects(shared: Path, version: str) -> None:
 def test_a_polygon_that_crosses_itself_is_the_area_it_winds_around() -> None:
     corners = [(math.cos(angle), math.sin(angle)) for angle in np.arange(5) * 4 * math.pi / 5]
     star = np.array(corners) * 100
-    filled = fill([star])
+    filled, _ = fill([star], max_crossings=20_000)
     assert filled.contains(shapely.Point(0, 0))
     assert filled.geom_type == "Polygon"
     assert shapely.make_valid(shapely.Polygon(star)).area < filled.area < shapely.Polygon(star).convex_hull.area
@@ -246,7 +254,7 @@ def test_a_polygon_that_crosses_itself_is_the_area_it_winds_around() -> None:
 def test_rings_that_cross_too_often_are_refused() -> None:
     rng = np.random.default_rng(1)
     with pytest.raises(ValueError, match="edges cross more than 20000 times"):
-        fill([rng.uniform(0, 1000, (500, 2))])
+        fill([rng.uniform(0, 1000, (500, 2))], max_crossings=20_000)
 
 
 # -- other layouts
@@ -274,7 +282,7 @@ def test_objects_of_old_versions_have_the_same_identity_each_time() -> None:
     builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     children = [_old_object(builder, "a"), _old_object(builder, "b")]
     data = _stream_of((None, None, None, (2).to_bytes(4, "big"), *children), text="Image path: /x/y.tif")
-    first, second = qpdata.read(data), qpdata.read(data)
+    first, second = read_image_data(data), read_image_data(data)
     assert _same(first.objects, second.objects)
     assert not first.has_ids
     assert len({record.id for record in first.objects}) == 2
@@ -283,7 +291,7 @@ def test_objects_of_old_versions_have_the_same_identity_each_time() -> None:
     assert first.objects[0].geometry.equals(shapely.box(1, 2, 5, 4))
     assert first.server is None
     with pytest.raises(ProjectUnsupportedError, match="whose objects have no identity"):
-        qpdata.edit(first, Changes(remove=[first.objects[0].id]))
+        edited_data(first, Changes(remove=[first.objects[0].id]))
 
 
 def test_the_old_measurements_of_32_bits_are_read() -> None:
@@ -295,7 +303,7 @@ def test_the_old_measurements_of_32_bits_are_read() -> None:
     measured = builder.object("qupath.lib.measurements.DefaultMeasurementList", {"list": backing})
     old = _old_object(builder, "x").content
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:2], measured, *old[3:]))
-    image = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
+    image = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
     assert image.objects[0].measurements == {"m0.5": 0.5, "m-2.25": -2.25}
 
 
@@ -311,7 +319,7 @@ def test_the_layout_with_a_uuid_object_is_read(num_fields: int) -> None:
     blocks = (count, *fields, bytes(4)) if fields else (count + bytes(4),)
     content = (old[0], None, identity, *blocks, builder.boolean(True), *old[4:])
     node = builder.external("qupath.lib.objects.PathAnnotationObject", content)
-    image = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
+    image = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
     assert image.objects[0].id == ID
     assert image.objects[0].locked
     assert image.objects[0].metadata == ({"k": "v"} if fields else {})
@@ -338,7 +346,7 @@ def test_the_old_area_roi_is_read() -> None:
     roi = JavaObject.of(desc, {"c": -1, "x": columns[0], "y": columns[1]})
     old = _old_object(builder, "x").content
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], roi, old[6]))
-    image = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
+    image = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
     assert image.objects[0].roi == "Geometry"
     assert image.objects[0].geometry.equals(shapely.Polygon(outer, [hole]))
 
@@ -357,21 +365,21 @@ def test_a_roi_of_a_foreign_library_is_refused_by_name() -> None:
     with pytest.raises(
         ProjectFormatError, match=r"GeometryROI\$SerializationProxy holds a geometry of a foreign library.*at byte \d+"
     ):
-        qpdata.read(data)
+        read_image_data(data)
 
 
 # -- damage
 
 
 def test_what_only_an_edit_looks_at_is_refused_with_its_place() -> None:
-    blank = qpdata.create(image_type="OTHER", server=None, entry_id="/p::1", version="0.6.0")
+    blank = create_image_data(image_type="OTHER", server=None, entry_id="/p::1", version="0.6.0")
     measured = Annotation(geometry=shapely.box(1, 2, 3, 4), kind="detection", measurements={"a": 1.0})
-    data = qpdata.edit(qpdata.read(blank), Changes(add=[measured]))
+    data = edited_data(read_image_data(blank), Changes(add=[measured]))
     strange = data.replace(b"I\x00\x05value", b"I\x00\x05other")
     assert strange != data
-    image = qpdata.read(strange)
+    image = read_image_data(strange)
     with pytest.raises(ProjectFormatError, match=r"java\.lang\.Integer has no field 'value' \(at byte (\d+)\)") as told:
-        qpdata.edit(image, Changes(add=[Annotation(geometry=shapely.box(1, 2, 3, 4))]))
+        edited_data(image, Changes(add=[Annotation(geometry=shapely.box(1, 2, 3, 4))]))
     assert strange[told.value.offset or 0 :].startswith(b"s")
     assert b"java.lang.Integer" in strange[told.value.offset or 0 :][:30]
 
@@ -381,13 +389,13 @@ def test_a_file_cut_anywhere_is_refused(path: Path) -> None:
     data = path.read_bytes()
     for size in range(0, len(data), max(1, len(data) // 60)):
         with pytest.raises(ProjectFormatError, match=r"data\.qpdata: "):
-            qpdata.read(data[:size], path=path)
+            read_image_data(data[:size], path=path)
 
 
-def test_a_file_without_its_end_says_so(annotated: qpdata.ImageData) -> None:
+def test_a_file_without_its_end_says_so(annotated: ImageData) -> None:
     without = annotated.data[: annotated.data.rindex(b"t\x00\x03EOF")]
     with pytest.raises(ProjectFormatError, match="ends without its closing 'EOF'"):
-        qpdata.read(without, path=annotated.path)
+        read_image_data(without, path=annotated.path)
 
 
 def test_an_object_that_is_its_own_child_is_refused() -> None:
@@ -395,7 +403,7 @@ def test_an_object_that_is_its_own_child_is_refused() -> None:
     root = stream.contents[2].get("rootObject")  # type: ignore[union-attr]
     root.content = (None, None, None, (1).to_bytes(4, "big"), root)
     with pytest.raises(ProjectFormatError, match="in the hierarchy twice"):
-        qpdata.read(encode(stream))
+        read_image_data(encode(stream))
 
 
 def test_values_shared_a_million_times_do_not_fill_memory() -> None:
@@ -409,7 +417,7 @@ def test_values_shared_a_million_times_do_not_fill_memory() -> None:
         children.append(builder.external("qupath.lib.objects.PathDetectionObject", content))
     data = _stream_of((None, None, None, len(children).to_bytes(4, "big"), *children))
     with pytest.raises(ProjectFormatError, match="shared so often"):
-        qpdata.read(data)
+        read_image_data(data)
 
 
 HOSTILE = sorted((DATA / "hostile").glob("laughs*.qpdata"))
@@ -443,17 +451,17 @@ def test_what_nobody_thought_of_is_named_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Reader, "_roi", lambda *_: 1 // 0)
     with pytest.raises(ProjectFormatError, match=r"data\.qpdata: The image data cannot be read: .*by zero"):
         _read(path)
-    document = qpdata.Document(path.read_bytes(), path=path)
+    document = Document(path.read_bytes(), path=path)
     with pytest.raises(ProjectFormatError, match=r"data\.qpdata: The image data cannot be read: .*by zero"):
         document.records([1])
 
 
-def test_half_a_character_is_shown_as_qupath_shows_it(annotated: qpdata.ImageData) -> None:
+def test_half_a_character_is_shown_as_qupath_shows_it(annotated: ImageData) -> None:
     named = _edited(annotated, Changes(add=[_new(name="abc", metadata={"k": "xyz"})]))
     data = named.data.replace(b"\0\3abc", b"\0\3\xed\xa0\x80").replace(b"\0\3xyz", b"\0\3\xed\xbf\xbf")
-    found = qpdata.read(data).objects[-1]
+    found = read_image_data(data).objects[-1]
     assert (found.name, found.metadata) == ("\ufffd", {"k": "\ufffd"})
-    assert encode(qpdata.Document(data).stream) == data
+    assert encode(Document(data).stream) == data
 
 
 @pytest.mark.parametrize(
@@ -464,11 +472,9 @@ def test_half_a_character_is_shown_as_qupath_shows_it(annotated: qpdata.ImageDat
         ({"path_class": ": ".join("a" * 900)}, "has 900 parts; QuPath derives a class at most"),
     ],
 )
-def test_what_java_cannot_hold_is_not_written(
-    annotated: qpdata.ImageData, fields: dict[str, Any], message: str
-) -> None:
+def test_what_java_cannot_hold_is_not_written(annotated: ImageData, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(AnnotationError, match=message):
-        qpdata.edit(annotated, Changes(add=[_new(**fields)]))
+        edited_data(annotated, Changes(add=[_new(**fields)]))
 
 
 def test_a_hierarchy_may_be_deep() -> None:
@@ -479,10 +485,10 @@ def test_a_hierarchy_may_be_deep() -> None:
         content = builder.path_object(record, None, None, () if node is None else (node,), is_wide=True)
         node = builder.external("qupath.lib.objects.PathAnnotationObject", content)
     data = _stream_of((None, None, builder.metadata({}, ID), None, (1).to_bytes(4, "big"), node))
-    image = qpdata.read(data)
+    image = read_image_data(data)
     assert len(image.objects) == 5_000
     gone = [record.id for record in image.objects[5:]]
-    assert len(qpdata.read(qpdata.edit(image, Changes(remove=gone))).objects) == 5
+    assert len(read_image_data(edited_data(image, Changes(remove=gone))).objects) == 5
 
 
 @pytest.mark.parametrize("name", ["annotated", "workflow-tma"])
@@ -493,7 +499,7 @@ def test_damaged_files_are_read_or_refused(name: str) -> None:
     data = path.read_bytes()
     for _ in range(400):
         try:
-            image = qpdata.read(copy := damaged(data, rng), path=path)
+            image = read_image_data(copy := damaged(data, rng), path=path)
         except ProjectFormatError as error:
             named += error.path == path and error.offset is not None
         else:
@@ -526,12 +532,12 @@ def _new(shape: str = "Polygon", **fields: Any) -> Annotation:  # noqa: ANN401
     return Annotation(geometry=SHAPES[shape], **{"path_class": "Tumor", "name": shape, **fields})
 
 
-def _edited(image: qpdata.ImageData, changes: Changes, **colors: Color) -> qpdata.ImageData:
-    edited = qpdata.read(qpdata.edit(image, changes, colors), path=image.path)
-    by_id = {record.id: record for record in qpdata.expected(image, changes)}
+def _edited(image: ImageData, changes: Changes, **colors: Color) -> ImageData:
+    edited = read_image_data(edited_data(image, changes, colors), path=image.path)
+    by_id = {record.id: record for record in expected_objects(image, changes)}
     assert {record.id: record for record in edited.objects} == by_id
-    _, touched = qpdata.Document(image.data).edit(changes, colors)
-    qpdata.verify(qpdata.Document(image.data), changes, touched, qpdata.Document(edited.data), path=Path("data.qpdata"))
+    _, touched = edit_document(Document(image.data), changes, colors)
+    verify_edit(Document(image.data), changes, touched, Document(edited.data), path=Path("data.qpdata"))
     return edited
 
 
@@ -545,16 +551,16 @@ def test_adding_and_removing_gives_the_original_bytes(path: Path) -> None:
         new.append(_new(parent=image.objects[0].id, plane=Plane(1, 2, 3)))
     edited = _edited(image, Changes(add=new))
     assert len(edited.objects) == len(image.objects) + len(new)
-    assert qpdata.edit(edited, Changes(remove=[record.id for record in new])) == image.data
+    assert edited_data(edited, Changes(remove=[record.id for record in new])) == image.data
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_geometry_becomes_the_roi_that_qupath_makes_of_it(annotated: qpdata.ImageData, shape: str) -> None:
+def test_a_geometry_becomes_the_roi_that_qupath_makes_of_it(annotated: ImageData, shape: str) -> None:
     record = _new(shape, id=ID)
     found = _edited(annotated, Changes(add=[record])).objects[-1]
     assert found.roi == ROIS.get(shape, shape)
     assert found.geometry.equals(record.geometry)
-    assert found == replace(qpdata.stored(record), parent=None)
+    assert found == replace(stored_record(record), parent=None)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -580,8 +586,8 @@ def test_an_object_of_ours_is_laid_out_as_one_of_qupaths(version: str) -> None:
         assert names[0][name] == names[1][name]
 
 
-def test_new_objects_share_the_class_of_the_others(annotated: qpdata.ImageData) -> None:
-    data = qpdata.edit(
+def test_new_objects_share_the_class_of_the_others(annotated: ImageData) -> None:
+    data = edited_data(
         annotated,
         Changes(add=[_new(path_class="Tumor: Positive"), _new(path_class="Fresh")]),
         {"Fresh": Color(1, 2, 3)},
@@ -595,27 +601,27 @@ def test_new_objects_share_the_class_of_the_others(annotated: qpdata.ImageData) 
         if isinstance(node, JavaObject) and node.desc.name.endswith(".PathClass")
     ]
     assert len(classes) == len(former) + 1
-    assert qpdata.read(data).colors["Fresh"] == Color(1, 2, 3)
+    assert read_image_data(data).colors["Fresh"] == Color(1, 2, 3)
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_replacing_with_the_same_changes_nothing(path: Path) -> None:
     image = _read(path)
     if image.objects:
-        assert qpdata.edit(image, Changes(replace=image.objects)) == image.data
+        assert edited_data(image, Changes(replace=image.objects)) == image.data
 
 
-def test_a_change_of_name_class_and_lock_leaves_the_roi_as_it_is(annotated: qpdata.ImageData) -> None:
+def test_a_change_of_name_class_and_lock_leaves_the_roi_as_it_is(annotated: ImageData) -> None:
     bow_tie = next(record for record in annotated.objects if "bow tie" in (record.name or ""))
     new = replace(bow_tie, name="now", path_class="Stroma", locked=True)
     edited = _edited(annotated, Changes(replace=[new]))
     found = next(record for record in edited.objects if record.id == bow_tie.id)
     assert found == new
     assert found.roi == "Polygon"
-    assert qpdata.edit(edited, Changes(replace=[bow_tie])) == annotated.data
+    assert edited_data(edited, Changes(replace=[bow_tie])) == annotated.data
 
 
-def test_replacing_keeps_place_and_children(annotated: qpdata.ImageData) -> None:
+def test_replacing_keeps_place_and_children(annotated: ImageData) -> None:
     outer = next(record for record in annotated.objects if record.name == "outer")
     edited = _edited(
         annotated, Changes(replace=[replace(outer, geometry=POLYGON, measurements={"x": 2.0}, metadata={"m": "n"})])
@@ -631,11 +637,11 @@ def test_numbers_of_any_size_are_read(value: float) -> None:
     roi = builder.object(name, {"c": -1, "x": value, "x2": value + abs(value), "y": 0.0, "y2": 1.0})
     old = _old_object(builder, "x").content
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], roi, old[6]))
-    (record,) = qpdata.read(_stream_of((None, None, None, (1).to_bytes(4, "big"), node))).objects
+    (record,) = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node))).objects
     assert record.geometry.bounds[0] == pytest.approx(value, abs=0.005)
 
 
-def test_children_of_a_removed_object_take_its_place(annotated: qpdata.ImageData) -> None:
+def test_children_of_a_removed_object_take_its_place(annotated: ImageData) -> None:
     names = {record.name: record for record in annotated.objects}
     edited = _edited(
         annotated, Changes(remove=[names["outer"].id, names["middle"].id], add=[_new(parent=names["middle"].id)])
@@ -646,13 +652,13 @@ def test_children_of_a_removed_object_take_its_place(annotated: qpdata.ImageData
     assert edited.objects[-1].parent is None
 
 
-def test_new_objects_may_stand_below_each_other(annotated: qpdata.ImageData) -> None:
+def test_new_objects_may_stand_below_each_other(annotated: ImageData) -> None:
     top, below = _new(name="top"), _new(name="below")
     edited = _edited(annotated, Changes(add=[replace(below, parent=top.id), top]))
     assert [record.name for record in edited.objects[-2:]] == ["top", "below"]
     first, second = replace(top, parent=below.id), replace(below, parent=top.id)
     with pytest.raises(AnnotationError, match="each other's parents"):
-        qpdata.edit(annotated, Changes(add=[first, second]))
+        edited_data(annotated, Changes(add=[first, second]))
 
 
 def test_an_object_that_connections_refer_to_can_be_removed() -> None:
@@ -686,39 +692,39 @@ def test_an_object_that_connections_refer_to_can_be_removed() -> None:
     ],
 )
 def test_changes_that_make_no_sense_are_refused(
-    annotated: qpdata.ImageData, changes: Changes, error: type[Exception], match: str
+    annotated: ImageData, changes: Changes, error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        qpdata.edit(annotated, changes)
+        edited_data(annotated, changes)
 
 
-def test_kind_parent_and_identity_cannot_be_changed(annotated: qpdata.ImageData) -> None:
+def test_kind_parent_and_identity_cannot_be_changed(annotated: ImageData) -> None:
     first, second = annotated.objects[:2]
     with pytest.raises(AnnotationError, match="cannot become a detection"):
-        qpdata.edit(annotated, Changes(replace=[replace(first, kind="detection")]))
+        edited_data(annotated, Changes(replace=[replace(first, kind="detection")]))
     with pytest.raises(AnnotationError, match="keeps its place"):
-        qpdata.edit(annotated, Changes(replace=[replace(first, parent=second.id)]))
+        edited_data(annotated, Changes(replace=[replace(first, parent=second.id)]))
     with pytest.raises(AnnotationError, match="already"):
-        qpdata.edit(annotated, Changes(add=[first]))
+        edited_data(annotated, Changes(add=[first]))
 
 
 def test_a_core_of_the_grid_is_not_removed() -> None:
     image = _read(_file("0.5.1", "workflow-tma"))
     core = next(record for record in image.objects if record.kind == "tma core")
     with pytest.raises(ProjectUnsupportedError, match="core of the TMA grid"):
-        qpdata.edit(image, Changes(remove=[core.id]))
+        edited_data(image, Changes(remove=[core.id]))
     edited = _edited(image, Changes(replace=[replace(core, is_missing=True, name="gone")]))
     assert edited.objects[0].is_missing
 
 
-def test_objects_with_one_identity_are_read_and_not_edited(annotated: qpdata.ImageData) -> None:
+def test_objects_with_one_identity_are_read_and_not_edited(annotated: ImageData) -> None:
     first, second = annotated.objects[:2]
-    doubled = qpdata.read(annotated.data.replace(str(second.id).encode(), str(first.id).encode()))
+    doubled = read_image_data(annotated.data.replace(str(second.id).encode(), str(first.id).encode()))
     assert doubled.duplicates == {first.id}
     assert len(doubled.objects) == len(annotated.objects)
     with pytest.raises(ProjectUnsupportedError, match="share their identity"):
-        qpdata.edit(doubled, Changes(remove=[first.id]))
-    edited = qpdata.read(qpdata.edit(doubled, Changes(add=[_new()])))
+        edited_data(doubled, Changes(remove=[first.id]))
+    edited = read_image_data(edited_data(doubled, Changes(add=[_new()])))
     assert len(edited.objects) == len(annotated.objects) + 1
 
 
@@ -734,9 +740,9 @@ def test_what_is_stored_is_what_is_read(corners: list[tuple[float, float]]) -> N
         return
     record = Annotation(geometry=hull, id=uuid5(ID, str(corners)))
     found = _edited(image, Changes(add=[record])).objects[0]
-    assert found == qpdata.stored(record)
+    assert found == stored_record(record)
     assert found.geometry.hausdorff_distance(hull) <= 0.02
-    assert qpdata.stored(found).geometry == found.geometry
+    assert stored_record(found).geometry == found.geometry
 
 
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30)
@@ -767,14 +773,14 @@ def test_texts_and_numbers_come_back(
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_new_file_is_what_qupath_saves_of_an_empty_image(version: str) -> None:
     theirs = _read(_file(version, "empty", "2"))
-    data = qpdata.create(
+    data = create_image_data(
         image_type=theirs.image_type,
         server=theirs.server,
         entry_id=theirs.properties["PROJECT_ENTRY_ID"],
         version=version,
         root_id=theirs.root_id,
     )
-    ours = qpdata.read(data)
+    ours = read_image_data(data)
     # 0.4 and 0.5 also note the server's path, and all of them the steps that set type and stains.
     same = ("image_type", "stains", "objects", "root_id", "properties", "locale", "server", "qupath_version", "has_ids")
     for name in same:
@@ -789,20 +795,20 @@ def test_a_new_file_is_what_qupath_saves_of_an_empty_image(version: str) -> None
 
 @pytest.mark.parametrize("image_type", ["BRIGHTFIELD_H_DAB", "BRIGHTFIELD_OTHER", "FLUORESCENCE", "OTHER", "UNSET"])
 def test_only_brightfield_images_have_stains(image_type: str) -> None:
-    image = qpdata.read(qpdata.create(image_type=image_type, server=None, entry_id="/p::1", version="0.6.0"))
+    image = read_image_data(create_image_data(image_type=image_type, server=None, entry_id="/p::1", version="0.6.0"))
     assert image.image_type == image_type
     assert (image.stains is not None) == image_type.startswith("BRIGHTFIELD")
 
 
 def test_an_unknown_image_type_is_refused() -> None:
     with pytest.raises(ProjectUnsupportedError, match="'XRAY' is not an image type"):
-        qpdata.create(image_type="XRAY", server=None, entry_id="/p::1", version="0.6.0")
+        create_image_data(image_type="XRAY", server=None, entry_id="/p::1", version="0.6.0")
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_the_summary_is_qupaths(path: Path) -> None:
     theirs = json.loads((path.parent / "summary.json").read_text())
-    ours = qpdata.summary(_read(path), timestamp_ms=theirs["timestamp"])
+    ours = summarize(Document(path.read_bytes(), path=path), timestamp_ms=theirs["timestamp"])
     if (theirs["server"]["sizeZ"], theirs["server"]["sizeT"]) != (1, 1):
         pytest.skip("a stack")
     assert ours == theirs

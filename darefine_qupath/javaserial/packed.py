@@ -213,3 +213,7 @@ def distinct_nodes(stream: Stream) -> Iterator[tuple[int, Content]]:
         node = nodes[place]
         yield place, node
         place += node.template.num_nodes if isinstance(node, PackedObject) and node.is_packed else 1
+
+
+def is_packed(node: object) -> bool:
+    return isinstance(node, PackedObject) and node.is_packed

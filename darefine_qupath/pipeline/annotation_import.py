@@ -23,7 +23,7 @@ from darefine_qupath.exchange.identity import Origin, Reconciled, reconcile
 from darefine_qupath.exchange.names import NameIndex
 from darefine_qupath.limits import naming
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
-from darefine_qupath.project.qpdata import stored_records
+from darefine_qupath.project.qpdata.stored import stored_records
 from darefine_qupath.slides import read_glass_frame
 
 __all__ = ["Import", "ImportOptions", "import_files", "match_files"]

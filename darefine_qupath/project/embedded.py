@@ -29,8 +29,15 @@ from darefine_qupath.errors import (
 from darefine_qupath.geometry import Size
 from darefine_qupath.javaserial.nodes import paused_garbage_collection
 from darefine_qupath.limits import open_file
-from darefine_qupath.project import qpdata, qpproj, staging, uris
+from darefine_qupath.project import qpproj, staging, uris
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project
+from darefine_qupath.project.qpdata.create import create_image_data
+from darefine_qupath.project.qpdata.document import Document
+from darefine_qupath.project.qpdata.edit import edit_document
+from darefine_qupath.project.qpdata.items import image_type_of
+from darefine_qupath.project.qpdata.read import ImageData, read_image_data
+from darefine_qupath.project.qpdata.summary import summarize
+from darefine_qupath.project.qpdata.verify import verify_edit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,7 +74,7 @@ def project_file(path: Path) -> Path:
     return path
 
 
-_Verify = Callable[[qpdata.Document], None]
+_Verify = Callable[[Document], None]
 """Compares what was read back with what should be there; raises `ProjectWriteError`."""
 
 
@@ -76,7 +83,7 @@ class _Read:
     """One image's data as last read."""
 
     stamp: staging.FileVersion
-    data: qpdata.ImageData
+    data: ImageData
 
 
 class EmbeddedProject(Project):
@@ -233,8 +240,8 @@ class EmbeddedProject(Project):
                 if isinstance(found, dict) and found.get("imageType") in _IMAGE_TYPES:
                     return str(found["imageType"])
             with open_file(path) as file:
-                stored = qpdata.image_type_of(file.read(_HEAD_BYTES))
-            return stored or qpdata.read(staging.read_stamped(path)[0], path=path).image_type
+                stored = image_type_of(file.read(_HEAD_BYTES))
+            return stored or read_image_data(staging.read_stamped(path)[0], path=path).image_type
         return _UNSET
 
     def _data_file(self, entry_id: str) -> Path:
@@ -292,17 +299,17 @@ class EmbeddedProject(Project):
         self._stamps[entry_id] = stamp
         if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
             return self._last[1]
-        read = _Read(stamp, qpdata.read(data, path=path))
+        read = _Read(stamp, read_image_data(data, path=path))
         self._last = (entry_id, read)
         return read
 
-    def _opened_data(self, image: ImageEntry) -> qpdata.Document:
+    def _opened_data(self, image: ImageEntry) -> Document:
         """Open the objects of an image to be edited; those of an image that has none yet as QuPath would save them."""
         path = self._data_file(image.id)
         if not self._has_data(image.id):
-            return qpdata.Document(self._blank(self._record(image), image.image_type), path=path)
+            return Document(self._blank(self._record(image), image.image_type), path=path)
         data, self._stamps[image.id] = staging.read_stamped(path)
-        return qpdata.Document(data, path=path)
+        return Document(data, path=path)
 
     # -- objects
 
@@ -372,17 +379,15 @@ class EmbeddedProject(Project):
     def _edited(
         self,
         image: ImageEntry,
-        before: qpdata.Document,
+        before: Document,
         changes: Changes,
         colors: Mapping[str, Color],
     ) -> tuple[bytes, _Verify]:
         """Make the new ``data.qpdata``, and what compares it; `colors` are those of the project's classes."""
         path, former = self._data_file(image.id), before.data
-        content, touched = before.edit(changes, colors)
+        content, touched = edit_document(before, changes, colors)
         # What was made is compared with the former file as it is, not with the nodes that the edit changed.
-        return content, lambda after: qpdata.verify(
-            qpdata.Document(former, path=path), changes, touched, after, path=path
-        )
+        return content, lambda after: verify_edit(Document(former, path=path), changes, touched, after, path=path)
 
     def backups(self, image: ImageEntry) -> tuple[staging.Backup, ...]:
         """Former states of an image's objects, newest first."""
@@ -413,7 +418,7 @@ class EmbeddedProject(Project):
         """
         with self._writing(image) as path:
             content = staging.read_stamped(backup.path)[0]
-            restored = {record.id for record in qpdata.read(content, path=backup.path).objects}
+            restored = {record.id for record in read_image_data(content, path=backup.path).objects}
             self._last = None
             kept: set[UUID] = set()
             if path.is_file():
@@ -460,7 +465,7 @@ class EmbeddedProject(Project):
         classes: Sequence[PathClass] | None,
         *,
         is_kept: bool = True,
-    ) -> tuple[qpdata.Document, Path | None]:
+    ) -> tuple[Document, Path | None]:
         """Replace an image's data, its summary and the class list together; give what was read back and the backup.
 
         Without `is_kept` there is no backup: no object changed, and a state worth keeping would go for it.
@@ -473,7 +478,7 @@ class EmbeddedProject(Project):
             backup = staging.backup_path(self.folder, entry_id) if is_kept and path.is_file() else None
             after = _read_back(batch.stage(path, content, backup=backup), content, path)
             verify(after)
-            summary = qpdata.summary(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
+            summary = summarize(after, size=self._size_of(entry_id), timestamp_ms=_now_ms())
             batch.stage(path.with_name("summary.json"), qpproj.json_bytes(summary, pretty=False), like=path)
             staging.check_unchanged(path, basis)
             batch.commit()
@@ -493,7 +498,7 @@ class EmbeddedProject(Project):
 
     def _blank(self, record: qpproj.EntryRecord, image_type: str) -> bytes:
         """Make the data of an image without objects, as QuPath would save it first."""
-        return qpdata.create(
+        return create_image_data(
             image_type=image_type,
             server=record.builder,
             entry_id=f"{self.path}::{record.id}",
@@ -537,7 +542,7 @@ class EmbeddedProject(Project):
         if content != former and (classes or former is not None):
             batch.stage(self._classes_file, content)
 
-    def _classes_for(self, changes: Changes, data: qpdata.Document) -> tuple[PathClass, ...]:
+    def _classes_for(self, changes: Changes, data: Document) -> tuple[PathClass, ...]:
         """Return the class list with the classes that new objects bring, in the colours they already have."""
         former, _ = self._stored_classes()
         listed = () if former is None else qpproj.parse_classes(former, self._classes_file)
@@ -606,7 +611,7 @@ class EmbeddedProject(Project):
         path = self._data_file(str(record.id))
         content = self._first_data(record, image_type)
         data = _read_back(batch.stage(path, content), content, path)
-        summary = qpdata.summary(data, size=size, timestamp_ms=_now_ms())
+        summary = summarize(data, size=size, timestamp_ms=_now_ms())
         batch.stage(path.with_name("summary.json"), qpproj.json_bytes(summary, pretty=False))
 
     def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
@@ -781,11 +786,11 @@ def _builder(path: Path, name: str, found: ImageFile, mpp: float | None, version
     return qpproj.server_builder(uris.file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
 
 
-def _read_back(staged: Path, content: bytes, path: Path) -> qpdata.Document:
+def _read_back(staged: Path, content: bytes, path: Path) -> Document:
     """Open what was staged for `path`."""
     try:
         if staging.read_stamped(staged)[0] != content:
             raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
-        return qpdata.Document(content, path=path)
+        return Document(content, path=path)
     except ProjectFormatError as error:
         raise ProjectWriteError(f"What was written cannot be read back, nothing was changed: {error}") from error

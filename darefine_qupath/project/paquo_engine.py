@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -36,10 +35,19 @@ from darefine_qupath.errors import (
     SlideNotFoundError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.project import qpdata, qpproj, staging, uris
+from darefine_qupath.project import qpproj, uris
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.interface import Changes, ImageEntry
-from darefine_qupath.project.qpdata import rois
+from darefine_qupath.project.qpdata.build import signed
+from darefine_qupath.project.qpdata.compare import same_geometry, same_numbers
+from darefine_qupath.project.qpdata.document import Document
+from darefine_qupath.project.qpdata.edit import edit_document
+from darefine_qupath.project.qpdata.items import Stains
+from darefine_qupath.project.qpdata.read import ImageData, read_image_data
+from darefine_qupath.project.qpdata.roi_specs import specs_of
+from darefine_qupath.project.qpdata.schema import ROI_KINDS
+from darefine_qupath.project.qpdata.stored import expected_objects, stored_record
+from darefine_qupath.project.qpdata.verify import verify_objects
 
 __all__ = ["DEFAULT_HEAP", "PaquoProject", "find_qupath", "start_qupath"]
 
@@ -298,7 +306,7 @@ def _server_builder(builder: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of Jav
 class _Editor:
     """Edits of one image's hierarchy; one event at the end, none per object."""
 
-    def __init__(self, image: _OpenImage, base: qpdata.ImageData, colors: Mapping[str, Color]) -> None:
+    def __init__(self, image: _OpenImage, base: ImageData, colors: Mapping[str, Color]) -> None:
         import paquo.java  # noqa: PLC0415
 
         self._java = paquo.java
@@ -411,11 +419,11 @@ class _Editor:
 
     def _replace(self, item: Any, record: Annotation, former: Annotation) -> None:  # noqa: ANN401
         """Set what differs; the rest stays to the bit."""
-        stored = qpdata.stored(record, former)
-        moved = stored.plane != former.plane or not _same(stored.geometry, former.geometry)
+        stored = stored_record(record, former)
+        moved = stored.plane != former.plane or not same_geometry(stored.geometry, former.geometry)
         if moved:
             item.setROI(self._roi(record.geometry, record.roi, record.plane))
-        if record.kind == "cell" and (moved or not _same(stored.nucleus, former.nucleus)):
+        if record.kind == "cell" and (moved or not same_geometry(stored.nucleus, former.nucleus)):
             _set_field(item, "nucleus", self._roi(record.nucleus, None, record.plane))
         if record.kind == "tma core":
             item.setMissing(record.is_missing)
@@ -425,7 +433,7 @@ class _Editor:
         if dict(record.metadata) != dict(former.metadata):
             self._set_metadata(item, record.metadata)
         # QuPath takes an object's measurements away when it gets another ROI.
-        if (moved and record.measurements) or not _same_numbers(stored.measurements, former.measurements):
+        if (moved and record.measurements) or not same_numbers(stored.measurements, former.measurements):
             self._set_measurements(item, record.measurements)
 
     # -- parts of an object
@@ -433,7 +441,7 @@ class _Editor:
     def _set_class(self, item: Any, record: Annotation) -> None:  # noqa: ANN401
         item.setPathClass(self._path_class(record.path_class), float(record.class_probability))
         # A class takes the object's own colour away, so it is set afterwards.
-        color = None if record.color is None else self._java.Integer.valueOf(_signed(record.color))
+        color = None if record.color is None else self._java.Integer.valueOf(signed(record.color))
         item.setColor(color)
 
     def _path_class(self, name: str | None) -> Any:  # noqa: ANN401
@@ -475,8 +483,8 @@ class _Editor:
             return None
         import jpype  # noqa: PLC0415
 
-        (spec,) = rois.specs_of([(geometry, wanted)])
-        kind = rois.PROXIES[spec.proxy]
+        (spec,) = specs_of([(geometry, wanted)])
+        kind = ROI_KINDS[spec.proxy]
         place = _java("qupath.lib.regions.ImagePlane").getPlaneWithChannel(*plane)
         if kind == "Geometry":
             return self._geometry_roi(spec.arrays["wkb"], place)
@@ -509,23 +517,6 @@ class _Editor:
 
 def _id_of(item: Any) -> UUID:  # noqa: ANN401
     return UUID(str(item.getID().toString()))
-
-
-def _signed(argb: int) -> int:
-    return (argb & 0xFFFFFFFF) - (1 << 32) if argb & 0x80000000 else argb & 0xFFFFFFFF
-
-
-def _same(ours: Any, theirs: Any) -> bool:  # noqa: ANN401
-    if ours is None or theirs is None:
-        return ours is theirs
-    return bool(ours.geom_type == theirs.geom_type and ours.equals_exact(theirs, 0))
-
-
-def _same_numbers(ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:
-    return list(ours) == list(theirs) and all(
-        one == two or (math.isnan(one) and math.isnan(two))
-        for one, two in zip(ours.values(), theirs.values(), strict=True)
-    )
 
 
 def _declared(item: Any, find: str, name: str, *types: Any) -> Any:  # noqa: ANN401
@@ -577,23 +568,23 @@ class PaquoProject(EmbeddedProject):
         return start_qupath()
 
     def _edited(
-        self, image: ImageEntry, before: qpdata.Document, changes: Changes, colors: Mapping[str, Color]
-    ) -> tuple[bytes, Callable[[qpdata.Document], None]]:
+        self, image: ImageEntry, before: Document, changes: Changes, colors: Mapping[str, Color]
+    ) -> tuple[bytes, Callable[[Document], None]]:
         """Let QuPath make the changes; what it may not lose is compared before anything is replaced."""
         if not changes.touches_objects:
             # A text beside the objects needs no QuPath, which would make every object anew.
             return super()._edited(image, before, changes, colors)
         start_qupath()
-        base = qpdata.read(before.data, path=before.path)
-        before.edit(changes, colors)  # the same refusals as the embedded engine, before QuPath sees anything
+        base = read_image_data(before.data, path=before.path)
+        edit_document(before, changes, colors)  # the same refusals as the embedded engine, before QuPath sees anything
         with _java_errors(f"save {image.name!r}"), contextlib.closing(self._open(image, base.data)) as opened:
             _Editor(opened, base, colors).apply(changes)
             opened.set_properties(changes.properties)
             opened.keep_history([step.name for step in base.workflow])
             content = opened.written()
-        after = qpdata.read(content, path=base.path)
+        after = read_image_data(content, path=base.path)
         _check_rest(base, after, changes)
-        staging.verify_objects(qpdata.expected(base, changes), after.objects, path=self._data_file(image.id))
+        verify_objects(expected_objects(base, changes), after.objects, path=self._data_file(image.id))
         # What is read back from the disk are the same bytes.
         return content, lambda _: None
 
@@ -639,7 +630,7 @@ class PaquoProject(EmbeddedProject):
 class _Stains:
     """Stains, equal to those that differ by no more than QuPath 0.4 writes."""
 
-    def __init__(self, stains: qpdata.Stains | None) -> None:
+    def __init__(self, stains: Stains | None) -> None:
         self._names = [] if stains is None else [stains.name, *(vector.name for vector in stains.vectors)]
         self._values = np.array([] if stains is None else [*(v.rgb for v in stains.vectors), stains.background])
 
@@ -653,10 +644,10 @@ class _Stains:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _check_rest(before: qpdata.ImageData, after: qpdata.ImageData, changes: Changes) -> None:
+def _check_rest(before: ImageData, after: ImageData, changes: Changes) -> None:
     """Make sure that QuPath kept what is not an object: it passes over what it does not know, with a log line."""
 
-    def parts(data: qpdata.ImageData) -> dict[str, object]:
+    def parts(data: ImageData) -> dict[str, object]:
         return {
             "image type": data.image_type,
             "TMA grid": data.tma_grid,

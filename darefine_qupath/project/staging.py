@@ -12,22 +12,16 @@ import errno
 import glob
 import hashlib
 import logging
-import math
 import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from operator import attrgetter
 from pathlib import Path
 from uuid import uuid4
 
-import numpy as np
-import shapely
-
-from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import (
     LimitError,
     ProjectChangedError,
@@ -53,7 +47,6 @@ __all__ = [
     "qupath_warnings",
     "read_stamped",
     "remove_leftovers",
-    "verify_objects",
     "without_present",
     "write_lock",
 ]
@@ -535,91 +528,6 @@ def prune_backups(project: Path, entry_id: str) -> None:
 
 
 # -- verification
-
-
-_FIELDS = tuple(field.name for field in fields(Annotation))
-# Geometries are compared all at once, and the kind of ROI is QuPath's to choose where a record leaves it open.
-_PLAIN = tuple(name for name in _FIELDS if name not in ("geometry", "nucleus", "roi", "measurements", "metadata"))
-_plain_values = attrgetter(*_PLAIN)
-
-
-def verify_objects(expected: Sequence[Annotation], found: Sequence[Annotation], *, path: Path) -> None:
-    """Compare what was read back with what should be there, object by object.
-
-    NaN equals NaN, and geometries must have the same coordinates in the same order.
-
-    Parameters
-    ----------
-    expected : sequence of Annotation
-        Every object, as it is stored; in any order.
-    found : sequence of Annotation
-        Objects read back.
-    path : Path
-        The file, for messages.
-
-    Raises
-    ------
-    ProjectWriteError
-        If anything differs.
-    """
-    ours, theirs = _ordered(expected), _ordered(found)
-    if [record.id for record in ours] != [record.id for record in theirs]:
-        raise ProjectWriteError(
-            f"{path}: {len(expected)} objects were written and {len(found)} read back; nothing was changed"
-        )
-    for name in ("geometry", "nucleus"):
-        changed = _first_changed_shape(
-            [getattr(record, name) for record in ours], [getattr(record, name) for record in theirs]
-        )
-        if changed is not None:
-            raise _came_back_wrong(path, ours[changed], name)
-    for record, read in zip(ours, theirs, strict=True):
-        field = _changed_field(record, read)
-        if field is not None:
-            raise _came_back_wrong(path, record, field)
-
-
-def _came_back_wrong(path: Path, record: Annotation, field: str) -> ProjectWriteError:
-    return ProjectWriteError(f"{path}: object {record.id} came back with another {field}; nothing was changed")
-
-
-def _ordered(records: Sequence[Annotation]) -> list[Annotation]:
-    """Sort records by identity; those that share one keep their order."""
-    return sorted(records, key=lambda record: record.id.int)
-
-
-def _first_changed_shape(ours: Sequence[object], theirs: Sequence[object]) -> int | None:
-    one, two = np.array(ours, dtype=object), np.array(theirs, dtype=object)
-    changed = np.flatnonzero(~(shapely.equals_exact(one, two, tolerance=0) | ((one == None) & (two == None))))  # noqa: E711
-    return int(changed[0]) if changed.size else None
-
-
-def _changed_field(ours: Annotation, theirs: Annotation) -> str | None:
-    if ours.roi != theirs.roi and ours.roi is not None:
-        return "roi"
-    if _plain_values(ours) != _plain_values(theirs):
-        for name, one, two in zip(_PLAIN, _plain_values(ours), _plain_values(theirs), strict=True):
-            if one != two and not _both_nan(one, two):
-                return name
-    for name, one, two in (
-        ("measurements", ours.measurements, theirs.measurements),
-        ("metadata", ours.metadata, theirs.metadata),
-    ):
-        if (one or two) and not _same_mapping(one, two):
-            return name
-    return None
-
-
-def _both_nan(ours: object, theirs: object) -> bool:
-    return isinstance(ours, float) and isinstance(theirs, float) and math.isnan(ours) and math.isnan(theirs)
-
-
-def _same_mapping(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
-    if list(ours) != list(theirs):
-        return False
-    return ours == theirs or all(
-        one == two or _both_nan(one, two) for one, two in zip(ours.values(), theirs.values(), strict=True)
-    )
 
 
 # -- QuPath at the same time

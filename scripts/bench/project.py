@@ -57,6 +57,9 @@ def task_append(folder: Path, engine: str) -> None:
 
     from darefine_qupath.annotations import Annotation  # noqa: PLC0415
     from darefine_qupath.project import Changes, open_project  # noqa: PLC0415
+    from darefine_qupath.project.qpdata.document import Document  # noqa: PLC0415
+    from darefine_qupath.project.qpdata.edit import edit_document  # noqa: PLC0415
+    from darefine_qupath.project.qpdata.read import read_image_data  # noqa: PLC0415
 
     angles = [2 * math.pi * step / 100 for step in range(100)]
     new = [
@@ -127,7 +130,7 @@ def scaled(target: Path, factor: int) -> None:
     import shapely  # noqa: PLC0415
 
     from darefine_qupath.annotations import Annotation  # noqa: PLC0415
-    from darefine_qupath.project import Changes, qpdata  # noqa: PLC0415
+    from darefine_qupath.project import Changes  # noqa: PLC0415
 
     shutil.copytree(DATA / "empty", target, ignore=shutil.ignore_patterns("expected*"))
     rng = np.random.default_rng(0)
@@ -150,8 +153,8 @@ def scaled(target: Path, factor: int) -> None:
             )
         )
     path = target / "data" / "2" / "data.qpdata"
-    image = qpdata.read(path.read_bytes(), path=path)
-    path.write_bytes(qpdata.edit(image, Changes(add=records)))
+    image = read_image_data(path.read_bytes(), path=path)
+    path.write_bytes(edit_document(Document(image.data, path=image.path), Changes(add=records), {}).content)
     shutil.copytree(target / "data" / "2", target / "data" / "1", dirs_exist_ok=True)
     document = json.loads((target / "project.qpproj").read_text())
     document["images"] = [dict(document["images"][1], entryID=1)]

@@ -47,7 +47,11 @@ from darefine_qupath.annotations import Annotation  # noqa: E402
 from darefine_qupath.errors import AnnotationError, ProjectError, ProjectFormatError  # noqa: E402
 from darefine_qupath.javaserial.decode import decode  # noqa: E402
 from darefine_qupath.javaserial.encode import encode  # noqa: E402
-from darefine_qupath.project import Changes, open_project, qpdata  # noqa: E402
+from darefine_qupath.project import Changes, open_project  # noqa: E402
+from darefine_qupath.project.qpdata.document import Document  # noqa: E402
+from darefine_qupath.project.qpdata.edit import edit_document  # noqa: E402
+from darefine_qupath.project.qpdata.read import ImageData, read_image_data  # noqa: E402
+from darefine_qupath.project.qpdata.stored import expected_objects  # noqa: E402
 from tests.exchange_samples import SAMPLES, packed_mutant, try_exchange  # noqa: E402
 from tests.fuzzing import mutated  # noqa: E402
 from tests.own_samples import NAMES, own_mutant, prepare, try_own  # noqa: E402
@@ -109,7 +113,7 @@ def try_qpdata(item: Case) -> str:
     """Read a damaged ``data.qpdata``; write to it when it can be read."""
     path = item.source
     try:
-        image = qpdata.read(item.data, path=path)
+        image = read_image_data(item.data, path=path)
     except ProjectFormatError as error:
         return check_error(error, path)
     if encode(decode(item.data)) != item.data:
@@ -119,14 +123,15 @@ def try_qpdata(item: Case) -> str:
     return "read"
 
 
-def try_edit(image: qpdata.ImageData) -> str:
+def try_edit(image: ImageData) -> str:
     """Add an object to a file that could be read, and look for it."""
     changes = Changes(add=[Annotation(geometry=shapely.box(1, 2, 3, 4), path_class="Fuzz")])
     try:
-        again = qpdata.read(qpdata.edit(image, changes), path=image.path)
+        edited = edit_document(Document(image.data, path=image.path), changes, {})
+        again = read_image_data(edited.content, path=image.path)
     except (ProjectError, AnnotationError):
         return "read, edit refused"
-    expected = sorted(map(repr, qpdata.expected(image, changes)))
+    expected = sorted(map(repr, expected_objects(image, changes)))
     if sorted(map(repr, again.objects)) != expected:
         raise CaseError("an edit changed more than it should")
     return "read and edited"

@@ -1,4 +1,4 @@
-"""New nodes for QuPath's object streams, laid out as QuPath 0.4 to 0.7 lay them out."""
+"""Build nodes of QuPath's classes, and reuse those that a stream has already."""
 
 from __future__ import annotations
 
@@ -19,127 +19,25 @@ from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaEnum, JavaO
 from darefine_qupath.javaserial.packed import distinct_nodes
 from darefine_qupath.javaserial.protocol import (
     F8,
-    SC_BLOCK_DATA,
-    SC_ENUM,
-    SC_EXTERNALIZABLE,
-    SC_SERIALIZABLE,
-    SC_WRITE_METHOD,
 )
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import hash_order, table_size
-from darefine_qupath.project.qpdata.objects import MAX_CLASS_DEPTH, OBJECT_ID, class_of
-from darefine_qupath.project.qpdata.rois import RoiSpec
+from darefine_qupath.project.qpdata.objects import MAX_CLASS_DEPTH, class_of
+from darefine_qupath.project.qpdata.roi_specs import RoiSpec
+from darefine_qupath.project.qpdata.schema import (
+    BOOLEAN,
+    DEFAULT_LIST,
+    FLOAT_LIST,
+    INTEGER,
+    MEASUREMENT,
+    METADATA,
+    OBJECT_ARRAY,
+    OBJECT_ID,
+    PATH_CLASS,
+    SCHEMA,
+)
 
 __all__ = ["NodeBuilder", "class_name", "is_detection", "probability_block", "signed", "uses_wide_list"]
-
-_OBJECTS = "qupath.lib.objects."
-_MEASUREMENTS = "qupath.lib.measurements."
-_ABSTRACT_LIST = f"{_MEASUREMENTS}NumericMeasurementList$AbstractNumericMeasurementList"
-_FLOAT_LIST = f"{_MEASUREMENTS}NumericMeasurementList$FloatList"
-_DEFAULT_LIST = f"{_MEASUREMENTS}DefaultMeasurementList"
-_PATH_CLASS = f"{_OBJECTS}classes.PathClass"
-_OBJECT_ARRAY = "[Ljava.lang.Object;"
-_STRING = "Ljava/lang/String;"
-_IMAGE_TYPE = "qupath.lib.images.ImageData$ImageType"
-
-_E = SC_EXTERNALIZABLE | SC_BLOCK_DATA
-_S = SC_SERIALIZABLE
-_SW = SC_SERIALIZABLE | SC_WRITE_METHOD
-_EN = SC_SERIALIZABLE | SC_ENUM
-_PLANE = (("I", "c", None), ("I", "t", None))
-_BOX = (*_PLANE, *(("D", name, None) for name in ("x", "x2", "y", "y2")), ("I", "z", None), ("L", "name", _STRING))
-_XY = (("[", "x", "[F"), ("[", "y", "[F"))
-_VERTICES = (*_PLANE, ("I", "z", None), ("L", "name", _STRING), *_XY)
-_POLYGON_STATS = ("L", "stats", "Lqupath/lib/roi/ClosedShapeStatistics;")
-_GEOMETRY_STATS = ("L", "stats", "Lqupath/lib/roi/GeometryROI$GeometryStats;")
-
-_Fields = tuple[tuple[str, str, str | None], ...]
-# Class: flags, serialVersionUID, superclass, fields; the same in QuPath 0.4 to 0.7.
-_SCHEMA: dict[str, tuple[int, int, str | None, _Fields]] = {
-    f"{_OBJECTS}PathObject": (_E, 1, None, ()),
-    f"{_OBJECTS}PathRootObject": (_E, 1, f"{_OBJECTS}PathObject", ()),
-    f"{_OBJECTS}PathROIObject": (_E, 1, f"{_OBJECTS}PathObject", ()),
-    f"{_OBJECTS}PathAnnotationObject": (_E, 1, f"{_OBJECTS}PathROIObject", ()),
-    f"{_OBJECTS}PathDetectionObject": (_E, 1, f"{_OBJECTS}PathROIObject", ()),
-    f"{_OBJECTS}TMACoreObject": (_E, 1, f"{_OBJECTS}PathROIObject", ()),
-    f"{_OBJECTS}PathCellObject": (_E, 1, f"{_OBJECTS}PathDetectionObject", ()),
-    f"{_OBJECTS}PathTileObject": (_E, 1, f"{_OBJECTS}PathDetectionObject", ()),
-    f"{_OBJECTS}MetadataMap": (_E, 1, None, ()),
-    _PATH_CLASS: (
-        _S,
-        1,
-        None,
-        (
-            ("L", "colorRGB", "Ljava/lang/Integer;"),
-            ("L", "name", _STRING),
-            ("L", "parentClass", "Lqupath/lib/objects/classes/PathClass;"),
-        ),
-    ),
-    f"{_OBJECTS}hierarchy.PathObjectHierarchy": (
-        _S,
-        1,
-        None,
-        (
-            ("L", "rootObject", "Lqupath/lib/objects/PathObject;"),
-            ("L", "tmaGrid", "Lqupath/lib/objects/hierarchy/TMAGrid;"),
-        ),
-    ),
-    _DEFAULT_LIST: (_S, 1, None, (("L", "list", "Ljava/util/ArrayList;"),)),
-    f"{_MEASUREMENTS}DoubleMeasurement": (_S, 1, None, (("D", "value", None), ("L", "name", _STRING))),
-    _ABSTRACT_LIST: (
-        _S,
-        1,
-        None,
-        (("Z", "isClosed", None), ("L", "map", "Ljava/util/Map;"), ("L", "names", "Ljava/util/List;")),
-    ),
-    _FLOAT_LIST: (_S, 1, _ABSTRACT_LIST, (("[", "values", "[F"),)),
-    "qupath.lib.roi.RectangleROI$SerializationProxy": (_S, 1, None, _BOX),
-    "qupath.lib.roi.EllipseROI$SerializationProxy": (_S, 1, None, _BOX),
-    "qupath.lib.roi.LineROI$SerializationProxy": (_S, 1, None, _BOX),
-    "qupath.lib.roi.PolygonROI$SerializationProxy": (_S, 1, None, (*_VERTICES[:4], _POLYGON_STATS, *_XY)),
-    "qupath.lib.roi.PolylineROI$SerializationProxy": (_S, 1, None, (*_VERTICES[:3], *_XY)),
-    "qupath.lib.roi.PointsROI$SerializationProxy": (_S, 1, None, _VERTICES),
-    "qupath.lib.roi.GeometryROI$WKBSerializationProxy": (
-        _S,
-        1,
-        None,
-        (*_PLANE, ("I", "z", None), _GEOMETRY_STATS, ("[", "wkb", "[B")),
-    ),
-    "qupath.lib.color.ColorDeconvolutionStains": (_E, 1, None, ()),
-    "qupath.lib.plugins.workflow.Workflow": (_E, 1, None, ()),
-    _IMAGE_TYPE: (_EN, 0, "java.lang.Enum", ()),
-    "java.lang.Enum": (_EN, 0, None, ()),
-    "java.lang.Number": (_S, -8742448824652078965, None, ()),
-    "java.lang.Integer": (_S, 1360826667806852920, "java.lang.Number", (("I", "value", None),)),
-    "java.lang.Boolean": (_S, -3665804199014368530, None, (("Z", "value", None),)),
-    "java.util.ArrayList": (_SW, 8683452581122892189, None, (("I", "size", None),)),
-    "java.util.HashMap": (_SW, 362498820763181265, None, (("F", "loadFactor", None), ("I", "threshold", None))),
-    "java.util.Collections$UnmodifiableCollection": (
-        _S,
-        1820017752578914078,
-        None,
-        (("L", "c", "Ljava/util/Collection;"),),
-    ),
-    "java.util.Collections$UnmodifiableList": (
-        _S,
-        -283967356065247728,
-        "java.util.Collections$UnmodifiableCollection",
-        (("L", "list", "Ljava/util/List;"),),
-    ),
-    "java.util.CollSer": (_SW, 6309168927139932177, None, (("I", "tag", None),)),
-    "java.util.Locale": (
-        _SW,
-        9149081749638150636,
-        None,
-        (
-            ("I", "hashcode", None),
-            *(("L", name, _STRING) for name in ("country", "extensions", "language", "script", "variant")),
-        ),
-    ),
-    _OBJECT_ARRAY: (_S, -8012369246846506644, None, ()),
-    "[F": (_S, 836686056779680834, None, ()),
-    "[B": (_S, -5984413125824719648, None, ()),
-}
 
 _NOT_SET = bytes.fromhex("7ff8000000000000")
 """Class probability of an object that has none."""
@@ -220,7 +118,7 @@ class NodeBuilder:
             if node.__class__ is JavaString and node.raw == object_id:
                 self._strings[OBJECT_ID] = node
                 break
-        integer, boolean, path_class = map(self._descs.get, ("java.lang.Integer", "java.lang.Boolean", _PATH_CLASS))
+        integer, boolean, path_class = map(self._descs.get, (INTEGER, BOOLEAN, PATH_CLASS))
         wanted = {integer, boolean, path_class}
         for found in [node for node in nodes if isinstance(node, JavaObject) and node.desc in wanted]:
             if found.desc is path_class:
@@ -239,18 +137,19 @@ class NodeBuilder:
     def desc(self, name: str) -> ClassDesc:
         """Class descriptor by name."""
         if name not in self._descs:
-            flags, uid, parent, fields = _SCHEMA[name]
+            flags, uid, parent, fields = SCHEMA[name]
             self._descs[name] = ClassDesc(
                 name,
                 uid,
                 flags,
-                [Field(code, field, None if kind is None else self._type(kind)) for code, field, kind in fields],
+                [self._field(*field.split(" ")) for field in fields.split(", ") if field],
                 None if parent is None else self.desc(parent),
             )
         return self._descs[name]
 
-    def _type(self, name: str) -> JavaString:
-        return self._types.setdefault(name, JavaString(name))
+    def _field(self, kind: str, name: str) -> Field:
+        is_number = len(kind) == 1
+        return Field(kind[0], name, None if is_number else self._types.setdefault(kind, JavaString(kind)))
 
     def object(self, name: str, values: Mapping[str, Any] | None = None) -> JavaObject:
         """Object of a serializable class."""
@@ -266,7 +165,7 @@ class NodeBuilder:
 
     def integer(self, value: int) -> JavaObject:
         """Integer; a small one is shared."""
-        node = self._integers.get(value) or self.object("java.lang.Integer", {"value": value})
+        node = self._integers.get(value) or self.object(INTEGER, {"value": value})
         if value in _SHARED_INTEGERS:
             self._integers[value] = node
         return node
@@ -274,7 +173,7 @@ class NodeBuilder:
     def boolean(self, value: bool) -> JavaObject:
         """Boolean; there are two."""
         if value not in self._booleans:
-            self._booleans[value] = self.object("java.lang.Boolean", {"value": value})
+            self._booleans[value] = self.object(BOOLEAN, {"value": value})
         return self._booleans[value]
 
     def enum(self, name: str, constant: str) -> JavaEnum:
@@ -291,7 +190,7 @@ class NodeBuilder:
             parent = self.path_class(above)
             color = self._colors.get(name) or default_color(name)
             values = {"colorRGB": self.integer(color.argb), "name": JavaString(part), "parentClass": parent}
-            self._classes[name] = self.object(_PATH_CLASS, values)
+            self._classes[name] = self.object(PATH_CLASS, values)
         return self._classes[name]
 
     def metadata(self, metadata: Mapping[str, str], identity: UUID | None) -> JavaObject:
@@ -309,10 +208,10 @@ class NodeBuilder:
         pairs = {str(key): str(value) for key, value in metadata.items()}
         if identity is not None:
             pairs[OBJECT_ID] = str(identity)
-        array = self.desc(_OBJECT_ARRAY)
+        array = self.desc(OBJECT_ARRAY)
         keys = JavaArray(array, [self.shared_string(key) for key in pairs])
         values = JavaArray(array, [JavaString(value) for value in pairs.values()])
-        return self.external(f"{_OBJECTS}MetadataMap", (self.integer(1), keys, values))
+        return self.external(METADATA, (self.integer(1), keys, values))
 
     def measurements(self, measurements: Mapping[str, float], *, is_wide: bool) -> JavaObject | None:
         """Measurement list: of 64-bit numbers, or the compact one of 32-bit numbers; null when there are none."""
@@ -320,15 +219,15 @@ class NodeBuilder:
             return None
         if is_wide:
             items = [
-                self.object(f"{_MEASUREMENTS}DoubleMeasurement", {"value": value, "name": self.shared_string(name)})
+                self.object(MEASUREMENT, {"value": value, "name": self.shared_string(name)})
                 for name, value in measurements.items()
             ]
-            return self.object(_DEFAULT_LIST, {"list": self._array_list(items)})
+            return self.object(DEFAULT_LIST, {"list": self._array_list(items)})
         names, index = self._names(tuple(measurements))
         with np.errstate(over="ignore"):
             values = np.fromiter(measurements.values(), np.float64, len(measurements)).astype(">f4")
         array = JavaArray(self.desc("[F"), values.tobytes())
-        return self.object(_FLOAT_LIST, {"isClosed": True, "map": index, "names": names, "values": array})
+        return self.object(FLOAT_LIST, {"isClosed": True, "map": index, "names": names, "values": array})
 
     def _array_list(self, items: Sequence[Content]) -> JavaObject:
         count = len(items).to_bytes(4, "big")

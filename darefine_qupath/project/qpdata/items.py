@@ -1,4 +1,4 @@
-"""What stands beside the objects in a ``data.qpdata`` file: server, image type, stains, history, properties, grid."""
+"""Read what stands beside the objects: server, image type, stains, history, properties, TMA grid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from darefine_qupath.javaserial.decode import first_of
 from darefine_qupath.javaserial.nodes import Content, JavaEnum, JavaObject, Stream
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, list_items, map_items, text, type_name
+from darefine_qupath.project.qpdata.schema import EOF, HIERARCHY, IMAGE_TYPE, ROOT, STAINS, WORKFLOW
 
 __all__ = [
-    "EOF",
     "Items",
     "Opaque",
     "StainVector",
@@ -31,13 +31,7 @@ __all__ = [
     "tma_grid",
 ]
 
-EOF = "EOF"
 _VERSION_PREFIX = "Data file version"
-_ROOT = "qupath.lib.objects.PathRootObject"
-_HIERARCHY = "qupath.lib.objects.hierarchy.PathObjectHierarchy"
-_STAINS = "qupath.lib.color.ColorDeconvolutionStains"
-_WORKFLOW = "qupath.lib.plugins.workflow.Workflow"
-_IMAGE_TYPE = "qupath.lib.images.ImageData$ImageType"
 _MAX_PROPERTY_DEPTH = 16
 
 
@@ -131,9 +125,9 @@ def _items(stream: Stream) -> Items:
         raise NodeError(f"The file begins with {items.data_version[:40]!r} instead of its version", None)
     readers: dict[str, Callable[[JavaObject], None]] = {
         "java.util.Locale": lambda node: setattr(items, "locale", _locale(node)),
-        _STAINS: lambda node: setattr(items, "stains", _stains(node)),
-        _WORKFLOW: lambda node: setattr(items, "workflow", tuple(_workflow(node))),
-        _HIERARCHY: lambda node: setattr(items, "hierarchy", node),
+        STAINS: lambda node: setattr(items, "stains", _stains(node)),
+        WORKFLOW: lambda node: setattr(items, "workflow", tuple(_workflow(node))),
+        HIERARCHY: lambda node: setattr(items, "hierarchy", node),
         "java.util.HashMap": lambda node: setattr(items, "properties", _properties(node)),
         "java.util.LinkedHashMap": lambda node: setattr(items, "properties", _properties(node)),
     }
@@ -146,7 +140,7 @@ def _items(stream: Stream) -> Items:
             if not has_server:
                 items.server_text, has_server = text(item) or "", True
                 _parse_server(items)
-        elif isinstance(item, JavaEnum) and item.desc.name == _IMAGE_TYPE:
+        elif isinstance(item, JavaEnum) and item.desc.name == IMAGE_TYPE:
             items.image_type = text(item.constant) or "UNSET"
         elif isinstance(item, JavaObject) and item.desc.name in readers:
             readers[item.desc.name](item)
@@ -155,7 +149,7 @@ def _items(stream: Stream) -> Items:
 
 def image_type_of(head: bytes) -> str | None:
     """Image type of a file whose beginning is given; None where these bytes do not say."""
-    found = first_of(head, lambda item: isinstance(item, JavaEnum) and item.desc.name == _IMAGE_TYPE)
+    found = first_of(head, lambda item: isinstance(item, JavaEnum) and item.desc.name == IMAGE_TYPE)
     return found.constant.text if isinstance(found, JavaEnum) else None
 
 
@@ -320,7 +314,7 @@ def root_of(items: Items) -> JavaObject:
     if items.hierarchy is None:
         raise NodeError("The file has no object hierarchy", None)
     root = values.field(items.hierarchy, "rootObject")
-    if not isinstance(root, JavaObject) or root.desc.name != _ROOT:
+    if not isinstance(root, JavaObject) or root.desc.name != ROOT:
         raise NodeError(f"{type_name(root)} where the root object should be", items.hierarchy)
     return root
 

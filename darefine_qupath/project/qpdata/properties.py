@@ -1,4 +1,4 @@
-"""Image properties in a ``data.qpdata`` file: the map that stands beside the objects, read for text and edited."""
+"""Set image properties in the map that stands beside the objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from darefine_qupath.javaserial.nodes import Content, JavaObject, Stream, TopLev
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 from darefine_qupath.javaserial.values import map_items
 from darefine_qupath.project.qpdata.build import NodeBuilder
-from darefine_qupath.project.qpdata.items import EOF
+from darefine_qupath.project.qpdata.schema import EOF
 
 __all__ = ["beside", "set_properties"]
 

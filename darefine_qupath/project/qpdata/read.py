@@ -1,15 +1,15 @@
-"""What is in a ``data.qpdata`` file: the objects of an image as records, and everything that stands beside them."""
+"""Read a whole ``data.qpdata`` file: the objects of an image as records, and what stands beside them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from darefine_qupath.annotations import Annotation, Kind
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import DarefineError, JavaStreamError, ProjectFormatError
 from darefine_qupath.javaserial.decode import decode
@@ -17,12 +17,14 @@ from darefine_qupath.javaserial.nodes import JavaObject, Stream, paused_garbage_
 from darefine_qupath.javaserial.packed import unpack
 from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.limits import spoken
+from darefine_qupath.project.qpdata.hierarchy import duplicates_of, walk
 from darefine_qupath.project.qpdata.items import Items, Stains, TmaGrid, WorkflowStep, complete_items, root_of, tma_grid
-from darefine_qupath.project.qpdata.objects import PATH_CLASS, Reader, Row, walk
+from darefine_qupath.project.qpdata.objects import Reader, Row
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiError
+from darefine_qupath.project.qpdata.schema import PATH_CLASS
 from darefine_qupath.project.qpproj import is_since
 
-__all__ = ["ImageData", "duplicates_of", "open_compact", "read", "reading", "roi_batch"]
+__all__ = ["ImageData", "open_compact", "read_image_data", "reading", "roi_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class ImageData:
     path : Path or None
         The file, for messages.
     data : bytes
-        Its bytes; `edit` starts from them.
+        Its bytes.
     data_version : str
         ``"Data file version 3"``.
     qupath_version : str or None
@@ -84,11 +86,6 @@ class ImageData:
     colors: Mapping[str, Color]
     duplicates: frozenset[UUID]
     has_ids: bool
-
-    @property
-    def tally(self) -> list[tuple[Kind, str | None]]:
-        """Kind and class of every object."""
-        return [(record.kind, record.path_class) for record in self.objects]
 
 
 class _Collected(NamedTuple):
@@ -158,14 +155,6 @@ def _offset_of_roi(slot: int, data: bytes) -> int | None:
     return None
 
 
-def duplicates_of(ids: Sequence[UUID]) -> frozenset[UUID]:
-    """Identities that occur more than once."""
-    if len(set(ids)) == len(ids):
-        return frozenset()
-    seen: set[UUID] = set()
-    return frozenset(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]
-
-
 @contextlib.contextmanager
 def reading(path: Path | None) -> Iterator[None]:
     """Name the file, whatever goes wrong in it that nobody has thought of."""
@@ -179,7 +168,7 @@ def reading(path: Path | None) -> Iterator[None]:
         raise ProjectFormatError(f"The image data cannot be read: {spoken(error)}", path=path) from error
 
 
-def read(data: bytes, *, path: Path | None = None) -> ImageData:
+def read_image_data(data: bytes, *, path: Path | None = None) -> ImageData:
     """Read a ``data.qpdata`` file.
 
     Parameters
