@@ -57,9 +57,6 @@ def task_append(folder: Path, engine: str) -> None:
 
     from darefine_qupath.annotations import Annotation  # noqa: PLC0415
     from darefine_qupath.project import Changes, open_project  # noqa: PLC0415
-    from darefine_qupath.project.qpdata.document import Document  # noqa: PLC0415
-    from darefine_qupath.project.qpdata.edit import edit_document  # noqa: PLC0415
-    from darefine_qupath.project.qpdata.read import read_image_data  # noqa: PLC0415
 
     angles = [2 * math.pi * step / 100 for step in range(100)]
     new = [
@@ -134,6 +131,9 @@ def scaled(target: Path, factor: int) -> None:
 
     shutil.copytree(DATA / "empty", target, ignore=shutil.ignore_patterns("expected*"))
     rng = np.random.default_rng(0)
+    from darefine_qupath.project.qpdata.document import Document  # noqa: PLC0415
+    from darefine_qupath.project.qpdata.edit import edit_document  # noqa: PLC0415
+
     angles = np.arange(200) * (2 * math.pi / 200)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     small = np.array([(0, 0), (6, 0), (8, 4), (6, 8), (0, 6)])
@@ -153,8 +153,8 @@ def scaled(target: Path, factor: int) -> None:
             )
         )
     path = target / "data" / "2" / "data.qpdata"
-    image = read_image_data(path.read_bytes(), path=path)
-    path.write_bytes(edit_document(Document(image.data, path=image.path), Changes(add=records), {}).content)
+    former = Document(path.read_bytes(), path=path)
+    path.write_bytes(edit_document(former, Changes(add=records), {}).content)
     shutil.copytree(target / "data" / "2", target / "data" / "1", dirs_exist_ok=True)
     document = json.loads((target / "project.qpproj").read_text())
     document["images"] = [dict(document["images"][1], entryID=1)]
