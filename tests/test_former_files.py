@@ -10,14 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import shapely
+import torch
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import load_checkpoint
+from darefine_qupath.checkpoint import load_checkpoint, rename_former_tensors
 from darefine_qupath.classes import ClassMap
+from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, load_index
 from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
+from darefine_qupath.training import TrainConfig, read_run
+from darefine_qupath.training.distributed import ProcessGroup
+from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.state import load_state
+from darefine_qupath.training.train_step import Stepper
 from tests.tile_slides import ArraySlide
 
 FORMER = Path(__file__).parent / "data" / "former"
@@ -36,6 +43,39 @@ def test_what_a_training_run_was_asked_for_is_read() -> None:
     request = TrainRequest.from_json(json.loads((FORMER / "run" / "request.json").read_text()))
     assert request.tiles.tiles["input_px"] == 64
     assert TrainRequest.from_json(request.to_json()) == request
+
+
+def test_the_settings_of_a_training_run_are_read() -> None:
+    train = read_run(FORMER / "run").train
+    assert (train.optimizer, train.schedule, train.lr_factors) == ("adamw", "cosine", (1.0, 0.5, 0.2))
+    assert (train.grad_accum_steps, train.grad_clip_norm, train.early_stop_patience) == (1, 1.0, 0)
+    assert (train.flips, train.color_jitter, train.loss) == ("dihedral", 0.1, "ce-dice")
+    paper = TrainConfig.from_json({"schedule": "stages", "loss": "nll"})
+    assert paper == TrainConfig()
+
+
+def test_a_dual_network_has_its_tensors_by_other_names() -> None:
+    names = json.loads((FORMER / "dual-tensors.json").read_text())
+    config = ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8)
+    with torch.device("meta"):
+        state = build_model(config).state_dict()
+    former = {name: torch.zeros(0) for name in names}
+    assert "joins.0.conv.weight" in former
+    assert list(rename_former_tensors(former)) == list(state)
+
+
+def test_a_training_state_is_read() -> None:
+    folder = FORMER / "run"
+    settings = read_run(folder)
+    network = build_model(settings.model, seed=0)
+    world = ProcessGroup()
+    norms = FrozenNorms(network, settings.train, ())
+    stepper = Stepper(network, settings.train, world=world, normalization=settings.normalization, norms=norms)
+    counters = load_state(folder / "state.safetensors", stepper)
+    assert (counters.epoch, stepper.step) == (4, 160)
+    last = load_checkpoint(folder / "model.safetensors").state
+    assert set(stepper.network.state_dict()) == set(last)
+    assert len(stepper.optimizer.state_dict()["state"]) == len(list(network.parameters()))
 
 
 def test_a_dataset_is_read() -> None:

@@ -405,7 +405,7 @@ def test_without_a_gpu_the_light_network_is_the_default(
     assert said[0].startswith("DA-RefineNet (attention), efficientnet-lite0 + efficientnet-lite0, width 64: 121 tiles")
     assert said[1].startswith("Without a GPU the default is a light network (efficientnet-lite0, width 64)")
     assert said[2] == "Gradients are clipped to norm 1, which the paper's recipe needs with efficientnet-lite0"
-    assert trained.calls[0][2]["config"].clip_norm == 1
+    assert trained.calls[0][2]["config"].grad_clip_norm == 1
 
 
 def test_without_the_light_package_a_resnet_starts_and_says_what_to_install(
@@ -416,12 +416,14 @@ def test_without_the_light_package_a_resnet_starts_and_says_what_to_install(
     assert said[2].endswith("comes with: pip install 'darefine-qupath[light]'")
 
 
-@pytest.mark.parametrize("recipe", [{"clip-norm": 5.0}, {"clip_norm": 5.0}, {"preset": "modern", "clip_norm": 5.0}])
+@pytest.mark.parametrize(
+    "recipe", [{"grad-clip-norm": 5.0}, {"grad_clip_norm": 5.0}, {"preset": "modern", "grad_clip_norm": 5.0}]
+)
 def test_a_norm_that_was_given_stays(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained, recipe: dict[str, Any]
 ) -> None:
     said = train_light(tiny, tmp_path, monkeypatch, **recipe)
-    assert trained.calls[0][2]["config"].clip_norm == 5
+    assert trained.calls[0][2]["config"].grad_clip_norm == 5
     assert not any("clipped" in sentence for sentence in said)
 
 

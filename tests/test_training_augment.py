@@ -155,7 +155,7 @@ def test_brightness_contrast_and_saturation_are_applied(
 
 def test_no_change_is_no_change() -> None:
     batch = placed_batch((0, 0, 0.5, 0.5))
-    still = TrainConfig(symmetries="none", scale=(1, 1))
+    still = TrainConfig(flips="none", scale=(1, 1))
     same = apply_augmentation(batch, [draw_augmentation(still, epoch=0, position=0)])
     assert same is batch
 
@@ -194,7 +194,7 @@ def test_switching_one_change_off_leaves_the_others() -> None:
 
 
 def test_draws_stay_within_the_recipe() -> None:
-    config = TrainConfig(symmetries="flip", scale=(0.8, 1.25), stain_jitter=0.1, color_jitter=0.2, context_dropout=0.25)
+    config = TrainConfig(flips="flip", scale=(0.8, 1.25), stain_jitter=0.1, color_jitter=0.2, context_dropout=0.25)
     draws = [draw_augmentation(config, epoch=0, position=position) for position in range(400)]
     assert {draw.symmetry for draw in draws} == {0, 1, 2, 3}
     assert 0.8 <= min(draw.scale for draw in draws) < 0.85

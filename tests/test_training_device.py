@@ -18,7 +18,7 @@ from darefine_qupath.training.train_step import StepOutcome, Stepper
 
 META = torch.device("meta")
 RECIPES = {
-    "modern": TrainConfig.from_preset("modern", context_dropout=0.5, ema_decay=0.9, accumulate=2),
+    "modern": TrainConfig.from_preset("modern", context_dropout=0.5, ema_decay=0.9, grad_accum_steps=2),
     "paper": TrainConfig(class_weights="inverse", freeze_batch_norm="yes"),
 }
 

@@ -45,7 +45,7 @@ except TrainingStoppedError as error:
 run(out / "stopped", resume=True)
 unsynchronised, no_sync = [], DistributedDataParallel.no_sync
 DistributedDataParallel.no_sync = lambda self: unsynchronised.append(1) or no_sync(self)
-run(out / "parts", accumulate=2)
+run(out / "parts", grad_accum_steps=2)
 print("PARTS", len(unsynchronised))
 world = join_world("cpu")
 try:
@@ -115,8 +115,8 @@ workers = 0
 """
 
 
-def run(out: Path, *, accumulate: int = 1, **changes: object) -> None:
-    toy_train(out, replace(CONFIG, accumulate=accumulate), model=MODEL, train_data=toy_data(17), **changes)
+def run(out: Path, *, grad_accum_steps: int = 1, **changes: object) -> None:
+    toy_train(out, replace(CONFIG, grad_accum_steps=grad_accum_steps), model=MODEL, train_data=toy_data(17), **changes)
 
 
 def free_port() -> int:

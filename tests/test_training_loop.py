@@ -174,9 +174,9 @@ def test_last_epoch_is_also_measured_with_blank_contexts(
 def test_early_stop_after_validations_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     still = ConfusionMatrix([[3, 1, 0], [0, 4, 0], [0, 0, 4]])
     monkeypatch.setattr(loop_module, "evaluate", lambda *_, **__: still)
-    result = toy_train(tmp_path, toy_config(epochs=9, early_stop=2))
+    result = toy_train(tmp_path, toy_config(epochs=9, early_stop_patience=2))
     assert (result.epochs, result.is_early) == (3, True)
-    again = toy_train(tmp_path, toy_config(epochs=9, early_stop=2), resume=True)
+    again = toy_train(tmp_path, toy_config(epochs=9, early_stop_patience=2), resume=True)
     assert (again.epochs, again.is_early) == (3, True)
 
 
@@ -221,7 +221,7 @@ def test_same_seed_same_weights_other_seed_others(tmp_path: Path) -> None:
 RECIPES = {
     "paper": {"preset": "paper"},
     "modern": {"preset": "modern", "ema_decay": 0.9},
-    "parts": {"preset": "modern", "accumulate": 2, "channels_last": False, "class_weights": "inverse"},
+    "parts": {"preset": "modern", "grad_accum_steps": 2, "channels_last": False, "class_weights": "inverse"},
     "samples": {"samples_per_epoch": 9, "balance": 0.5},
 }
 
@@ -349,7 +349,7 @@ def test_workers_read_the_same_batches(tmp_path: Path) -> None:
 def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path: Path) -> None:
     model = ModelConfig(network="refinenet", slice_encoder="resnet18", width=8, num_classes=3, dropout=0.0)
     for parts in (1, 3):
-        config = toy_config(epochs=1, accumulate=parts, freeze_batch_norm="yes", loss="ce-dice")
+        config = toy_config(epochs=1, grad_accum_steps=parts, freeze_batch_norm="yes", loss="ce-dice")
         toy_train(tmp_path / str(parts), config, model=model, val_data=None)
     losses = [RunFolder(tmp_path / str(parts)).records()[0]["loss"] for parts in (1, 3)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -469,7 +469,8 @@ def test_tiles_without_labels_are_left_out_with_a_warning(tmp_path: Path, caplog
 def test_loss_that_is_no_number_names_the_tiles(tmp_path: Path) -> None:
     config = toy_config(decoder_lr=1e30, batch_size=2, balance=0)
     with pytest.raises(
-        TrainingError, match=r"The loss is (nan|inf) at epoch 1, step \d.*a/\d+_80, a/\d+_80\. .* or set clip_norm = 1$"
+        TrainingError,
+        match=r"The loss is (nan|inf) at epoch 1, step \d.*a/\d+_80, a/\d+_80\. .* or set grad_clip_norm = 1$",
     ):
         toy_train(tmp_path, config)
     assert not (tmp_path / "state.safetensors").exists()

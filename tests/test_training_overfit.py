@@ -17,7 +17,7 @@ def overfit(out: Path, fusion: str, num_steps: int) -> float:
     model = ModelConfig(
         slice_encoder="resnet18", context_encoder="resnet18", fusion=fusion, width=16, num_classes=3, dropout=0.0
     )
-    still = {"symmetries": "none", "scale": [1, 1], "stain_jitter": 0, "color_jitter": 0, "context_dropout": 0}
+    still = {"flips": "none", "scale": [1, 1], "stain_jitter": 0, "color_jitter": 0, "context_dropout": 0}
     rates = {"encoder_lr": 1e-3, "decoder_lr": 3e-3, "balance": 0}
     config = toy_config(preset="modern", epochs=1, batch_size=2, samples_per_epoch=2 * num_steps, **still, **rates)
     tiles = toy_data(2, 64)

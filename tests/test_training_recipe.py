@@ -18,7 +18,7 @@ from tests.test_tiles_sampling import index_of
 def test_default_is_the_papers_recipe() -> None:
     paper = TrainConfig()
     assert paper == PRESETS["paper"] == TrainConfig.from_mapping({})
-    assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.loss) == ("sgd", 0.9, 1e-5, "nll")
+    assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.loss) == ("sgd", 0.9, 1e-5, "ce")
     assert (paper.batch_size, paper.epochs, paper.freeze_batch_norm) == (12, 75, "auto")
 
 
@@ -34,7 +34,7 @@ def test_paper_rates_fall_every_25_epochs(epoch: int, encoder: float, decoder: f
 @given(steps=st.integers(1, 500), warmup=st.floats(0, 0.9))
 @settings(deadline=None, derandomize=True)
 def test_one_cycle_rises_then_falls(steps: int, warmup: float) -> None:
-    config = TrainConfig(schedule="one-cycle", warmup=warmup)
+    config = TrainConfig(schedule="cosine", warmup=warmup)
     factors = [learning_rate_factor(config, step, steps) for step in range(steps)]
     top = factors.index(max(factors))
     assert factors[: top + 1] == sorted(factors[: top + 1])
@@ -66,15 +66,15 @@ def test_unknown_key_is_refused_with_the_nearest() -> None:
         ("encoder_lr", "fast", "must be a number"),
         ("compile", 1, "true or false"),
         ("device", 3, "must be text"),
-        ("stage_factors", [1, "x"], "a list of numbers"),
-        ("stage_factors", [], "needs numbers"),
+        ("lr_factors", [1, "x"], "a list of numbers"),
+        ("lr_factors", [], "needs numbers"),
         ("scale", [2, 1], "two rising numbers"),
         ("scale", [1], "two rising numbers"),
         ("decoder_lr", 0, "more than 0"),
         ("decoder_lr", float("nan"), "more than 0"),
         ("momentum", 1.0, "below 1"),
-        ("balance", 1.5, "below"),
-        ("accumulate", 13, "empty parts"),
+        ("balance", 1.5, "at most 1"),
+        ("grad_accum_steps", 13, "empty parts"),
     ],
 )
 def test_bad_values_are_refused_by_name(key: str, value: object, message: str) -> None:
@@ -86,7 +86,7 @@ def test_bad_values_are_refused_by_name(key: str, value: object, message: str) -
 @pytest.mark.parametrize("name", ["paper", "modern"])
 def test_settings_survive_json(name: str) -> None:
     config = TrainConfig.from_preset(name, epochs=3, scale=[0.5, 2])
-    assert TrainConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_dashes_stand_for_underscores() -> None:

@@ -72,21 +72,21 @@ def flat(network: SegmentationNetwork) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-@given(st.integers(3, 6), st.integers(2, 6), st.integers(0, 99), st.sampled_from(["nll", "ce-dice"]))
+@given(st.integers(3, 6), st.integers(2, 6), st.integers(0, 99), st.sampled_from(["ce", "ce-dice"]))
 @properties
 def test_parts_of_a_batch_change_weights_as_the_batch_does(num_tiles: int, parts: int, seed: int, loss: str) -> None:
-    batch, config = batch_of(num_tiles, seed), toy_config(batch_size=6, loss=loss, weight_decay=0, clip_norm=0)
+    batch, config = batch_of(num_tiles, seed), toy_config(batch_size=6, loss=loss, weight_decay=0, grad_clip_norm=0)
     whole = change(config, batch)
-    cut = change(replace(config, accumulate=min(parts, num_tiles)), batch)
+    cut = change(replace(config, grad_accum_steps=min(parts, num_tiles)), batch)
     torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize(
     ("changes", "model", "warned"),
     [
-        ({"accumulate": 2}, LIGHT, "1/2 of the batch at a time (accumulate = 2)"),
-        ({"accumulate": 2}, toy_model(), "with a network without batch norm of its own"),
-        ({"accumulate": 2, "freeze_batch_norm": "yes"}, LIGHT, None),
+        ({"grad_accum_steps": 2}, LIGHT, "1/2 of the batch at a time (grad_accum_steps = 2)"),
+        ({"grad_accum_steps": 2}, toy_model(), "with a network without batch norm of its own"),
+        ({"grad_accum_steps": 2, "freeze_batch_norm": "yes"}, LIGHT, None),
         ({}, LIGHT, None),
     ],
 )
@@ -128,7 +128,7 @@ def copied(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def test_frozen_encoders_take_nothing_of_the_clipped_norm() -> None:
     """The decoder moves by the whole clip norm: the encoders' gradients are not in it."""
-    config = toy_config(encoder_lr=0, decoder_lr=1, momentum=0, weight_decay=0, clip_norm=1e-3)
+    config = toy_config(encoder_lr=0, decoder_lr=1, momentum=0, weight_decay=0, grad_clip_norm=1e-3)
     assert float(change(config, batch_of(4, 0), DUAL).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -217,7 +217,9 @@ def test_weights_that_are_no_numbers_are_never_kept(
 ) -> None:
     """The loss of the last step is still a number, and without validation nobody would look."""
     monkeypatch.setattr(loop_module, "Stepper", Spoilt)
-    config = toy_config(epochs=1, samples_per_epoch=4 * steps, precision=precision, checkpoint_steps=2, clip_norm=0)
+    config = toy_config(
+        epochs=1, samples_per_epoch=4 * steps, precision=precision, checkpoint_steps=2, grad_clip_norm=0
+    )
     with pytest.raises(TrainingError, match=message):
         toy_train(tmp_path, config, val_data=None)
     assert not (tmp_path / "last.safetensors").exists()
@@ -253,7 +255,7 @@ def test_float32_is_never_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_gradients_are_clipped_without_the_loss_scale(scale: float) -> None:
     """In half precision the loss is scaled up; what is clipped are the gradients of the loss itself."""
-    config = toy_config(precision="fp16", encoder_lr=1, decoder_lr=1, momentum=0, weight_decay=0, clip_norm=1e-2)
+    config = toy_config(precision="fp16", encoder_lr=1, decoder_lr=1, momentum=0, weight_decay=0, grad_clip_norm=1e-2)
     stepper = stepper_of(config)
     stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = flat(stepper.network)

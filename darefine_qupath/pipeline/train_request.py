@@ -10,6 +10,7 @@ from typing import Any
 
 from darefine_qupath.pipeline.tiles import TileRequest
 from darefine_qupath.tiles.spec import with_current_names
+from darefine_qupath.training import config
 
 __all__ = ["TrainRequest"]
 
@@ -75,8 +76,16 @@ class TrainRequest:
             tiles=with_current_names(tiles["tiles"]),
         )
         split = {key: tuple(value) if isinstance(value, list) else value for key, value in tables["split"].items()}
+        tables["train"] = config.with_current_names(tables["train"])
         paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}
-        changed = {**tables, **paths, "tiles": TileRequest(**tiles), "split": split, "out": Path(data["out"])}
+        changed = {
+            **tables,
+            **paths,
+            "train": train,
+            "tiles": TileRequest(**tiles),
+            "split": split,
+            "out": Path(data["out"]),
+        }
         return cls(**{**data, **changed})
 
 

@@ -42,13 +42,13 @@ def new_run_config(settings: Settings, request: TrainRequest) -> tuple[ModelConf
     former = None if request.init_from is None else read_header(request.init_from)
     model = _model_wanted(settings, request, former)
     recipe = given_train_fields(settings, request)
-    config = TrainConfig.from_mapping({**recipe, "clip_norm": 1.0} if _needs_clipping(recipe, model) else recipe)
+    config = TrainConfig.from_mapping({**recipe, "grad_clip_norm": 1.0} if _needs_clipping(recipe, model) else recipe)
     return model, config, None if former is None else former.tiles
 
 
 def resumed_run_config(begun: RunSettings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
     """Network, recipe and tiles of a run that goes on: its own, whatever this machine's defaults are."""
-    config = TrainConfig.from_mapping({**begun.train.to_mapping(), **_underscored(request.train)})
+    config = TrainConfig.from_mapping({**begun.train.to_json(), **_underscored(request.train)})
     return begun.model, config, begun.tiles
 
 
@@ -97,7 +97,10 @@ def describe_run(
                 f"pip install 'darefine-qupath[light]'"
             )
     if _needs_clipping(given_train_fields(settings, request), model):
-        yield f"Gradients are clipped to norm {config.clip_norm:g}, which the paper's recipe needs with {LIGHT_ENCODER}"
+        yield (
+            f"Gradients are clipped to norm {config.grad_clip_norm:g}, which the paper's recipe needs with "
+            f"{LIGHT_ENCODER}"
+        )
 
 
 def given_train_fields(settings: Settings, request: TrainRequest) -> dict[str, Any]:
@@ -116,4 +119,4 @@ def _needs_clipping(table: Mapping[str, Any], model: ModelConfig) -> bool:
     ten steps, that of a ResNet does not; clipping the gradients' norm keeps it.
     """
     is_light = model.network != "unet" and LIGHT_ENCODER in (model.slice_encoder, model.context_encoder)
-    return is_light and table.get("preset", "paper") == "paper" and "clip_norm" not in table
+    return is_light and table.get("preset", "paper") == "paper" and "grad_clip_norm" not in table

@@ -1,7 +1,7 @@
 """Training: recipe, losses, augmentation, the loop with resume, several processes, and evaluation.
 
 >>> from darefine_qupath.training import TrainConfig
->>> TrainConfig.from_mapping({"preset": "modern", "epochs": 10}).optimiser
+>>> TrainConfig.from_mapping({"preset": "modern", "epochs": 10}).optimizer
 'adamw'
 """
 

@@ -122,7 +122,7 @@ def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Augm
         The same for the same three; each kind of change keeps its values when another is switched on or off.
     """
     rng = np.random.default_rng([config.seed, epoch, position])
-    symmetry = int(rng.integers(8)) & {"none": 0, "flip": 3, "dihedral": 7}[config.symmetries]
+    symmetry = int(rng.integers(8)) & {"none": 0, "flip": 3, "dihedral": 7}[config.flips]
     low, high = np.log(config.scale)
     scale = float(np.exp(low + (high - low) * rng.random()))
     place = rng.random(4)

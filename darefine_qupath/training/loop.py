@@ -246,15 +246,15 @@ class _Run:
     def _warn_of_parts(self, network: SegmentationNetwork) -> None:
         """Say once that batch norm sees less than a batch, which changes what is learnt."""
         shares = 1 if self.world.device.type == "cuda" else self.world.size
-        if shares * self.config.accumulate == 1:
+        if shares * self.config.grad_accum_steps == 1:
             return
-        by = [f"accumulate = {self.config.accumulate}"] * (self.config.accumulate > 1)
+        by = [f"grad_accum_steps = {self.config.grad_accum_steps}"] * (self.config.grad_accum_steps > 1)
         by += [f"{shares} processes without a GPU"] * (shares > 1)
         mend = 'freeze_batch_norm = "yes"' if network.encoders else "a network without batch norm of its own"
         _log.warning(
             "Batch norm learns from %s of the batch at a time (%s), so that the result is not that of the whole batch; "
             "it is with %s",
-            f"1/{shares * self.config.accumulate}", " and ".join(by), mend,
+            f"1/{shares * self.config.grad_accum_steps}", " and ".join(by), mend,
         )  # fmt: skip
 
     def restore(self) -> None:
@@ -324,10 +324,10 @@ class _Run:
             self._save_state()
 
     def _memory_advice(self) -> AbstractContextManager[None]:
-        at_once = math.ceil(self.config.batch_size / self.world.size / self.config.accumulate)
+        at_once = math.ceil(self.config.batch_size / self.world.size / self.config.grad_accum_steps)
         return memory_advice(
             f"with {at_once} tiles of {self.settings.tiles.input_px} px at once: lower --batch-size (or raise "
-            f"accumulate, which cuts a batch into parts), or lower the tile size, input_px"
+            f"grad_accum_steps, which cuts a batch into parts), or lower the tile size, input_px"
         )
 
     def _look_back(self) -> None:
@@ -353,8 +353,8 @@ class _Run:
             return f"The loss is {loss} at {where}, from the tiles of another process; see its message"
         more = f" and {len(ids) - _MAX_LISTED} more" if len(ids) > _MAX_LISTED else ""
         advice = ["look at them", "lower encoder_lr and decoder_lr"]
-        if not 0 < self.config.clip_norm <= 1:
-            advice.append("set clip_norm = 1")
+        if not 0 < self.config.grad_clip_norm <= 1:
+            advice.append("set grad_clip_norm = 1")
         if self.stepper.dtype != torch.float32:
             advice.append("train with precision = 'fp32'")
         return (
@@ -395,7 +395,7 @@ class _Run:
                 normalization=self.settings.normalization,
                 device=self.world.device,
                 context=context,
-                batch_size=max(1, self.config.batch_size // self.world.size // self.config.accumulate),
+                batch_size=max(1, self.config.batch_size // self.world.size // self.config.grad_accum_steps),
                 workers=num_workers(self.config, self.world.size),
                 dtype=self.stepper.dtype,
                 world=self.world,
@@ -421,7 +421,7 @@ class _Run:
 
     @property
     def _is_stale(self) -> bool:
-        return 0 < self.config.early_stop <= self.counters.num_stale
+        return 0 < self.config.early_stop_patience <= self.counters.num_stale
 
     def _record(self, epoch: int, matrix: ConfusionMatrix | None) -> dict[str, Any]:
         metrics = {} if matrix is None else matrix.to_json(self.settings.classes.names)
@@ -460,7 +460,7 @@ class _Run:
             provenance={
                 **settings.provenance,
                 "tiles": dict(settings.data),
-                "recipe": self.config.to_mapping(),
+                "recipe": self.config.to_json(),
                 "epoch": record["epoch"],
                 "step": record["step"],
                 "metrics": {key: value for key, value in record.items() if key not in _NOT_METRICS},
@@ -486,7 +486,7 @@ class _Run:
             where = f"epoch {self.counters.epoch + 1}, step {self.counters.step}"
             raise TrainingError(
                 f"{wrong} after {where}, and nothing was saved; what was saved before stands. Train afresh with lower "
-                f"encoder_lr and decoder_lr, clip_norm = 1, or precision = 'fp32'"
+                f"encoder_lr and decoder_lr, grad_clip_norm = 1, or precision = 'fp32'"
             )
 
     def _save_state(self) -> None:
@@ -580,11 +580,11 @@ def _check_data(data: TileData, settings: RunSettings) -> None:
 
 
 def _check_batch(config: TrainConfig, world: ProcessGroup) -> None:
-    parts = world.size * config.accumulate
+    parts = world.size * config.grad_accum_steps
     if config.batch_size < parts:
         raise TrainingError(
-            f"A batch of {config.batch_size} tiles cannot be shared by {world.size} process(es) in {config.accumulate} "
-            f"part(s) each; raise --batch-size to at least {parts}"
+            f"A batch of {config.batch_size} tiles cannot be shared by {world.size} process(es) in "
+            f"{config.grad_accum_steps} part(s) each; raise --batch-size to at least {parts}"
         )
 
 

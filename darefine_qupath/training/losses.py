@@ -1,9 +1,9 @@
 """Losses that add up over parts of a batch.
 
 A batch may be cut into parts, over time (accumulation) and over processes. The mean over its labelled pixels is not the
-mean of the parts' means, so a loss is a sum over the part divided by what the *whole* batch holds: `normalisers` counts
-a part, the loop adds the counts of all parts, and `forward` divides by them. The parts' losses then add up to the loss
-of the batch, exactly.
+mean of the parts' means, so a loss is a sum over the part divided by what the *whole* batch holds: `count_labels`
+counts a part, the loop adds the counts of all parts, and `forward` divides by them. The parts' losses then add up to
+the loss of the batch, exactly.
 
 Shapes: B tiles, K classes, H and W pixels.
 """
@@ -42,7 +42,7 @@ class SegmentationLoss(nn.Module):
         self.dice_weight = config.dice_weight if config.loss == "ce-dice" else 0.0
         self.register_buffer("class_weights", class_weights_K, persistent=False)
 
-    def normalisers(self, mask_BHW: Tensor) -> Tensor:
+    def count_labels(self, mask_BHW: Tensor) -> Tensor:
         """Count what a part of a batch holds.
 
         Parameters
@@ -64,7 +64,7 @@ class SegmentationLoss(nn.Module):
             weight_BHW = weight_BHW * self.class_weights[mask_BHW.long() * valid_BHW]
         return torch.stack([weight_BHW.sum(), valid_BHW.flatten(1).any(dim=1).sum().to(dtype)])
 
-    def forward(self, logits_BKHW: Tensor, mask_BHW: Tensor, normalisers_2: Tensor) -> Tensor:
+    def forward(self, logits_BKHW: Tensor, mask_BHW: Tensor, counts_2: Tensor) -> Tensor:
         """Loss of a part of a batch.
 
         Parameters
@@ -73,8 +73,8 @@ class SegmentationLoss(nn.Module):
             Before softmax, of any floating type.
         mask_BHW : Tensor
             Labels of any integer type.
-        normalisers_2 : Tensor
-            What `normalisers` gives for the whole batch.
+        counts_2 : Tensor
+            What `count_labels` gives for the whole batch.
 
         Returns
         -------
@@ -82,7 +82,7 @@ class SegmentationLoss(nn.Module):
             0 where the batch has no labelled pixel.
         """
         logits_BKHW, labels_BHW = logits_BKHW.float(), mask_BHW.long()
-        pixels, tiles = normalisers_2.float().clamp(min=1e-6)
+        pixels, tiles = counts_2.float().clamp(min=1e-6)
         summed = F.cross_entropy(
             logits_BKHW, labels_BHW, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
         )

@@ -32,8 +32,8 @@ _MAY_CHANGE = frozenset(
         "precision",
         "compile",
         "channels_last",
-        "accumulate",
-        "early_stop",
+        "grad_accum_steps",
+        "early_stop_patience",
         "checkpoint_minutes",
         "checkpoint_steps",
     }
@@ -75,7 +75,7 @@ class RunSettings:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "train": self.train.to_mapping(),
+            "train": self.train.to_json(),
             "model": self.model.to_json(),
             "tiles": self.tiles.to_json(),
             "classes": self.classes.to_json(),
@@ -88,7 +88,7 @@ class RunSettings:
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
         """Return the settings of what `to_json` gave."""
         return cls(
-            train=TrainConfig.from_mapping(data["train"]),
+            train=TrainConfig.from_json(data["train"]),
             model=ModelConfig.from_json(data["model"]),
             tiles=TileSpec.from_json(data["tiles"]),
             classes=ClassMap.from_json(data["classes"]),

@@ -19,7 +19,7 @@ def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> floa
     Parameters
     ----------
     config : TrainConfig
-        `schedule`, `stage_factors` and `warmup` count.
+        `schedule`, `lr_factors` and `warmup` count.
     step : int
         Steps already taken, 0 to ``num_steps - 1``.
     num_steps : int
@@ -28,13 +28,13 @@ def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> floa
     Returns
     -------
     float
-        In ``stages``, the factor of the stage that the step lies in; in ``one-cycle``, 0 to 1.
+        In ``step``, the factor of the stage that the step lies in; in ``cosine``, 0 to 1.
     """
     if config.schedule == "constant":
         return 1.0
-    if config.schedule == "stages":
-        stage = step * len(config.stage_factors) // num_steps
-        return config.stage_factors[min(stage, len(config.stage_factors) - 1)]
+    if config.schedule == "step":
+        stage = step * len(config.lr_factors) // num_steps
+        return config.lr_factors[min(stage, len(config.lr_factors) - 1)]
     peak = config.warmup * num_steps
     if step + 1 < peak:
         return (step + 1) / peak

@@ -164,7 +164,7 @@ class Stepper:
         set_learning_rates(self.optimizer, factor)
         learning_rate = self.config.decoder_lr * factor
         batch = apply_augmentation(batch.to(self.world.device), draws)
-        own = self.loss.normalisers(batch.masks)
+        own = self.loss.count_labels(batch.masks)
         shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop), float(save)])]))
         # Backward too, where autocast must not be.
         with compile_advice(), full_float32() if self.dtype == torch.float32 else nullcontext():
@@ -190,14 +190,14 @@ class Stepper:
         entropy = np.random.SeedSequence([self.config.seed, self.step, self.world.rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
 
-    def _backward(self, batch: Batch, normalisers_2: Tensor) -> Tensor:
+    def _backward(self, batch: Batch, counts_2: Tensor) -> Tensor:
         """Add up the gradients of the batch's parts; return this process's share of the loss."""
-        num_parts = self.config.accumulate
+        num_parts = self.config.grad_accum_steps
         edges = [math.floor(len(batch.masks) * part / num_parts) for part in range(num_parts + 1)]
         total = torch.zeros((), device=self.world.device)
         for part in range(num_parts):
             with self._synchronized(last=part == num_parts - 1):
-                loss = self.loss_of(batch.part(slice(edges[part], edges[part + 1])), normalisers_2)
+                loss = self.loss_of(batch.part(slice(edges[part], edges[part + 1])), counts_2)
                 # Gradients are averaged over the processes; the loss is a sum over them.
                 self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -209,19 +209,19 @@ class Stepper:
             return self._forward.no_sync()
         return nullcontext()
 
-    def loss_of(self, batch: Batch, normalisers_2: Tensor) -> Tensor:
+    def loss_of(self, batch: Batch, counts_2: Tensor) -> Tensor:
         """Loss of tiles that are on the device; see `SegmentationLoss`."""
         slice_B3HW = self.normalization.apply(batch.slices).contiguous(memory_format=self.memory_format)
         context_B3HW = self.normalization.of_context.apply(batch.contexts).contiguous(memory_format=self.memory_format)
         with autocast(self.world.device, self.dtype):
             logits_BKHW = self._forward(slice_B3HW, context_B3HW, batch.boxes)
-        loss: Tensor = self.loss(logits_BKHW, batch.masks, normalisers_2)
+        loss: Tensor = self.loss(logits_BKHW, batch.masks, counts_2)
         return loss
 
     def _update(self) -> None:
-        if self.config.clip_norm:
+        if self.config.grad_clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
