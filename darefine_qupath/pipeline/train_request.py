@@ -81,7 +81,6 @@ class TrainRequest:
         changed = {
             **tables,
             **paths,
-            "train": train,
             "tiles": TileRequest(**tiles),
             "split": split,
             "out": Path(data["out"]),
