@@ -71,15 +71,15 @@ def test_a_folder_of_truths_must_be_there(run: Run, tmp_path: Path) -> None:
 
 
 def test_review_before_a_prediction(run: Run) -> None:
-    code, out, err = run("review", TINY, "--next", "3")
+    code, out, err = run("next", TINY, "-n", "3")
     assert (code, out) == (0, "")
     assert "run darefine predict" in err
-    assert json.loads(run("review", TINY, "--next", "3", "--json")[1]) == {"places": []}
+    assert json.loads(run("next", TINY, "-n", "3", "--json")[1]) == {"places": []}
 
 
 def test_clearing_prints_json_too(run: Run, tmp_path: Path) -> None:
     project = Path(shutil.copytree(TINY, tmp_path / "project"))
-    assert json.loads(run("review", project, "--clear", "--json", "--engine", "embedded")[1]) == {"removed": 0}
+    assert json.loads(run("next", project, "--clear", "--json", "--engine", "embedded")[1]) == {"removed": 0}
 
 
 def test_a_test_image_must_be_there(run: Run, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_stopped_training_is_no_error(run: Run, tmp_path: Path, monkeypatch: p
     def stopped(*_: object, **__: object) -> None:
         raise TrainingStoppedError("SIGINT ended training; go on with: darefine train --resume run")
 
-    monkeypatch.setattr("darefine_qupath.cli.learn.resume_training", stopped)
+    monkeypatch.setattr("darefine_qupath.cli.train.resume_training", stopped)
     code, out, err = run("train", "--resume", tmp_path)
     assert (code, out) == (130, "")
     assert err.splitlines() == ["SIGINT ended training; go on with: darefine train --resume run"]

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from darefine_qupath.cli import output
+from darefine_qupath.cli import progress
 from darefine_qupath.cli.group import main
 from darefine_qupath.cli.lines import UNSEEN, LogFormatter, visible
-from darefine_qupath.cli.output import echo_json, note, progress_bar, say, table
+from darefine_qupath.cli.output import echo_json, note, say, table
 from tests.conftest import Run
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
@@ -50,9 +50,9 @@ def test_lines_tables_and_json_hold_the_name_as_it_is_spelled(capfd: pytest.Capt
 def test_progress_shows_a_name_and_no_markup(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "_stderr", Console(stderr=True, force_terminal=True, color_system=None, width=300))
-    with progress_bar("Predicting") as bar:
-        bar(1, 2, NASTY)
+    monkeypatch.setattr(progress, "_stderr", Console(stderr=True, force_terminal=True, color_system=None, width=300))
+    with progress.show_progress("Predicting") as listener:
+        listener.on_items("Predicting", 1, 2, NASTY)
     shown = capfd.readouterr().err
     assert SPELLED in shown
     assert "owned\x07" not in shown

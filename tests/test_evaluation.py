@@ -15,19 +15,19 @@ import torch
 from shapely.geometry import box
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
+from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.cli import main
 from darefine_qupath.errors import PredictionError, ProjectError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.pipeline import predict
-from darefine_qupath.pipeline.evaluate import evaluate_project
+from darefine_qupath.pipeline import evaluate
+from darefine_qupath.pipeline.evaluate import EvaluateRequest, evaluate_project
 from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id, trained_on
 from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
-from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
+from darefine_qupath.prediction import PredictOptions, ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import write_score_map
@@ -35,6 +35,7 @@ from darefine_qupath.project import ImageEntry, open_project
 from darefine_qupath.review import WriteOptions
 from darefine_qupath.slides import TissueMask, file_digest
 from darefine_qupath.tiles.spec import TileSpec
+from tests.listeners import KeepingListener
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 OPTIONS = PredictOptions(device="cpu", precision="fp32", workers=1)
@@ -73,6 +74,10 @@ def project(tmp_path: Path) -> Path:
 
 def request_of(project: Path, model: Path, **more: object) -> PredictRequest:
     return PredictRequest(project=project, model=model, engine="embedded", options=OPTIONS, **more)  # type: ignore[arg-type]
+
+
+def evaluation_of(project: Path, model: Path, **more: object) -> EvaluateRequest:
+    return EvaluateRequest(project=project, model=model, truth=project / "truth", options=OPTIONS, **more)  # type: ignore[arg-type]
 
 
 # What counts
@@ -202,7 +207,7 @@ def trained(project: Path, **changes: object) -> dict[str, object]:
 
 def seen_in(project: Path, model: Path) -> set[str]:
     with open_project(project, engine="embedded") as opened:
-        return set(trained_on(predict.read_header(model), opened, opened.images))
+        return set(trained_on(read_header(model), opened, opened.images))
 
 
 def test_a_project_that_moved_or_was_copied_knows_its_images(project: Path, model_of: Model, tmp_path: Path) -> None:
@@ -293,7 +298,7 @@ def test_a_dry_run_and_an_evaluation_leave_the_maps_of_another_model_alone(proje
     (dry,) = predict_project(replace(other, dry_run=True)).outcomes
     assert dry.score_map is not None
     assert dry.error is None
-    evaluated = evaluate_project(other, truth=project / "truth")
+    evaluated = evaluate_project(evaluation_of(project, other.model, images=("test-3.tif",)))
     assert evaluated.model == dry.score_map.model_id
     again = replace(request_of(project, model, dry_run=True), options=replace(OPTIONS, overlap=0.5))
     predict_project(replace(again, images=("test-3.tif",)))
@@ -329,9 +334,9 @@ def test_context_scores_are_computed_on_the_device_that_was_asked_for(
         asked.append(device)
         return {}
 
-    monkeypatch.setattr(predict, "score_context", score)
-    monkeypatch.setattr(predict, "choose_device", lambda name: {"cpu": torch.device("meta")}[name])
-    evaluate_project(request_of(project, model_of()), truth=project / "truth", context=("blank",))
+    monkeypatch.setattr(evaluate, "score_context", score)
+    monkeypatch.setattr(evaluate, "choose_device", lambda name: {"cpu": torch.device("meta")}[name])
+    evaluate_project(evaluation_of(project, model_of(), context=("blank",)))
     assert asked == ["meta"]
 
 
@@ -352,11 +357,10 @@ def twins(project: Path) -> Path:
 def test_slides_of_one_file_name_are_two_slides(
     twins: Path, model_of: Model, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[Progress] = []
-    found = predict_project(request_of(twins, model_of(), write=None), progress=seen.append)
-    assert {progress.key for progress in seen} == {"1", "2", "3"}
-    left = [progress.all_seconds_left for progress in seen]
-    assert left[-1] == 0.0
+    listener = KeepingListener()
+    found = predict_project(request_of(twins, model_of(), write=None), listener=listener)
+    assert {progress.key for progress in listener.slides} == {"1", "2", "3"}
+    assert listener.slides[-1].all_seconds_left == 0.0
     assert found.titles == {"1": "train-1.tif (entry 1)", "2": "train-1.tif (entry 2)", "3": "test-3.tif"}
     marks = {read_score_map(twins / "darefine" / "maps" / number).fingerprint for number in "123"}
     assert len(marks) == 3
@@ -370,9 +374,9 @@ def test_slides_of_one_file_name_are_two_slides(
 
 def test_a_truth_that_may_be_of_two_images_is_refused(twins: Path, model_of: Model) -> None:
     shutil.copy(twins / "truth" / "3.geojson", twins / "truth" / "train-1.geojson")
-    found = evaluate_project(request_of(twins, model_of()), truth=twins / "truth")
+    found = evaluate_project(evaluation_of(twins, model_of()))
     assert [slide.id for slide in found.slides] == ["3"]
     assert [image.id for image in found.failed] == ["1", "2"]
     assert all("train-1.geojson may be the truth of any of the images 1, 2" in image.why for image in found.failed)
     with pytest.raises(PredictionError, match=r"train-1\.tif: .*may be the truth of any of the images 1, 2"):
-        evaluate_project(request_of(twins, model_of(), images=("1",)), truth=twins / "truth")
+        evaluate_project(evaluation_of(twins, model_of(), images=("1",)))

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
-from darefine_qupath.cli.learn import show_result
-from darefine_qupath.cli.learn import tiles as tiles_command
-from darefine_qupath.cli.learn import train as train_command
+from darefine_qupath.cli.tiles import tiles as tiles_command
+from darefine_qupath.cli.train import show_result
+from darefine_qupath.cli.train import train as train_command
 from darefine_qupath.errors import (
     ConfigError,
     DarefineError,
@@ -31,12 +31,12 @@ from darefine_qupath.errors import (
 )
 from darefine_qupath.geometry import Size
 from darefine_qupath.models import Normalization, build_model
-from darefine_qupath.pipeline import train
+from darefine_qupath.pipeline import train, train_setup
 from darefine_qupath.pipeline.hard_examples import hard_weights
 from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, former_model, summary
 from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import Settings, read_settings
-from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide, hold_back, note_roles
+from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide, hold_back, save_roles
 from darefine_qupath.pipeline.tiles import TileRequest
 from darefine_qupath.pipeline.train import Folds, resume_training, train_on_project
 from darefine_qupath.pipeline.train_request import TrainRequest
@@ -50,6 +50,7 @@ from darefine_qupath.training import RunSettings, TrainResult
 from darefine_qupath.training.loader import BatchPlan, load_batches
 from darefine_qupath.training.tile_dataset import TileDataset
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, square, write
+from tests.listeners import KeepingListener
 from tests.test_inspection import ProjectOfFiles, entry
 from tests.tile_slides import ramps, write_pyramid
 from tests.training_toy import CLASSES as TOY_CLASSES
@@ -353,7 +354,7 @@ def request(project: Path, out: Path, **more: Any) -> TrainRequest:  # noqa: ANN
 def test_a_run_notes_what_it_learns_from(tiny: Path, tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "run"
     wanted = request(
-        tiny, out, split={"validation_images": ("train-2.tif",)}, sampling={"max_per_image": 30}, note_roles=True
+        tiny, out, split={"validation_images": ("train-2.tif",)}, sampling={"max_per_image": 30}, save_roles=True
     )
     assert isinstance(train_on_project(wanted), TrainResult)
     data, validation, more = trained.calls[0]
@@ -387,13 +388,13 @@ def train_light(
     """Train as on a machine without a GPU, with no word about the network; give what was announced."""
     settings = tmp_path / "light.toml"
     settings.write_text((TINY / "darefine.toml").read_text().split("[model]")[0])
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "find_spec", lambda _: object() if is_installed else None)
+    monkeypatch.setattr(train_setup.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_setup, "find_spec", lambda _: object() if is_installed else None)
     tiles = TileRequest(project=tiny, settings=settings, workers=1)
-    said: list[str] = []
+    listener = KeepingListener()
     wanted = TrainRequest(tiles=tiles, out=tmp_path / "run", on_the_fly=True, train=recipe)
-    train_on_project(wanted, announce=said.append)
-    return said
+    train_on_project(wanted, listener=listener)
+    return listener.notices
 
 
 def test_without_a_gpu_the_light_network_is_the_default(
@@ -404,7 +405,7 @@ def test_without_a_gpu_the_light_network_is_the_default(
     assert (model.slice_encoder, model.context_encoder, model.width) == ("efficientnet-lite0", "efficientnet-lite0", 64)
     assert said[0].startswith("DA-RefineNet (attention), efficientnet-lite0 + efficientnet-lite0, width 64: 121 tiles")
     assert said[1].startswith("Without a GPU the default is a light network (efficientnet-lite0, width 64)")
-    assert said[2] == "Gradients are clipped to norm 1, which the paper's recipe needs with efficientnet-lite0"
+    assert said[2] == "Gradients are clipped to norm 1: with efficientnet-lite0 the paper's recipe needs that"
     assert trained.calls[0][2]["config"].grad_clip_norm == 1
 
 
@@ -451,8 +452,8 @@ def test_folds_share_their_tiles_and_train_one_after_the_other(tiny: Path, tmp_p
         train_on_project(wanted)
     assert isinstance(resume_training(tmp_path / "run"), Folds)
     assert [call[2]["resume"] for call in trained.calls] == [False, False, True, True]
-    with pytest.raises(ConfigError, match="there are no roles to note"):
-        train_on_project(replace(wanted, out=tmp_path / "other", note_roles=True))
+    with pytest.raises(ConfigError, match="there are no roles to save"):
+        train_on_project(replace(wanted, out=tmp_path / "other", save_roles=True))
 
 
 def test_folds_that_could_not_begin_leave_their_tiles_and_a_free_folder(
@@ -505,7 +506,7 @@ def test_a_run_goes_on_without_its_project(
     shutil.rmtree(tiny)
     always_normal.unlink()
     monkeypatch.chdir("/")
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_setup.torch.cuda, "is_available", lambda: True)
     resume_training(out, changes={"workers": 3})
     (first, _, was), (again, _, now) = trained.calls
     assert again.tiles.ids() == first.tiles.ids()
@@ -590,8 +591,8 @@ def test_roles_are_written_once(tiny: Path) -> None:
     with open_project(tiny, engine="embedded") as project:
         ids = [image.id for image in project.images]
     roles = {ids[0]: "train", ids[1]: "validation"}
-    assert note_roles(tiny, roles) == 2  # type: ignore[arg-type]
-    assert note_roles(tiny, roles) == 0  # type: ignore[arg-type]
+    assert save_roles(tiny, roles) == 2  # type: ignore[arg-type]
+    assert save_roles(tiny, roles) == 0  # type: ignore[arg-type]
     with open_project(tiny, engine="embedded") as project:
         assert [image.metadata.get("darefine.role") for image in project.images][:2] == ["train", "validation"]
 
@@ -602,7 +603,7 @@ def test_options_of_tiles_and_train_are_the_same() -> None:
         "test",
         "validation_images",
         "test_images",
-        "note_roles",
+        "save_roles",
         "pixels",
         "unlabelled",
         "input_px",

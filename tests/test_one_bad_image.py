@@ -19,7 +19,7 @@ from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import check, selection
 from darefine_qupath.pipeline.annotation_export import export_geojson
 from darefine_qupath.pipeline.check import check_project
-from darefine_qupath.pipeline.evaluate import evaluate_project
+from darefine_qupath.pipeline.evaluate import EvaluateRequest, evaluate_project
 from darefine_qupath.pipeline.info import summarize
 from darefine_qupath.pipeline.predict import PredictRequest, predict_project
 from darefine_qupath.pipeline.selection import collect_training_images
@@ -87,11 +87,11 @@ def test_info_and_check_name_it(folder: Path, fault: Callable[[Path], None]) -> 
 def test_tiles_and_training_leave_it_out_by_name(folder: Path, fault: Callable[[Path], None]) -> None:
     fault(folder)
     with open_project(folder, engine="embedded") as project:
-        corpus = collect_training_images(
+        training_set = collect_training_images(
             project, read_settings(folder), lambda opened, image: opened.annotations(image)
         )
-    assert [source.name for source in corpus.sources] == ["train-1.tif"]
-    assert [image.name for image in corpus.skipped] == [BAD]
+    assert [source.name for source in training_set.sources] == ["train-1.tif"]
+    assert [image.name for image in training_set.skipped] == [BAD]
 
 
 @pytest.mark.parametrize("fault", DATA_FAULTS, ids=names_of(DATA_FAULTS))
@@ -165,7 +165,11 @@ def test_the_others_are_evaluated(
     folder: Path, request_of: Callable[..., PredictRequest], fault: Callable[[Path], None]
 ) -> None:
     fault(folder)
-    found = evaluate_project(request_of(images=("train-1.tif", BAD)))
+    found = evaluate_project(
+        EvaluateRequest(
+            project=folder, model=request_of().model, options=request_of().options, images=("train-1.tif", BAD)
+        )
+    )
     assert [slide.image for slide in found.slides] == ["train-1.tif"]
     assert [image.name for image in found.failed] == [BAD]
     assert found.to_json()["failed"][0]["name"] == BAD

@@ -18,10 +18,11 @@ from darefine_qupath.errors import CheckpointError, ClassMapError, MissingMppErr
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline import predict
 from darefine_qupath.pipeline.predict import PredictRequest, predict_project
-from darefine_qupath.prediction import PredictOptions, Progress
+from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.project import open_project
 from darefine_qupath.review import WriteOptions
 from darefine_qupath.tiles.spec import TileSpec
+from tests.listeners import KeepingListener
 
 TINY = Path(__file__).parents[1] / "projects" / "tiny"
 OPTIONS = PredictOptions(device="cpu", precision="fp32", workers=1)
@@ -88,24 +89,26 @@ def test_a_map_that_is_written_anew_while_it_is_read_gives_no_polygons(
         path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
         return found
 
-    monkeypatch.setattr(predict, "vectorise", meanwhile)
+    monkeypatch.setattr(predict, "vectorize", meanwhile)
     (found,) = predict_project(request_of(images=("test-3.tif",))).outcomes
     assert found.written is None
     assert "was written anew by another process while it was read; predict again" in (found.error or "")
 
 
 def test_progress_tells_how_far_all_slides_are(request_of: Request) -> None:
-    seen: list[Progress] = []
-    predict_project(request_of(write=None), progress=seen.append)
+    listener = KeepingListener()
+    predict_project(request_of(write=None), listener=listener)
+    seen = listener.slides
     assert {progress.num_slides for progress in seen} == {3}
     assert [seen[0].slides_done, seen[-1].slides_done] == [0, 2]
     left = [progress.all_seconds_left or 0.0 for progress in seen]
     assert left[0] > (seen[0].seconds_left or 0.0)
     assert left[-1] == 0.0
     # Slides that are finished already are not counted among those to come.
-    again: list[Progress] = []
+    listener = KeepingListener()
     (request_of().project / "darefine" / "maps" / "3" / "scoremap.json").unlink()
-    predict_project(request_of(write=None), progress=again.append)
+    predict_project(request_of(write=None), listener=listener)
+    again = listener.slides
     assert {progress.slide for progress in again} == {"test-3.tif"}
     assert [again[-1].slides_done, again[-1].all_seconds_left] == [2, 0.0]
 

@@ -34,7 +34,7 @@ from darefine_qupath.errors import (
     SlideFormatError,
 )
 from darefine_qupath.geometry import Size
-from darefine_qupath.pipeline.splitting import note_roles
+from darefine_qupath.pipeline.splitting import save_roles
 from darefine_qupath.project import (
     Changes,
     create_project,
@@ -658,14 +658,14 @@ def test_roles_of_many_images_are_one_write_and_keep_other_metadata(
     path = many(project, 40)
     reads = Reads(monkeypatch)
     roles: dict[str, Role] = {str(i): "test" if i % 2 else "train" for i in range(1, 41)}
-    assert note_roles(path, roles) == 40
+    assert save_roles(path, roles) == 40
     assert [target.name for target in reads.staged] == ["project.qpproj.backup", "project.qpproj"]
     assert len(reads.read) <= 40 + 4
     assert [dict(image.metadata) for image in EmbeddedProject(path).images] == [
         {"kept": f"v{i}", "darefine.role": roles[str(i)]} for i in range(1, 41)
     ]
     reads.staged.clear()
-    assert note_roles(path, {"1": "test", "99": "train"}) == 0
+    assert save_roles(path, {"1": "test", "99": "train"}) == 0
     assert not reads.staged
 
 

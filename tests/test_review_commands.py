@@ -12,7 +12,7 @@ import pytest
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.pipeline.next_places import find_places
-from darefine_qupath.pipeline.predict import map_folder
+from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.prediction.blend import Layers
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
@@ -63,7 +63,7 @@ def damage(path: Path) -> None:
     ("command", "key", "left"),
     [
         pytest.param(["review"], "images", 2, id="review"),
-        pytest.param(["review", "--next", "9", "--mark"], "places", None, id="next"),
+        pytest.param(["next", "-n", "9", "--mark"], "places", None, id="next"),
         pytest.param(["undo"], "undone", 2, id="undo"),
         pytest.param(["undo", "--dry-run"], "undone", 2, id="undo, dry"),
     ],
@@ -92,9 +92,9 @@ def test_a_split_that_makes_no_sense_is_refused(run: Run, folder: Path, given: s
 
 
 def test_clearing_passes_a_damaged_image(run: Run, folder: Path) -> None:
-    assert run("review", folder, "--next", "9", "--mark")[0] == 0
+    assert run("next", folder, "-n", "9", "--mark")[0] == 0
     damage(data_file(folder, "2"))
-    code, out, _ = run("review", folder, "--clear", "--json")
+    code, out, _ = run("next", folder, "--clear", "--json")
     assert code == 2
     assert json.loads(out)["removed"] > 0
     with open_project(folder, engine="embedded") as project:
@@ -102,7 +102,7 @@ def test_clearing_passes_a_damaged_image(run: Run, folder: Path) -> None:
 
 
 def test_a_whole_project_ends_with_code_0(run: Run, folder: Path) -> None:
-    for words in (["review"], ["review", "--next", "3"], ["runs"], ["overlay"], ["undo"]):
+    for words in (["review"], ["next", "-n", "3"], ["runs"], ["overlay"], ["undo"]):
         code, out, err = run(words[0], folder, *words[1:], "--json")
         assert (code, "errors" in json.loads(out)) == (0, False), err
 

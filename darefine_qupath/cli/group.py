@@ -1,4 +1,4 @@
-"""The command group: commands load when they are called, errors are one line and exit code 2, a stop is 130."""
+"""Load a command when it is called; turn errors into one line and exit code 2, a stop into 130."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ __all__ = ["main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "create": ("project", "Make a QuPath project of slides and their annotation files."),
     "info": ("project", "Show the images, classes and annotations of a project."),
-    "check": ("project", "Look for what would spoil training: misfits, bad shapes, missing files."),
-    "import": ("project", "Add annotation files of other programs to a project."),
-    "export": ("project", "Write the annotations as GeoJSON or label images."),
-    "tiles": ("learn", "Cut the training tiles of a project."),
-    "train": ("learn", "Train a network on a project."),
-    "show": ("learn", "Show what a model file holds."),
-    "onnx": ("learn", "Write a model as ONNX, for programs without torch."),
-    "predict": ("apply", "Predict the slides of a project and write polygons back."),
-    "evaluate": ("apply", "Compare predictions with annotations."),
-    "runs": ("apply", "List what has been written into a project."),
-    "undo": ("apply", "Take a run back."),
-    "review": ("apply", "Show what the pathologist did with the predictions."),
-    "overlay": ("apply", "Draw predictions over the slides' thumbnails."),
-    "restore": ("project", "Bring back an earlier state of an image's annotations."),
+    "check": ("project", "Look for what would spoil training: misplaced or bad shapes, missing files."),
+    "import": ("annotations", "Add annotation files of other programs to a project."),
+    "export": ("annotations", "Write the annotations as GeoJSON or label images."),
+    "tiles": ("tiles", "Cut the training tiles of a project."),
+    "train": ("train", "Train a network on a project."),
+    "show": ("models", "Show what a model file holds."),
+    "onnx": ("models", "Write a model as ONNX, for programs without torch."),
+    "predict": ("predict", "Predict the slides of a project and write polygons back."),
+    "evaluate": ("evaluate", "Compare predictions with annotations."),
+    "overlay": ("overlay", "Draw predictions over the slides' thumbnails."),
+    "review": ("review", "Show what the pathologist did with the predictions."),
+    "next": ("review", "List the places where a look helps most."),
+    "runs": ("runs", "List what has been written into a project."),
+    "undo": ("runs", "Take a run back."),
+    "restore": ("runs", "Bring back an earlier state of an image's annotations."),
     "demo": ("tools", "Make a QuPath project of generated slides."),
     "doctor": ("tools", "Say what works on this machine and what to do about the rest."),
     "qupath-scripts": ("tools", "Copy the scripts for QuPath's script editor to a folder."),
@@ -55,7 +56,9 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"darefine_qupath.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_").replace("import", "import_"))
+        # A name that Python has taken ends in an underscore.
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(module, name, None) or getattr(module, f"{name}_")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -1,10 +1,11 @@
-"""Options that several commands share."""
+"""Declare the options that several commands share, and list options under headings in ``--help``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -13,16 +14,51 @@ from darefine_qupath.geometry import MPP_LIMITS
 __all__ = [
     "COUNT",
     "WHOLE",
+    "Command",
+    "Engine",
     "FiniteRange",
     "annotators_option",
     "engine_option",
     "image_option",
     "mpp_option",
+    "options",
     "project_argument",
     "setting",
     "settings_option",
     "whole_number",
 ]
+
+
+Engine = Literal["auto", "embedded", "paquo"]
+
+_OTHERS = "Other options"
+
+
+class Command(click.Command):
+    """A command whose ``--help`` lists options under the headings that `options` gave them."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if isinstance(param, click.Option) and record is not None:
+                sections.setdefault(getattr(param, "heading", _OTHERS), []).append(record)
+        for heading, records in sorted(sections.items(), key=lambda section: section[0] == _OTHERS):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def options(heading: str, *decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Give a command the options of `click.option` decorators, under a heading of its ``--help``."""
+
+    def decorate(function: Any) -> Any:  # noqa: ANN401 - click's decorators
+        for decorator in reversed(decorators):
+            function = decorator(function)
+            function.__click_params__[-1].heading = heading
+        return function
+
+    return decorate
 
 
 class FiniteRange(click.FloatRange):
@@ -36,9 +72,22 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-WHOLE = click.IntRange(max=(1 << 31) - 1)
-"""A whole number that fits the columns of any library; its owner knows the least and the most that make sense."""
-COUNT = click.IntRange(1, WHOLE.max)
+class WholeNumber(click.ParamType[int]):
+    """A whole number that fits the columns of any library, without the words of `click.IntRange` in every help."""
+
+    name = "integer"
+
+    def __init__(self, least: int | None = None) -> None:
+        self._range = click.IntRange(least, (1 << 31) - 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Read a number."""
+        return self._range.convert(value, param, ctx)
+
+
+WHOLE = WholeNumber()
+"""A whole number; its owner knows the least and the most that make sense."""
+COUNT = WholeNumber(1)
 """Such a number from 1."""
 
 project_argument = click.argument("project", type=click.Path(path_type=Path))

@@ -1,4 +1,4 @@
-"""What commands print: tables, progress, and one JSON object where it is asked for.
+"""Print what commands found: tables, or one JSON object where it is asked for.
 
 Standard output carries results, standard error everything else, so that ``--json`` can be piped.
 """
@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from darefine_qupath.cli.lines import UNSEEN, note, say, visible
@@ -23,24 +20,16 @@ from darefine_qupath.errors import DarefineError
 
 __all__ = [
     "Failures",
-    "Report",
     "echo_json",
     "json_option",
     "note",
     "number",
     "percent",
-    "progress_bar",
     "say",
     "table",
 ]
 
-_stderr = Console(stderr=True, highlight=False)
-_QUIET_SECONDS = 15.0
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-
-Report = Callable[[int, int, str], None]
-"""``report(done, total, text)``: how far something is."""
 
 
 def echo_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -117,39 +106,3 @@ def number(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None) -> str:
     """Write a share for a table."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Report]:
-    """Show how far something is: a bar on a terminal, a line now and then elsewhere."""
-    if not _stderr.is_terminal:
-        yield _plain_reporter(title)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    with Progress(*columns, console=_stderr, transient=True) as bar:
-        task = bar.add_task(title, total=1, text="")
-
-        def report(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=max(1, total), text=visible(text))
-
-        yield report
-
-
-def _plain_reporter(title: str) -> Report:
-    last = time.monotonic() - _QUIET_SECONDS / 2
-
-    def report(done: int, total: int, text: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _QUIET_SECONDS:
-            last = now
-            note(f"{title}: {done}/{total} {text}".rstrip())
-
-    return report

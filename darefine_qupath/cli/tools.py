@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from darefine_qupath.cli.options import COUNT, WHOLE
-from darefine_qupath.cli.output import echo_json, json_option, note, progress_bar, say, table
+from darefine_qupath.cli.options import COUNT, WHOLE, Command
+from darefine_qupath.cli.output import echo_json, json_option, note, say, table
+from darefine_qupath.cli.progress import show_progress
 from darefine_qupath.demo import make_project
 from darefine_qupath.doctor import diagnose
 from darefine_qupath.review import install_scripts
@@ -15,7 +16,7 @@ from darefine_qupath.review import install_scripts
 __all__ = ["demo", "doctor", "qupath_scripts"]
 
 
-@click.command(short_help="Make a QuPath project of generated slides.")
+@click.command(cls=Command, short_help="Make a QuPath project of generated slides.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--train", "num_train", type=COUNT, default=4, show_default=True, help="Annotated slides.")
 @click.option(
@@ -31,12 +32,12 @@ def demo(folder: Path, num_train: int, num_test: int, side: int, seed: int, as_j
     """
     total = num_train + num_test
     done = 0
-    with progress_bar("Drawing slides") as report:
+    with show_progress("Drawing slides") as listener:
 
         def drawn(name: str) -> None:
             nonlocal done
             done += 1
-            report(done, total, name)
+            listener.on_items("Drawing slides", done, total, name)
 
         made = make_project(
             folder, num_train=num_train, num_test=num_test, size=(side, side), seed=seed, progress=drawn
@@ -48,7 +49,7 @@ def demo(folder: Path, num_train: int, num_test: int, side: int, seed: int, as_j
     note(f"{num_train} annotated slides and {num_test} to predict; their truth is in {made.truth}")
 
 
-@click.command(short_help="Say what works on this machine and what to do about the rest.")
+@click.command(cls=Command, short_help="Say what works on this machine and what to do about the rest.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what works on this machine and, for what does not, the one thing to do.
@@ -64,7 +65,7 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command("qupath-scripts", short_help="Copy the scripts for QuPath's script editor to a folder.")
+@click.command("qupath-scripts", cls=Command, short_help="Copy the scripts for QuPath's script editor to a folder.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace scripts that were edited there.")
 def qupath_scripts(folder: Path, force: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.alignment import look_below
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.selection import OVERLAP, choose_images, size_mismatch
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
@@ -67,7 +68,7 @@ def check_project(
     settings: Settings,
     *,
     mpp: float | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    listener: Listener = SILENT,
 ) -> tuple[Finding, ...]:
     """Look for what would spoil training.
 
@@ -79,8 +80,8 @@ def check_project(
         Its settings.
     mpp : float, optional
         Given by the user.
-    progress : callable, optional
-        Told images done, images in all, and a name.
+    listener : Listener, optional
+        Hears how many images are checked.
 
     Returns
     -------
@@ -89,15 +90,14 @@ def check_project(
     """
     findings: list[Finding] = []
     areas: dict[str, float] = {}
-    for number, entry in enumerate(project.images):
+    for number, entry in enumerate(project.images, 1):
         try:
             with wording(ProjectError):
                 for found in _check_image(project, entry, settings, mpp, areas):
                     findings.append(found)  # noqa: PERF402 - those before an error count
         except DarefineError as damage:
             findings.append(Finding(level="error", image=entry.name, message=str(damage)))
-        if progress is not None:
-            progress(number + 1, len(project.images), entry.name)
+        listener.on_items("Checking", number, len(project.images), entry.name)
     findings += _check_duplicates(project.images)
     for name, area in sorted(areas.items()):
         if area < _FEW_PIXELS and not is_ignored(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
@@ -19,6 +19,7 @@ from darefine_qupath.pipeline.annotation_import import (
     add_to_project,
     read_for_image,
 )
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.project import Project, create_project
 from darefine_qupath.project.embedded import PROJECT_FILE
 from darefine_qupath.slides import open_slide
@@ -34,7 +35,7 @@ def create_from_slides(
     options: ImportOptions = DEFAULT_IMPORT,
     mpp: float | None = None,
     engine: Literal["auto", "embedded", "paquo"] = "auto",
-    progress: Callable[[int, int, str], None] | None = None,
+    listener: Listener = SILENT,
 ) -> tuple[Project, tuple[Import, ...]]:
     """Make a project of slides and, where there are any, their annotation files.
 
@@ -52,8 +53,8 @@ def create_from_slides(
         Micrometres per pixel of every slide.
     engine : str
         Engine that writes.
-    progress : callable, optional
-        Told images done, images in all, and a name.
+    listener : Listener, optional
+        Hears how many slides are added.
 
     Returns
     -------
@@ -90,19 +91,18 @@ def create_from_slides(
                 )
                 for found in found_for.get(file, [])
             ]
-    with _nothing_left(path):
+    with _removed_on_failure(path):
         project = create_project(path, engine=engine)
         imports: list[Import] = []
-        for number, file in enumerate(files):
+        for number, file in enumerate(files, 1):
             image = project.add_image(file, mpp=mpp)
             imports += add_to_project(project, [(found, image) for found in read[file]], options, dry_run=False)
-            if progress is not None:
-                progress(number + 1, len(files), file.name)
+            listener.on_items("Adding images", number, len(files), file.name)
     return project, tuple(imports)
 
 
 @contextmanager
-def _nothing_left(path: Path) -> Iterator[None]:
+def _removed_on_failure(path: Path) -> Iterator[None]:
     """Remove what was made of a project when something stops it, so that it can be tried again."""
     folder, file = (path.parent, path) if path.suffix == ".qpproj" else (path, path / PROJECT_FILE)
     if file.exists():

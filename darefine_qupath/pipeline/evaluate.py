@@ -12,22 +12,44 @@ import numpy as np
 from darefine_qupath.annotations import Annotation, by_annotators
 from darefine_qupath.classes import UNLABELLED_IGNORE, ClassMap
 from darefine_qupath.devices import choose_device
-from darefine_qupath.errors import DarefineError, PredictionError
+from darefine_qupath.errors import DarefineError, PredictionError, ProjectError
 from darefine_qupath.limits import wording
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.identity import trained_on
-from darefine_qupath.pipeline.predict import PredictRequest, Report, given_mpp, keep_former_map, plan_slides
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.scoring import SlideScore, Unpredicted, score_context, score_slide, slide_size, truth_of
 from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, say_several_annotators
-from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model, predict_many
+from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
+from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model
 from darefine_qupath.prediction.region import Region
-from darefine_qupath.project import ImageEntry, image_titles, open_project
-from darefine_qupath.review import for_images
+from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.sheets import write_csv
 from darefine_qupath.slides import open_slide, tissue_mask
 from darefine_qupath.training import ContextMode
 
-__all__ = ["Evaluation", "evaluate_project"]
+__all__ = ["EvaluateRequest", "Evaluation", "evaluate_project"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(SlideRequest):
+    """What to predict, and what to compare it with.
+
+    Attributes
+    ----------
+    truth : Path or None
+        Folder of GeoJSON files; the project's own annotations by default.
+    annotators : tuple of str
+        Compare only with annotations of these; see `by_annotators`.
+    context : tuple of str
+        Also score tile by tile with these context modes.
+    unpredicted : {"count", "ignore"}
+        Whether labelled pixels without a prediction count as errors; see `score_slide`.
+    """
+
+    truth: Path | None = None
+    annotators: tuple[str, ...] = ()
+    context: tuple[ContextMode, ...] = ()
+    unpredicted: Unpredicted = "count"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +67,7 @@ class Evaluation:
     context : mapping of str to ConfusionMatrix
         Tile by tile, by context mode; empty unless asked for.
     seen : tuple of str
-        Slides among them that the model was trained on: their scores flatter.
+        Slides among them that the model was trained on: their scores are too good.
     failed : tuple of Skipped
         Images that could not be compared; no score counts them.
     """
@@ -105,30 +127,11 @@ class Evaluation:
             ],
             "context": {mode: matrix.to_json(names) for mode, matrix in self.context.items()},
             "seen": list(self.seen),
-            "failed": [{"id": image.id, "name": image.name, "why": image.why} for image in self.failed],
+            "failed": [image.to_json() for image in self.failed],
         }
 
 
-def _by_annotators(
-    truths: Sequence[tuple[ImageEntry, Sequence[Annotation]]], annotators: Sequence[str]
-) -> list[tuple[ImageEntry, tuple[Annotation, ...]]]:
-    """Images that are annotated by the chosen annotators, with what is theirs."""
-    check_annotators((record for _, records in truths for record in records), annotators)
-    chosen = [(image, by_annotators(records, annotators)) for image, records in truths]
-    annotated = [(image, records) for image, records in chosen if any(record.path_class for record in records)]
-    say_several_annotators(records for _, records in annotated)
-    return annotated
-
-
-def evaluate_project(
-    request: PredictRequest,
-    *,
-    truth: Path | None = None,
-    annotators: Sequence[str] = (),
-    context: Sequence[ContextMode] = (),
-    unpredicted: Unpredicted = "count",
-    progress: Report | None = None,
-) -> Evaluation:
+def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -> Evaluation:
     """Compare predictions with annotations; the project stays as it is.
 
     Without named images these are the images that have a truth and that the model was not trained on; if there is
@@ -136,18 +139,10 @@ def evaluate_project(
 
     Parameters
     ----------
-    request : PredictRequest
-        What to predict, and how; what concerns polygons and objects is not used.
-    truth : Path, optional
-        Folder of GeoJSON files; the project's own annotations by default.
-    annotators : sequence of str, optional
-        Compare only with annotations of these; see `by_annotators`.
-    context : sequence of str, optional
-        Also score tile by tile with these context modes.
-    unpredicted : {"count", "ignore"}
-        Whether labelled pixels without a prediction count as errors; see `score_slide`.
-    progress : callable, optional
-        Told how far each slide is.
+    request : EvaluateRequest
+        What, and how.
+    listener : Listener, optional
+        Hears how far each slide is.
 
     Returns
     -------
@@ -163,60 +158,71 @@ def evaluate_project(
         images, missing = choose_images(project, request.images)
         failed = list(missing if request.images else ())
         titles = image_titles({image.id: image.name for image in images})
-        by_title = {titles[image.id]: image for image in images}
-
-        def note_failure(title: str, error: DarefineError) -> None:
-            failed.append(Skipped(id=by_title[title].id, name=by_title[title].name, why=str(error)))
-
-        read = list(for_images(images, lambda image: truth_of(project, image, truth), note_failure))
-        truths = _by_annotators(read, annotators)
+        truths = _truths(project, images, request, failed)
         if not truths:
-            if failed:
-                raise PredictionError("; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed))
-            where = project.path if truth is None else truth
+            where = project.path if request.truth is None else request.truth
             raise PredictionError(
-                f"No image has annotations in {where} to compare with; annotate some, or give --truth"
+                _reasons(failed, titles)
+                or f"No image has annotations in {where} to compare with; annotate some, or give --truth"
             )
         trained = trained_on(header, project, [image for image, _ in truths])
         unseen = [item for item in truths if item[0].id not in trained]
         chosen = unseen if unseen and not request.images else truths
-        tasks, _, unfit = plan_slides(project, [image for image, _ in chosen], request)
-        failed += [Skipped(id=o.image.id, name=o.image.name, why=str(o.error)) for o in unfit]
-        tasks = [keep_former_map(task, header) for task in tasks]
+        plan = plan_slides(project, [image for image, _ in chosen], request)
+        failed += plan.failed
         records_of = {image.id: (image, records) for image, records in chosen}
         slides: list[SlideScore] = []
-        scored: set[str] = set()
-        for result in predict_many(tasks, scheduler=request.scheduler, progress=progress):
+        for result in predict_slides([keep_former_map(task, header) for task in plan.tasks], request, listener):
             image, records = records_of[result.task.key]
             try:
                 with wording(PredictionError):
-                    slides.append(_scored(image, result, records, header.classes, unpredicted))
-                    scored.add(image.id)
+                    slides.append(_scored(image, result, records, header.classes, request.unpredicted))
             except DarefineError as error:
-                note_failure(titles[image.id], error)
+                failed.append(Skipped(id=image.id, name=image.name, why=str(error)))
         if not slides:
-            raise PredictionError(
-                "; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed)
-                or "Nothing was predicted"
-            )
-        scores = {}
-        if context:
-            modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *context)))
-            scores = score_context(
-                load_model(request.model),
-                [item for item in chosen if item[0].id in scored],
-                modes,
-                mpp=given_mpp(project, request),
-                device=str(choose_device(request.options.device)),
-            )
+            raise PredictionError(_reasons(failed, titles) or "Nothing was predicted")
+        scored = {slide.id for slide in slides}
+        context = _context_scores([item for item in chosen if item[0].id in scored], request)
     return Evaluation(
         model=header.model_id,
         classes=header.classes,
         slides=tuple(slides),
-        context=scores,
+        context=context,
         seen=tuple(titles[image.id] for image, _ in chosen if image.id in trained),
         failed=tuple(failed),
     )
+
+
+def _truths(
+    project: Project, images: Sequence[ImageEntry], request: EvaluateRequest, failed: list[Skipped]
+) -> list[tuple[ImageEntry, tuple[Annotation, ...]]]:
+    """Images with the annotations to compare with; those whose annotations cannot be read join the failed ones."""
+    read = []
+    for image in images:
+        try:
+            with wording(ProjectError):
+                read.append((image, truth_of(project, image, request.truth)))
+        except DarefineError as error:
+            failed.append(Skipped(id=image.id, name=image.name, why=str(error)))
+    check_annotators((record for _, records in read for record in records), request.annotators)
+    chosen = [(image, by_annotators(records, request.annotators)) for image, records in read]
+    annotated = [(image, records) for image, records in chosen if any(record.path_class for record in records)]
+    say_several_annotators(records for _, records in annotated)
+    return annotated
+
+
+def _reasons(failed: Sequence[Skipped], titles: Mapping[str, str]) -> str:
+    return "; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed)
+
+
+def _context_scores(
+    truths: Sequence[tuple[ImageEntry, Sequence[Annotation]]], request: EvaluateRequest
+) -> dict[str, ConfusionMatrix]:
+    if not request.context:
+        return {}
+    modes: tuple[ContextMode, ...] = tuple(dict.fromkeys(("normal", *request.context)))
+    device = str(choose_device(request.options.device))
+    return score_context(load_model(request.model), truths, modes, mpp=request.given_mpp, device=device)
 
 
 def _scored(

@@ -13,9 +13,9 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Size, fit_within
-from darefine_qupath.pipeline.predict import map_folder
 from darefine_qupath.pipeline.scoring import slide_size, truth_labels, truth_of
 from darefine_qupath.pipeline.selection import choose_images
+from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.report import Panel, draw_panels

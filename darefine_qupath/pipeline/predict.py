@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import CheckpointHeader, read_header
+from darefine_qupath.checkpoint import read_header
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError
 from darefine_qupath.geometry import Box
 from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.identity import project_id
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.provenance import MODEL_FILE
-from darefine_qupath.pipeline.selection import Skipped, choose_images, size_mismatch
-from darefine_qupath.pipeline.settings import read_settings
+from darefine_qupath.pipeline.selection import Skipped, choose_images
+from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
 from darefine_qupath.polygons import ClassPolygon, vectorize
-from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, read_score_map
-from darefine_qupath.prediction.cluster import SlideTask, load_model, predict_many
-from darefine_qupath.prediction.slide import fingerprint
+from darefine_qupath.prediction import ScoreMap, read_score_map
+from darefine_qupath.prediction.cluster import load_model
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.review import RunResult, WriteOptions, write_back
 from darefine_qupath.sheets import write_csv
-from darefine_qupath.slides import open_slide
 
 __all__ = [
-    "ImageOutcome",
+    "ImagePrediction",
     "PolygonOptions",
     "PredictRequest",
     "Prediction",
-    "map_folder",
     "predict_project",
-    "write_summary",
 ]
 
 _log = logging.getLogger(__name__)
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,51 +89,29 @@ class PolygonOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictRequest:
+class PredictRequest(SlideRequest):
     """What to predict and how to write it back.
 
     Attributes
     ----------
-    project, model : Path
-        Project file or folder, and model file.
-    settings : Path or None
-        Settings file; the project's ``darefine.toml`` by default.
     engine : str
         Engine that writes.
-    images : tuple of str
-        Names or entry ids; all by default.
-    mpp : float or None
-        Micrometres per pixel of every slide.
-    within : str or None
-        Only inside annotations of this class.
-    options : PredictOptions
-        Of the network.
     polygons : PolygonOptions
         Of the polygons.
     write : WriteOptions or None
         Of the objects; None leaves the project as it is (score maps only).
-    scheduler : str or None
-        Address of a Dask scheduler, or ``"local"``.
     dry_run : bool
         Say what would change in the project, and change nothing; score maps that are there stay as well.
     """
 
-    project: Path
-    model: Path
-    settings: Path | None = None
     engine: Literal["auto", "embedded", "paquo"] = "auto"
-    images: tuple[str, ...] = ()
-    mpp: float | None = None
-    within: str | None = None
-    options: PredictOptions = field(default_factory=PredictOptions)
     polygons: PolygonOptions = field(default_factory=PolygonOptions)
     write: WriteOptions | None = field(default_factory=WriteOptions)
-    scheduler: str | None = None
     dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOutcome:
+class ImagePrediction:
     """What became of one image.
 
     Attributes
@@ -195,7 +165,7 @@ class Prediction:
         Id of the model.
     classes : ClassMap
         Its classes.
-    outcomes : tuple of ImageOutcome
+    outcomes : tuple of ImagePrediction
         One per image that was tried.
     skipped : tuple of Skipped
         Images that could not be tried.
@@ -205,7 +175,7 @@ class Prediction:
     engine: str
     model: str
     classes: ClassMap
-    outcomes: tuple[ImageOutcome, ...]
+    outcomes: tuple[ImagePrediction, ...]
     skipped: tuple[Skipped, ...]
 
     @property
@@ -213,6 +183,19 @@ class Prediction:
         """By entry id, the name by which people tell the image apart."""
         names = {outcome.image.id: outcome.image.name for outcome in self.outcomes}
         return image_titles({**names, **{image.id: image.name for image in self.skipped}})
+
+    def write_csv(self, path: Path) -> None:
+        """Write class areas and shares per slide as CSV."""
+        names = self.classes.names
+        units = [f"{name} {unit}" for unit in ("mm^2", "share") for name in names]
+        rows = []
+        for outcome in self.outcomes:
+            if outcome.score_map is not None:
+                areas = outcome.score_map.areas_mm2() or {}
+                shares = outcome.score_map.shares()
+                found = [*(areas.get(name) for name in names), *(shares[name] for name in names)]
+                rows.append([outcome.image.name, outcome.image.id, *found, outcome.score_map.unpredicted_share])
+        write_csv(path, ["image", "id", *units, "unpredicted share"], rows, PredictionError)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -222,16 +205,11 @@ class Prediction:
             "model": self.model,
             "classes": list(self.classes.names),
             "images": [outcome.to_json() for outcome in self.outcomes],
-            "skipped": [{"id": image.id, "name": image.name, "why": image.why} for image in self.skipped],
+            "skipped": [image.to_json() for image in self.skipped],
         }
 
 
-def map_folder(project: Project, image: ImageEntry) -> Path:
-    """Folder of an image's score map, beside the project's own files."""
-    return project.folder / "darefine" / "maps" / image.id
-
-
-def predict_project(request: PredictRequest, *, progress: Report | None = None) -> Prediction:
+def predict_project(request: PredictRequest, *, listener: Listener = SILENT) -> Prediction:
     """Predict images of a project and write polygons back, image by image.
 
     An image that cannot be read does not stop the others. Each image of the project is whole at any time; a call that
@@ -241,8 +219,8 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
     ----------
     request : PredictRequest
         What, and how.
-    progress : callable, optional
-        Told how far each slide is.
+    listener : Listener, optional
+        Hears how far each slide is.
 
     Returns
     -------
@@ -263,28 +241,23 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
     with open_project(request.project, engine=request.engine) as project:
         images, skipped = choose_images(project, request.images)
         if request.write is not None:
-            _check_over(project, images, request.write.over)
-        tasks, empty, outcomes = plan_slides(project, images, request)
-        if request.dry_run:
-            tasks = [keep_former_map(task, header) for task in tasks]
-        skipped = (*skipped, *empty)
+            _check_overlapped_classes(project, images, request.write.over)
+        plan = plan_slides(project, images, request)
+        tasks = tuple(keep_former_map(task, header) for task in plan.tasks) if request.dry_run else plan.tasks
+        skipped = (*skipped, *plan.skipped)
         names = image_titles({image.id: image.name for image in project.images})
         if not tasks:
-            failed = [f"{names[outcome.image.id]}: {outcome.error}" for outcome in outcomes]
-            reasons = "; ".join([f"{names[image.id]}: {image.why}" for image in skipped] + failed)
-            reasons = reasons or "it has no images"
-            raise PredictionError(f"No image of {project.path} can be predicted: {reasons}")
+            reasons = "; ".join(f"{names[image.id]}: {image.why}" for image in (*skipped, *plan.failed))
+            raise PredictionError(f"No image of {project.path} can be predicted: {reasons or 'it has no images'}")
         if request.write is not None and not request.dry_run:
             project_id(project)
         by_id = {image.id: image for image in images}
+        outcomes = [ImagePrediction(image=by_id[image.id], error=image.why) for image in plan.failed]
         batch: str | None = None
-        overall = None if progress is None else _Overall(progress, len(tasks))
-        for result in predict_many(tasks, scheduler=request.scheduler, progress=overall):
-            if overall is not None:
-                overall.finished(result.task)
+        for result in predict_slides(tasks, request, listener):
             image = by_id[result.task.key]
             if result.score_map is None:
-                outcomes.append(ImageOutcome(image=image, error=result.error))
+                outcomes.append(ImagePrediction(image=image, error=result.error))
             else:
                 for warning in result.score_map.warnings:
                     _log.warning("%s: %s", names[image.id], warning.message)
@@ -301,37 +274,7 @@ def predict_project(request: PredictRequest, *, progress: Report | None = None) 
         )
 
 
-class _Overall:
-    """Adds to the progress of a slide how far all slides are together."""
-
-    def __init__(self, report: Report, num_slides: int) -> None:
-        self._report, self._num_slides = report, num_slides
-        self._began = time.monotonic()
-        self._seen: dict[str, Progress] = {}
-        self._finished = self._skipped = 0
-
-    def __call__(self, progress: Progress) -> None:
-        self._seen[progress.key] = progress
-        left = self._seconds_left()
-        self._report(replace(progress, slides_done=self._finished, num_slides=self._num_slides, all_seconds_left=left))
-
-    def finished(self, task: SlideTask) -> None:
-        """Count a slide that is done with; one that told nothing before was finished already, or failed."""
-        self._finished += 1
-        self._skipped += task.key not in self._seen
-
-    def _seconds_left(self) -> float | None:
-        seen = tuple(self._seen.values())
-        fresh = sum(progress.fresh for progress in seen)
-        if not fresh:
-            return None
-        unseen = max(0, self._num_slides - self._skipped - len(seen))
-        left = sum(progress.total - progress.done for progress in seen)
-        left_unseen = unseen * sum(progress.total for progress in seen) / len(seen)
-        return (left + left_unseen) * (time.monotonic() - self._began) / fresh
-
-
-def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[str]) -> None:
+def _check_overlapped_classes(project: Project, images: Sequence[ImageEntry], names: Sequence[str]) -> None:
     """Refuse classes that neither the project nor an annotation in it has: most likely they are misspelt."""
     known = {path_class.name for path_class in project.classes}
     for image in images:
@@ -346,71 +289,6 @@ def _check_over(project: Project, images: Sequence[ImageEntry], names: Sequence[
         raise ClassMapError(f"{project.path} has no classes {unknown} (over); it has {sorted(known)}")
 
 
-def plan_slides(
-    project: Project, images: Sequence[ImageEntry], request: PredictRequest
-) -> tuple[list[SlideTask], tuple[Skipped, ...], list[ImageOutcome]]:
-    """Slides to predict, images that are left out, and images that fail before they begin."""
-    given = given_mpp(project, request)
-    tasks, skipped, failed = [], [], []
-    for image in images:
-        why = size_mismatch(image, given)
-        if why is not None:
-            failed.append(ImageOutcome(image=image, error=why))
-            continue
-        options = replace(request.options, crop_bounds="--no-crop" not in image.server_args)
-        if request.within is not None:
-            try:
-                with wording(ProjectError):
-                    area = _area_of(project.annotations(image), request.within)
-            except DarefineError as error:
-                failed.append(ImageOutcome(image=image, error=str(error)))
-                continue
-            if area is None:
-                skipped.append(
-                    Skipped(id=image.id, name=image.name, why=f"it has no annotation of class {request.within!r}")
-                )
-                continue
-            options = replace(options, within=area)
-        assert image.path is not None
-        tasks.append(
-            SlideTask(
-                key=image.id,
-                slide=image.path,
-                model=request.model,
-                out=map_folder(project, image),
-                mpp=image.mpp if given is None else given,
-                options=options,
-            )
-        )
-    return tasks, tuple(skipped), failed
-
-
-def keep_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
-    """Give a prediction that changes nothing another folder where a map lies that is not the same, or is unfinished."""
-    if not any((task.out / name).exists() for name in ("scoremap.json", "partial")):
-        return task
-    try:
-        found = read_score_map(task.out)
-        with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
-            mpp = slide.mpp if task.mpp is None else task.mpp
-            is_same = found.fingerprint == fingerprint(slide, header, mpp=mpp, options=task.options)
-    except DarefineError:
-        is_same = False
-    keep = is_same and task.options.resume
-    return task if keep else replace(task, out=task.out.parents[1] / "other-maps" / task.out.name)
-
-
-def given_mpp(project: Project, request: PredictRequest) -> float | None:
-    return read_settings(project.folder, request.settings).mpp if request.mpp is None else request.mpp
-
-
-def _area_of(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:
-    shapes = [record.geometry for record in annotations if record.path_class == path_class and record.area > 0]
-    if not shapes:
-        return None
-    return shapely.union_all(shapely.make_valid(np.array(shapes)))
-
-
 def _finish(
     project: Project,
     image: ImageEntry,
@@ -418,13 +296,13 @@ def _finish(
     request: PredictRequest,
     left_out: frozenset[int],
     batch: str | None,
-) -> ImageOutcome:
+) -> ImagePrediction:
     try:
         with wording(PredictionError):
             polygons, written = _written(project, image, score_map, request, left_out, batch)
     except DarefineError as error:
-        return ImageOutcome(image=image, score_map=score_map, error=str(error))
-    return ImageOutcome(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
+        return ImagePrediction(image=image, score_map=score_map, error=str(error))
+    return ImagePrediction(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
 
 
 def _written(
@@ -502,17 +380,3 @@ def _check_unchanged(score_map: ScoreMap) -> None:
         raise PredictionError(
             f"{score_map.folder} was written anew by another process while it was read; predict again"
         )
-
-
-def write_summary(prediction: Prediction, path: Path) -> None:
-    """Write class areas and shares per slide as CSV."""
-    names = prediction.classes.names
-    units = [f"{name} {unit}" for unit in ("mm^2", "share") for name in names]
-    rows = []
-    for outcome in prediction.outcomes:
-        if outcome.score_map is not None:
-            areas = outcome.score_map.areas_mm2() or {}
-            shares = outcome.score_map.shares()
-            found = [*(areas.get(name) for name in names), *(shares[name] for name in names)]
-            rows.append([outcome.image.name, outcome.image.id, *found, outcome.score_map.unpredicted_share])
-    write_csv(path, ["image", "id", *units, "unpredicted share"], rows, PredictionError)

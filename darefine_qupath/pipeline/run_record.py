@@ -18,7 +18,7 @@ from darefine_qupath.pipeline.hard_examples import hard_weights
 from darefine_qupath.pipeline.identity import IDENTITY
 from darefine_qupath.pipeline.provenance import summary
 from darefine_qupath.pipeline.settings import Settings
-from darefine_qupath.pipeline.splitting import SamplingSpec, note_roles
+from darefine_qupath.pipeline.splitting import SamplingSpec, save_roles
 from darefine_qupath.pipeline.tiles import Tiles
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import stain_statistics
@@ -30,44 +30,45 @@ from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.runfolder import RunSettings
 from darefine_qupath.training.tile_dataset import TileDataset
 
-__all__ = []
+__all__ = [
+    "HARD_FILE",
+    "LABELS_FILE",
+    "REQUEST_FILE",
+    "SETTINGS_FILE",
+    "provenance_of_run",
+    "read_json",
+    "record_hard_tiles",
+    "record_labels_of_folds",
+    "record_origin",
+    "record_request",
+]
 
 _log = logging.getLogger(__name__)
 
-
 REQUEST_FILE = "request.json"
-
-
 SETTINGS_FILE = "settings.toml"
-
-
 SPLIT_FILE = "split.json"
-
-
 LABELS_FILE = "labels.json"
-
-
 HARD_FILE = "hard.json"
-
-
 _STAIN_TILES = 64
 
 
-def note_request(request: TrainRequest, settings: Settings) -> None:
+def record_request(request: TrainRequest, settings: Settings) -> None:
     """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
     request.out.mkdir(parents=True, exist_ok=True)
     text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
     with atomic_write(request.out / SETTINGS_FILE, TrainingError) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    write_json(request.out / REQUEST_FILE, request.to_json())
+    _write_json(request.out / REQUEST_FILE, request.to_json())
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     with atomic_write(path, TrainingError) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run folder."""
     with naming(f"{path} is damaged; the run cannot go on", TrainingError):
         data = parse_json(read_file(path, NOTES), NOTES)
         if not isinstance(data, dict):
@@ -75,40 +76,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def noted_for_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Tiles:
+def record_labels_of_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Tiles:
     """Tiles with the objects that gave their labels, noted for later folds: the project may be another by then."""
-    if tiles.corpus is None:
+    if tiles.training_set is None:
         noted = read_json(file)
         held_back, identity = tuple(noted["held_back"]), noted.get(IDENTITY, {})
         return replace(tiles, held_back=held_back, objects=noted["objects"], identity=identity)
     if begun is None:
-        write_json(file, {"objects": tiles.objects, "held_back": tiles.held_back, IDENTITY: tiles.identity})
+        _write_json(file, {"objects": tiles.objects, "held_back": tiles.held_back, IDENTITY: tiles.identity})
     return tiles
 
 
-def note_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> None:
+def record_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> None:
     """Note in the run folder, and in the project if asked, what is learnt from."""
     roles: dict[str, Role] = {**split.images, **dict.fromkeys(tiles.held_back, "test")}
-    write_json(request.out / SPLIT_FILE, {**split.to_json(), "images": roles})
+    _write_json(request.out / SPLIT_FILE, {**split.to_json(), "images": roles})
     trained = {training.tiles.images[number].id for number in np.unique(training.tiles.image).tolist()}
     objects = {image: found for image, found in tiles.objects.items() if image in trained}
-    write_json(request.out / LABELS_FILE, {"labels": request.tiles.labels, "objects": objects})
-    if not request.note_roles:
+    _write_json(request.out / LABELS_FILE, {"labels": request.tiles.labels, "objects": objects})
+    if not request.save_roles:
         return
     if split.is_spatial:
         _log.warning("The split runs through a slide, so there are no roles of images to note in the project")
     else:
-        _log.info("%d images have their role in the project now", note_roles(request.tiles.project, roles))
+        _log.info("%d images have their role in the project now", save_roles(request.tiles.project, roles))
 
 
-def note_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileDataset, world: ProcessGroup) -> None:
+def record_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileDataset, group: ProcessGroup) -> None:
     """Weigh the training tiles by a former model's mistakes, unless that was done before."""
     model, file = sampling.hard_model, request.out / HARD_FILE
     if model is not None and not file.exists():
-        write_json(file, hard_weights(model, data, boost=sampling.hard_boost, device=world.device))
+        _write_json(file, hard_weights(model, data, boost=sampling.hard_boost, device=group.device))
 
 
 def provenance_of_run(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
+    """Where a model comes from: project, slides, labels, split and stain, for its file."""
     found = stain_statistics(_sample(training.tiles, tiles.reader))
     folder = request.tiles_at
     images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]

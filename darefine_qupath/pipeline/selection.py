@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from darefine_qupath.annotations import (
@@ -64,6 +64,10 @@ class Skipped:
     id: str
     name: str
     why: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

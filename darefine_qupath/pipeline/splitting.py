@@ -23,7 +23,7 @@ from darefine_qupath.tiles.split import (
     split_tiles,
 )
 
-__all__ = ["SamplingSpec", "SplitSpec", "divide", "hold_back", "note_roles"]
+__all__ = ["SamplingSpec", "SplitSpec", "divide", "hold_back", "save_roles"]
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _fold(tiles: TileIndex, spec: SplitSpec, fixed: Mapping[str, Role], seed: in
     return k_folds(tiles, spec.folds, seed=seed, test=test)[spec.fold - 1]
 
 
-def note_roles(project: Path, roles: Mapping[str, Role]) -> int:
+def save_roles(project: Path, roles: Mapping[str, Role]) -> int:
     """Write the roles of images into the project, as metadata that QuPath shows and every later split keeps to.
 
     Parameters

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from darefine_qupath.errors import TileError
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.provenance import LabelCollector, Labels, Objects
+from darefine_qupath.pipeline.request import ProjectRequest
 from darefine_qupath.pipeline.selection import TrainingSet, check_annotators, collect_training_images, every_annotation
-from darefine_qupath.pipeline.settings import Settings, read_settings
+from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.splitting import divide, hold_back
 from darefine_qupath.project import Project, open_project
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
@@ -26,23 +29,12 @@ from darefine_qupath.tiles.split import Split
 __all__ = ["TileRequest", "Tiles", "divide_tiles", "make_tiles"]
 
 
-CountReport = Callable[[int, int], None]
-
-
 @dataclass(frozen=True, kw_only=True)
-class TileRequest:
+class TileRequest(ProjectRequest):
     """Which tiles of which project.
 
     Attributes
     ----------
-    project : Path
-        Project file or folder.
-    settings : Path or None
-        Settings file; the project's ``darefine.toml`` by default.
-    images : tuple of str
-        Names or entry ids; all annotated images by default.
-    mpp : float or None
-        Micrometres per pixel of every slide, over what project and files say.
     labels : str
         ``"manual"`` or ``"reviewed"``.
     annotators : tuple of str
@@ -57,10 +49,6 @@ class TileRequest:
         Processes that cut tiles.
     """
 
-    project: Path
-    settings: Path | None = None
-    images: tuple[str, ...] = ()
-    mpp: float | None = None
     labels: Labels = "manual"
     annotators: tuple[str, ...] = ()
     unlabelled: str | None = None
@@ -68,6 +56,16 @@ class TileRequest:
     screening: Mapping[str, Any] = field(default_factory=dict)
     storage: Mapping[str, Any] = field(default_factory=dict)
     workers: int = max(1, (os.cpu_count() or 1) - 1)
+
+    def read_settings(self) -> Settings:
+        """Read the settings of the project, with `unlabelled` over them."""
+        settings = super().read_settings()
+        if self.unlabelled is None:
+            return settings
+        names = settings.classes.get("names")
+        if names is not None and self.unlabelled not in (*names, "ignore"):
+            raise TileError(f"--unlabelled {self.unlabelled!r} is neither 'ignore' nor one of {names}")
+        return replace(settings, classes={**settings.classes, "unlabelled": self.unlabelled})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,7 @@ class Tiles:
         What they are.
     reader : TileReader
         Gives their pixels.
-    corpus : Corpus or None
+    training_set : TrainingSet or None
         What they were cut from; None for a dataset that stood there already.
     held_back : tuple of str
         Entry ids of test images, which give no tiles.
@@ -92,7 +90,7 @@ class Tiles:
 
     index: TileIndex
     reader: TileReader
-    corpus: TrainingSet | None
+    training_set: TrainingSet | None
     held_back: tuple[str, ...] = ()
     objects: Mapping[str, Objects] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +103,7 @@ def make_tiles(
     test_images: Sequence[str] = (),
     default_spec: TileSpec | None = None,
     overwrite: bool = True,
-    progress: CountReport | None = None,
+    listener: Listener = SILENT,
 ) -> Tiles:
     """Find the tiles of a project, and write them where a folder is given.
 
@@ -121,27 +119,28 @@ def make_tiles(
         Geometry where neither request nor settings say; the paper's by default.
     overwrite : bool, optional
         Replace tiles of other input in `out`.
-    progress : callable, optional
-        Called with tiles done and tiles in all.
+    listener : Listener, optional
+        Hears how many tiles are cut.
 
     Returns
     -------
     Tiles
     """
-    settings = settings_of(request)
+    settings = request.read_settings()
     spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)
     screening, storage = settings.screening(**request.screening), settings.storage(**request.storage)
-    learnt = LabelCollector(request.labels, request.annotators)
+    labels = LabelCollector(request.labels, request.annotators)
     # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
     with open_project(request.project, engine="embedded") as project:
         _check_names(project, test_images)
         check_annotators(every_annotation(project, project.images), request.annotators)
-        corpus = collect_training_images(project, settings, learnt, names=request.images, mpp=request.mpp)
-    sources, held_back = hold_back(corpus.sources, test_images)
-    classes, workers = corpus.classes, request.workers
+        training_set = collect_training_images(project, settings, labels, names=request.images, mpp=request.mpp)
+    sources, held_back = hold_back(training_set.sources, test_images)
+    classes, workers = training_set.classes, request.workers
+    on_tiles = partial(listener.on_items, "Cutting tiles")
     reader: TileReader
     if out is None:
-        index = index_tiles(sources, spec, classes, screening=screening, workers=workers, progress=progress)
+        index = index_tiles(sources, spec, classes, screening=screening, workers=workers, progress=on_tiles)
         reader = SlideReader(sources, classes)
     else:
         index = build_dataset(
@@ -153,15 +152,15 @@ def make_tiles(
             storage=storage,
             workers=workers,
             overwrite=overwrite,
-            progress=progress,
+            progress=on_tiles,
         )
         reader = DatasetReader(out)
     return Tiles(
         index=index,
         reader=reader,
-        corpus=corpus,
+        training_set=training_set,
         held_back=held_back,
-        objects=learnt.of({source.id for source in sources}),
+        objects=labels.of({source.id for source in sources}),
     )
 
 
@@ -175,18 +174,7 @@ def _check_names(project: Project, names: Sequence[str]) -> None:
 
 def divide_tiles(request: TileRequest, tiles: Tiles, changes: Mapping[str, Any], *, seed: int = 0) -> Split:
     """Divide tiles by the settings of their project; `changes` are fields of `SplitSpec` that go over them."""
-    return divide(tiles.index, settings_of(request).split_spec(**changes), seed=seed)
-
-
-def settings_of(request: TileRequest) -> Settings:
-    folder = request.project if request.project.is_dir() else request.project.parent
-    settings = read_settings(folder, request.settings)
-    if request.unlabelled is None:
-        return settings
-    classes = {**settings.classes, "unlabelled": request.unlabelled}
-    if "names" in classes and request.unlabelled not in (*classes["names"], "ignore"):
-        raise TileError(f"--unlabelled {request.unlabelled!r} is neither 'ignore' nor one of {classes['names']}")
-    return Settings(**{**vars(settings), "classes": classes})
+    return divide(tiles.index, request.read_settings().split_spec(**changes), seed=seed)
 
 
 def _default_tiles() -> TileSpec:

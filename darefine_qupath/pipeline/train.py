@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,29 @@ from darefine_qupath.errors import ConfigError, DarefineError, TrainingError
 from darefine_qupath.limits import naming
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.identity import identity_of
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.provenance import former_model
 from darefine_qupath.pipeline.run_record import (
     HARD_FILE,
     LABELS_FILE,
     REQUEST_FILE,
     SETTINGS_FILE,
-    note_hard_tiles,
-    note_origin,
-    note_request,
-    noted_for_folds,
     provenance_of_run,
     read_json,
+    record_hard_tiles,
+    record_labels_of_folds,
+    record_origin,
+    record_request,
 )
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide
-from darefine_qupath.pipeline.tiles import CountReport, Tiles, make_tiles, settings_of
+from darefine_qupath.pipeline.tiles import Tiles, make_tiles
 from darefine_qupath.pipeline.train_request import TILES_FOLDER, TrainRequest
 from darefine_qupath.pipeline.train_setup import describe_run, given_train_fields, new_run_config, resumed_run_config
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.split import Split, TilePart
-from darefine_qupath.training import Reporter, TrainConfig, TrainResult, read_run, train
+from darefine_qupath.training import TrainConfig, TrainResult, read_run, train
 from darefine_qupath.training.distributed import join_process_group
 from darefine_qupath.training.initialize import check_start
 from darefine_qupath.training.runfolder import RunSettings
@@ -42,107 +43,6 @@ from darefine_qupath.training.tile_dataset import TileDataset
 __all__ = ["Folds", "resume_training", "train_on_project"]
 
 _log = logging.getLogger(__name__)
-
-
-Announcer = Callable[[str], None]
-"""Told in a sentence or two what is about to be trained."""
-
-
-def train_on_project(
-    request: TrainRequest,
-    *,
-    progress: Reporter | None = None,
-    tile_progress: CountReport | None = None,
-    announce: Announcer | None = None,
-) -> TrainResult | Folds:
-    """Cut the tiles of a project, split them by slide, and train a network.
-
-    Started by ``torchrun``, every process calls this; the first one cuts the tiles, into a folder that all can read.
-
-    Parameters
-    ----------
-    request : TrainRequest
-        What, and how.
-    progress : callable, optional
-        Told of steps and epochs.
-    tile_progress : callable, optional
-        Told of tiles done and tiles in all.
-    announce : callable, optional
-        Told what is about to be trained, before the first step.
-
-    Returns
-    -------
-    TrainResult or Folds
-        Its `best` is the model file; of a cross-validation, the result of every fold.
-
-    Raises
-    ------
-    TrainingError
-        If the run folder is taken, or a class has no training tile.
-    TileError
-        If there is nothing to learn from.
-    """
-    if any((request.out / name).exists() for name in ("config.json", "fold-1/config.json")):
-        raise TrainingError(
-            f"{request.out} holds a training run already; go on with --resume {request.out}, or give another folder"
-        )
-    try:
-        return _start(_with_former_model(request), progress, tile_progress, announce, resume=False)
-    except DarefineError:
-        # A run that never began must not take the folder: the same command is made again with the mistake mended, and
-        # finds the tiles that were cut.
-        for folder in (request.out, *request.out.glob("fold-*")):
-            if not any((folder / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
-                (folder / "config.json").unlink(missing_ok=True)
-        raise
-
-
-def resume_training(
-    folder: Path,
-    *,
-    changes: Mapping[str, Any] | None = None,
-    progress: Reporter | None = None,
-    tile_progress: CountReport | None = None,
-    announce: Announcer | None = None,
-) -> TrainResult | Folds:
-    """Go on with a run that was stopped.
-
-    Parameters
-    ----------
-    folder : Path
-        The run folder.
-    changes : mapping, optional
-        Fields of `TrainConfig` that go over those it began with. What decides what is learnt cannot change.
-    progress, tile_progress, announce : callable, optional
-        See `train_on_project`.
-
-    Returns
-    -------
-    TrainResult or Folds
-        See `train_on_project`.
-
-    Raises
-    ------
-    TrainingError
-        If the folder holds no run, or one that cannot go on: its tiles are gone or others, its files are damaged.
-    """
-    file = folder / REQUEST_FILE
-    if not file.is_file():
-        raise TrainingError(
-            f"{folder} holds no run to go on with (no {REQUEST_FILE}); give the folder of darefine train"
-        )
-    data = read_json(file)
-    with naming(f"{file} is damaged; the run cannot go on", TrainingError):
-        request = TrainRequest.from_json(data)
-    # Whatever stands in the project's settings now, the run goes on with those that it began with.
-    tiles = replace(request.tiles, settings=folder / SETTINGS_FILE)
-    request = replace(request, out=folder, tiles=tiles, train={**request.train, **(changes or {})})
-    return _start(request, progress, tile_progress, announce, resume=_has_begun(folder))
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether a run folder holds more than what precedes the first step."""
-    return any((folder / name).exists() for name in ("config.json", "state.safetensors"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +66,88 @@ class Folds:
         return all(result.is_main for result in self.results)
 
 
+def train_on_project(request: TrainRequest, *, listener: Listener = SILENT) -> TrainResult | Folds:
+    """Cut the tiles of a project, split them by slide, and train a network.
+
+    Started by ``torchrun``, every process calls this; the first one cuts the tiles, into a folder that all can read.
+
+    Parameters
+    ----------
+    request : TrainRequest
+        What, and how.
+    listener : Listener, optional
+        Hears how many tiles are cut, what is about to be trained, and of every step.
+
+    Returns
+    -------
+    TrainResult or Folds
+        Its `best` is the model file; of a cross-validation, the result of every fold.
+
+    Raises
+    ------
+    TrainingError
+        If the run folder is taken, or a class has no training tile.
+    TileError
+        If there is nothing to learn from.
+    """
+    if any((request.out / name).exists() for name in ("config.json", "fold-1/config.json")):
+        raise TrainingError(
+            f"{request.out} holds a training run already; go on with --resume {request.out}, or give another folder"
+        )
+    try:
+        return _train_or_cross_validate(_with_former_model(request), listener, resume=False)
+    except DarefineError:
+        # A run that never began must not take the folder: the same command is made again with the mistake mended, and
+        # finds the tiles that were cut.
+        for folder in (request.out, *request.out.glob("fold-*")):
+            if not any((folder / name).exists() for name in ("state.safetensors", "metrics.jsonl")):
+                (folder / "config.json").unlink(missing_ok=True)
+        raise
+
+
+def resume_training(
+    folder: Path, *, changes: Mapping[str, Any] | None = None, listener: Listener = SILENT
+) -> TrainResult | Folds:
+    """Go on with a run that was stopped.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    changes : mapping, optional
+        Fields of `TrainConfig` that go over those it began with. What a model learns from, and how, cannot change.
+    listener : Listener, optional
+        See `train_on_project`.
+
+    Returns
+    -------
+    TrainResult or Folds
+        See `train_on_project`.
+
+    Raises
+    ------
+    TrainingError
+        If the folder holds no run, or one that cannot go on: its tiles are gone or others, its files are damaged.
+    """
+    file = folder / REQUEST_FILE
+    if not file.is_file():
+        raise TrainingError(
+            f"{folder} holds no run to go on with (no {REQUEST_FILE}); give the folder of darefine train"
+        )
+    data = read_json(file)
+    with naming(f"{file} is damaged; the run cannot go on", TrainingError):
+        request = TrainRequest.from_json(data)
+    # Whatever stands in the project's settings now, the run goes on with those that it began with.
+    tiles = replace(request.tiles, settings=folder / SETTINGS_FILE)
+    request = replace(request, out=folder, tiles=tiles, train={**request.train, **(changes or {})})
+    return _train_or_cross_validate(request, listener, resume=_has_begun(folder))
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run folder holds more than what precedes the first step."""
+    return any((folder / name).exists() for name in ("config.json", "state.safetensors"))
+
+
 def _with_former_model(request: TrainRequest) -> TrainRequest:
     """Settle which model the run starts from, once and for all."""
     if request.init_from is not None or not request.fine_tune or request.tiles.labels != "reviewed":
@@ -177,74 +159,65 @@ def _with_former_model(request: TrainRequest) -> TrainRequest:
     return replace(request, init_from=former, fine_tune=False)
 
 
-def _start(
-    request: TrainRequest,
-    progress: Reporter | None,
-    tile_progress: CountReport | None,
-    announce: Announcer | None,
-    *,
-    resume: bool,
-) -> TrainResult | Folds:
-    settings = settings_of(request.tiles)
+def _train_or_cross_validate(request: TrainRequest, listener: Listener, *, resume: bool) -> TrainResult | Folds:
+    settings = request.tiles.read_settings()
     spec = settings.split_spec(**request.split)
     if not spec.folds or spec.fold:
-        return _train(request, progress, tile_progress, announce, resume=resume)[0]
-    if request.note_roles:
-        raise ConfigError("In a cross-validation every case validates once: there are no roles to note in the project")
+        return _train_once(request, listener, resume=resume)[0]
+    if request.save_roles:
+        raise ConfigError("In a cross-validation every case validates once: there are no roles to save in the project")
     if join_process_group(TrainConfig.from_mapping(given_train_fields(settings, request)).device).is_main:
-        note_request(request, settings)
+        record_request(request, settings)
     results = []
     cut: Tiles | None = None
     for fold in range(1, spec.folds + 1):
         # All folds share the tiles; each has a run folder of its own.
         out = request.out / f"fold-{fold}"
         part = replace(request, out=out, dataset=request.tiles_at, split={**request.split, "fold": fold})
-        (announce or _log.info)(f"Fold {fold} of {spec.folds}")
-        result, cut = _train(part, progress, tile_progress, announce, resume=_has_begun(out), cut=cut, is_fold=True)
+        listener.on_notice(f"Fold {fold} of {spec.folds}")
+        result, cut = _train_once(part, listener, resume=_has_begun(out), cut=cut, is_fold=True)
         results.append(result)
     return Folds(folder=request.out, results=tuple(results))
 
 
-def _train(
+def _train_once(
     request: TrainRequest,
-    progress: Reporter | None,
-    tile_progress: CountReport | None,
-    announce: Announcer | None,
+    listener: Listener,
     *,
     resume: bool,
     cut: Tiles | None = None,
     is_fold: bool = False,
 ) -> tuple[TrainResult, Tiles]:
     """Train once, with tiles that are `cut` already where several folds share them; give them too."""
-    settings = settings_of(request.tiles)
+    settings = request.tiles.read_settings()
     split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
     begun = read_run(request.out) if resume else None
     model_wanted, config, spec = (
         new_run_config(settings, request) if begun is None else resumed_run_config(begun, request)
     )
-    world = join_process_group(config.device)
-    with world.report_lost_peers(request.out):
-        with world.together():
+    group = join_process_group(config.device)
+    with group.report_lost_peers(request.out):
+        with group.together():
             if begun is None:
                 check_start(model_wanted, config, request.init_from)
-            if world.is_main:
+            if group.is_main:
                 if begun is None:
-                    note_request(request, settings)
-                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, progress=tile_progress)
+                    record_request(request, settings)
+                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, listener=listener)
                 if is_fold:
-                    tiles = noted_for_folds(request.out.parent / LABELS_FILE, tiles, begun)
-        with world.together():
-            if not world.is_main:
+                    tiles = record_labels_of_folds(request.out.parent / LABELS_FILE, tiles, begun)
+        with group.together():
+            if not group.is_main:
                 # What the first process has cut is there by now.
-                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, progress=None)
+                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, listener=SILENT)
             model, split, parts = _divided(tiles, model_wanted, split_spec, sampling, seed=config.seed)
-            if world.is_main:
+            if group.is_main:
                 if begun is None:
-                    note_origin(request, tiles, split, parts[0])
-                note_hard_tiles(request, sampling, TileDataset(parts[0].tiles, tiles.reader), world)
-                for sentence in describe_run(settings, request, model, config, world, parts):
-                    (announce or _log.info)(sentence)
-        with world.together():
+                    record_origin(request, tiles, split, parts[0])
+                record_hard_tiles(request, sampling, TileDataset(parts[0].tiles, tiles.reader), group)
+                for sentence in describe_run(settings, request, model, config, group, parts):
+                    listener.on_notice(sentence)
+        with group.together():
             provenance = provenance_of_run(request, tiles, split, parts[0]) if begun is None else begun.provenance
             hard = read_json(request.out / HARD_FILE) if sampling.hard_model is not None else None
         training, validation = (TileDataset(part.tiles, tiles.reader) for part in parts)
@@ -257,7 +230,7 @@ def _train(
             class_map=tiles.index.classes,
             tile_spec=tiles.index.spec,
             provenance=provenance,
-            progress=progress,
+            progress=listener.on_step,
             resume=resume,
             init_from=request.init_from,
             hard=hard,
@@ -282,14 +255,14 @@ def _tiles_of_run(
     begun: RunSettings | None,
     *,
     is_cut: bool,
-    progress: CountReport | None,
+    listener: Listener,
 ) -> Tiles:
     folder = request.tiles_at
     if is_cut and folder is not None:
         # The run goes on with the tiles it began with, whatever has been drawn in QuPath since.
         if begun is not None and dataset_digest(folder) != begun.provenance.get("data"):
             raise TrainingError(f"The tiles in {folder} are others than {request.out} began with; start a new run")
-        return Tiles(index=load_index(folder), reader=DatasetReader(folder), corpus=None)
+        return Tiles(index=load_index(folder), reader=DatasetReader(folder), training_set=None)
     tiles = make_tiles(
         request.tiles,
         folder,
@@ -297,7 +270,7 @@ def _tiles_of_run(
         default_spec=default_spec,
         # Tiles that several runs share are not replaced under them.
         overwrite=request.dataset in (None, request.out.parent / TILES_FOLDER),
-        progress=progress,
+        listener=listener,
     )
     with open_project(request.tiles.project, engine="embedded") as project:
         return replace(tiles, identity=identity_of(project, {image.id for image in tiles.index.images}))

