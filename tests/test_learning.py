@@ -31,7 +31,7 @@ from darefine_qupath.errors import (
 )
 from darefine_qupath.geometry import Size
 from darefine_qupath.models import Normalization, build_model
-from darefine_qupath.pipeline import train, train_setup
+from darefine_qupath.pipeline import run_record, train, train_setup
 from darefine_qupath.pipeline.hard_examples import hard_weights
 from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, former_model, summary
 from darefine_qupath.pipeline.selection import collect_training_images
@@ -538,7 +538,7 @@ def test_hard_tiles_come_from_a_former_model(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        train, "hard_weights", lambda path, data, **_: asked.append(path) or dict.fromkeys(data.tiles.ids(), 2.0)
+        run_record, "hard_weights", lambda path, data, **_: asked.append(path) or dict.fromkeys(data.tiles.ids(), 2.0)
     )
     (tmp_path / "former").mkdir()
     out = tmp_path / "run"
