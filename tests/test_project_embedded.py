@@ -50,7 +50,7 @@ from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.edit import Edited, edit_document
 from darefine_qupath.project.qpdata.read import read_image_data
 from darefine_qupath.project.qpdata.summary import summarize
-from darefine_qupath.tiles.split import Role
+from darefine_qupath.tiles.roles import Role
 from tests.qpdata_edits import edited_data
 
 ROOT = Path(__file__).parents[1]

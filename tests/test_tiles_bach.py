@@ -20,8 +20,9 @@ from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.plan import plan_tiles
 from darefine_qupath.tiles.scan import Screening, index_tiles
 from darefine_qupath.tiles.sources import TileSource, paint_mask
+from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
-from darefine_qupath.tiles.split import spatial_split, split_images
+from darefine_qupath.tiles.split import split_images
 
 CLASSES = ClassMap(names=("Normal", "Benign", "In situ", "Invasive"), unlabelled="Normal")
 GRID = 50

@@ -15,18 +15,10 @@ from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Size
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.roles import ROLE_KEY, Split, TilePart, explicit_roles, roles_of_metadata
+from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.split import (
-    ROLE_KEY,
-    Split,
-    TilePart,
-    explicit_roles,
-    k_folds,
-    roles_of_metadata,
-    spatial_split,
-    split_images,
-    split_tiles,
-)
+from darefine_qupath.tiles.split import k_folds, split_images, split_tiles
 
 properties = settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -302,7 +294,7 @@ def test_a_single_context_is_parted_by_slices() -> None:
 
 def test_two_tiles_cannot_be_parted() -> None:
     tiles = one_slide(TileSpec(input_px=8, slice_px=20, stride_px=20, context_px=100), (40, 20))
-    with pytest.raises(TileError, match=r"2 tiles are too few to part into training and \['validation'\]"):
+    with pytest.raises(TileError, match=r"2 tiles are too few to split into training and \['validation'\]"):
         spatial_split(tiles)
 
 

@@ -24,8 +24,8 @@ from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import stain_statistics
 from darefine_qupath.tiles.dataset import dataset_digest
 from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.roles import Role, Split, TilePart
 from darefine_qupath.tiles.sources import TileReader
-from darefine_qupath.tiles.split import Role, Split, TilePart
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.runfolder import RunSettings
 from darefine_qupath.training.tile_dataset import TileDataset

@@ -10,18 +10,10 @@ from pathlib import Path
 from darefine_qupath.errors import ConfigError, TileError
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.index import TileIndex
+from darefine_qupath.tiles.roles import ROLE_KEY, Role, Split, explicit_roles, roles_of_metadata
 from darefine_qupath.tiles.sampling import cap_tiles
 from darefine_qupath.tiles.sources import TileSource
-from darefine_qupath.tiles.split import (
-    ROLE_KEY,
-    Role,
-    Split,
-    explicit_roles,
-    k_folds,
-    roles_of_metadata,
-    split_images,
-    split_tiles,
-)
+from darefine_qupath.tiles.split import k_folds, split_images, split_tiles
 
 __all__ = ["SamplingSpec", "SplitSpec", "divide", "hold_back", "save_roles"]
 

@@ -21,10 +21,10 @@ from darefine_qupath.pipeline.splitting import divide, hold_back
 from darefine_qupath.project import Project, open_project
 from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
 from darefine_qupath.tiles.index import TileIndex, case_of
+from darefine_qupath.tiles.roles import Split
 from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.sources import SlideReader, TileReader
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.split import Split
 
 __all__ = ["TileRequest", "Tiles", "divide_tiles", "make_tiles"]
 

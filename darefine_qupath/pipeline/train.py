@@ -32,8 +32,8 @@ from darefine_qupath.pipeline.train_request import TILES_FOLDER, TrainRequest
 from darefine_qupath.pipeline.train_setup import describe_run, given_train_fields, new_run_config, resumed_run_config
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
+from darefine_qupath.tiles.roles import Split, TilePart
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.split import Split, TilePart
 from darefine_qupath.training import TrainConfig, TrainResult, read_run, train
 from darefine_qupath.training.distributed import join_process_group
 from darefine_qupath.training.initialize import check_start

@@ -14,8 +14,8 @@ from darefine_qupath.checkpoint import CheckpointHeader, read_header
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.train_request import TrainRequest
+from darefine_qupath.tiles.roles import TilePart
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.split import TilePart
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.loader import steps_per_epoch
