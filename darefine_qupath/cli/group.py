@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "runs": ("runs", "List what has been written into a project."),
     "undo": ("runs", "Take a run back."),
     "restore": ("runs", "Bring back an earlier state of an image's annotations."),
+    "experiment": ("experiment", "Repeat the paper's tables: its networks with equal budgets."),
     "demo": ("tools", "Make a QuPath project of generated slides."),
     "doctor": ("tools", "Say what works on this machine and what to do about the rest."),
     "qupath-scripts": ("tools", "Copy the scripts for QuPath's script editor to a folder."),
