@@ -22,7 +22,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.prediction import ScoreMap, read_score_map
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.project import open_project
 from darefine_qupath.review import list_runs
@@ -97,7 +97,7 @@ def _score_map(own: Path) -> None:
         warnings=(SlideWarning(kind="mpp", message="coarse", value=2.0),),
     )  # fmt: skip
     blank = np.zeros((8, 8), np.uint8)
-    write_score_map(score_map, [Layers(blank, blank, blank, blank)])
+    write_score_map(score_map, [MapRows(blank, blank, blank, blank)])
     SAMPLES["scoremap.json"] = (own / "scoremap.json").read_bytes()
 
 

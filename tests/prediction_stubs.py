@@ -29,7 +29,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, Normalization
-from darefine_qupath.prediction import PredictOptions, Progress, ScoreMap, SlideTask, predict_slide
+from darefine_qupath.prediction import PredictionProgress, PredictOptions, ScoreMap, SlideTask, predict_slide
 from darefine_qupath.tiles.spec import TileSpec
 
 COLORS = np.array([(230, 60, 60), (60, 200, 60), (60, 60, 230)], np.uint8)
@@ -140,7 +140,7 @@ def _predict(folder: Path) -> None:
     predict_slide(slide, checkpoint(ColorNetwork(trust=1.0, pause=0.01)), out=folder / "map", options=options)
 
 
-def run_slowly(task: SlideTask, progress: Callable[[Progress], None] | None = None) -> ScoreMap:
+def run_slowly(task: SlideTask, progress: Callable[[PredictionProgress], None] | None = None) -> ScoreMap:
     """Stand in for `predict_task` on a worker; leaves a file with its process id while it works."""
     task.out.mkdir(parents=True, exist_ok=True)
     slide = array_slide(task.slide.parent, blobs((500, 700), seed=int(task.key)))

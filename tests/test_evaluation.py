@@ -28,7 +28,7 @@ from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id,
 from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
 from darefine_qupath.prediction import PredictOptions, ScoreMap, read_score_map
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import write_score_map
 from darefine_qupath.project import ImageEntry, open_project
@@ -92,7 +92,7 @@ def a_map(folder: Path, predicted: np.ndarray, classes: ClassMap) -> ScoreMap:
         folder=folder, size=SIZE, box=Box(0, 0, 200, 160), downsample=2.0, mpp=0.5, classes=classes, model_id="m",
         fingerprint="f", class_pixels=(0,) * classes.num_classes, num_slices=1,
     )  # fmt: skip
-    layers = Layers.blank(80, 100)
+    layers = MapRows.blank(80, 100)
     layers.label[:] = predicted
     write_score_map(found, [layers])
     return found
@@ -176,7 +176,7 @@ def test_the_command_says_the_share_per_slide(
     assert (row["image"], row["id"], row["unpredicted share"]) == ("test-3.tif", "3", "0.0")
     # Someone's annotation where the scanner saw nothing.
     found = read_score_map(project / "darefine" / "maps" / "3")
-    layers = Layers(*(found.read(layer) for layer in ("class", "confidence", "margin", "runner_up")))
+    layers = MapRows(*(found.read(layer) for layer in ("class", "confidence", "margin", "runner_up")))
     layers.label[: found.size.height // 2] = 255
     write_score_map(found, [layers])
     run()
@@ -314,7 +314,7 @@ def test_no_written_polygon_is_smaller_than_asked(project: Path, model_of: Model
     request = request_of(project, model, images=("test-3.tif",), polygons=polygons, write=write)
     predict_project(request)
     found = read_score_map(project / "darefine" / "maps" / "3")
-    layers = Layers(*(found.read(layer) for layer in ("class", "confidence", "margin", "runner_up")))
+    layers = MapRows(*(found.read(layer) for layer in ("class", "confidence", "margin", "runner_up")))
     noise = np.random.default_rng(0).random((found.size.height // 2, found.size.width // 2)) < 0.2
     layers.label[:] = np.kron(noise, np.ones((2, 2), int))[: found.size.height, : found.size.width]
     write_score_map(found, [layers])

@@ -24,7 +24,7 @@ from darefine_qupath.pipeline.tiles import TileRequest
 from darefine_qupath.pipeline.train import resume_training
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import ScoreMap, read_score_map
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.tiles.dataset import FORMAT, VERSION, DatasetReader, load_index
 from darefine_qupath.tiles.spec import TileSpec
@@ -148,7 +148,7 @@ def test_a_score_map_that_says_anything(tmp_path: Path) -> None:
         warnings=(SlideWarning(kind="mpp", message="coarse", value=2.0),),
     )  # fmt: skip
     blank = np.zeros((8, 8), np.uint8)
-    write_score_map(found, [Layers(blank, blank, blank, blank)])
+    write_score_map(found, [MapRows(blank, blank, blank, blank)])
     file = tmp_path / "scoremap.json"
     for text in json_mutants(json.loads(file.read_text()), random.Random(1)):
         file.write_text(text, encoding="utf-8")

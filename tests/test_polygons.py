@@ -16,7 +16,7 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons import GRID, ClassPolygon, vectorize
-from darefine_qupath.polygons.pool import BlockPieces, Pool
+from darefine_qupath.polygons.pieces import BlockPieces, MapPieces
 from darefine_qupath.polygons.trace import Rings
 
 Labels = NDArray[np.uint8]
@@ -147,14 +147,14 @@ def rings_map() -> Labels:
 
 
 def test_holes_stay_holes() -> None:
-    polygons = vectorize(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])
+    polygons = vectorize(rings_map(), box=Box(0, 0, 960, 960), skip_labels=[0])
     assert [item.label for item in polygons] == [1]
     assert len(polygons[0].geometry.interiors) == 1
     assert polygons[0].geometry.area == pytest.approx(np.pi * (400**2 - 160**2), rel=0.02)
 
 
 def test_stair_steps_are_gone() -> None:
-    outline = vectorize(rings_map(), box=Box(0, 0, 960, 960), leave_out=[0])[0].geometry.exterior
+    outline = vectorize(rings_map(), box=Box(0, 0, 960, 960), skip_labels=[0])[0].geometry.exterior
     radius = np.hypot(*(shapely.get_coordinates(outline) - 480).T)
     assert np.abs(radius - 400).max() < 8
     # The stair steps of a disc are 4 / pi times as long as its circumference.
@@ -227,18 +227,18 @@ def test_the_work_for_runner_ups_is_that_of_the_classes_that_there_are(
     monkeypatch: pytest.MonkeyPatch, block_px: int
 ) -> None:
     cells, sums = [], []
-    pool_of, zone_sums = Pool.of, Rings.zone_sums
+    pool_of, zone_sums = MapPieces.of, Rings.zone_sums
 
-    def noted(parts: list[BlockPieces]) -> Pool:
+    def noted(parts: list[BlockPieces]) -> MapPieces:
         pool = pool_of(parts)
-        cells.append(pool.seconds.size / len(pool.labels))
+        cells.append(pool.runner_up_counts.size / len(pool.labels))
         return pool
 
     def counted(rings: Rings, layer: NDArray[np.uint8]) -> NDArray[np.float64]:
         sums.append(layer.size)
         return zone_sums(rings, layer)
 
-    monkeypatch.setattr(Pool, "of", noted)
+    monkeypatch.setattr(MapPieces, "of", noted)
     monkeypatch.setattr(Rings, "zone_sums", counted)
     labels = np.kron(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3, np.ones((8, 8), np.uint8))
     seconds = np.where(labels == 0, 254, 3).astype(np.uint8)
@@ -295,7 +295,6 @@ def test_means_are_over_the_pixels_of_each_region(block_px: int) -> None:
         counts = np.bincount(second[inside], minlength=3)
         assert item.confidence == pytest.approx(confidence[inside].mean() / 255)
         assert item.margin == pytest.approx(margin[inside].mean(), rel=1e-5)
-        assert item.entropy is None
         assert item.runner_up == counts.argmax()
         assert item.runner_up_share == pytest.approx(counts.max() / inside.sum())
 

@@ -20,15 +20,15 @@ from shapely.geometry import Point, box
 from darefine_qupath.errors import DeviceError, MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
-from darefine_qupath.prediction import PredictOptions, Progress, predict_slide, read_score_map
+from darefine_qupath.prediction import PredictionProgress, PredictOptions, predict_slide, read_score_map
 from darefine_qupath.prediction import slide as prediction_slide
 from darefine_qupath.prediction.plan import SlidePlan
-from darefine_qupath.prediction.slide import fingerprint
+from darefine_qupath.prediction.slide import compute_fingerprint
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import COLORS, SPEC, ArraySlide, ColorNetwork, array_slide, blobs, checkpoint
 
-OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", map_stride=1)
+OPTIONS = PredictOptions(tissue=False, workers=2, batch_size=8, device="cpu", precision="fp32", output_stride=1)
 KILLS = int(os.environ.get("DAREFINE_KILLS", "6"))
 """How often the run is killed that must end with the bytes of one that never was."""
 
@@ -52,7 +52,7 @@ def test_every_pixel_has_its_own_label(tmp_path: Path, placement: str, stride: i
     labels = blobs((700, 530))
     slide = array_slide(tmp_path, labels)
     tiles = TileSpec(input_px=32, slice_px=64, context_px=256, stride_px=32, placement=placement)
-    options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=stride)
+    options = PredictOptions(tissue=False, device="cpu", precision="fp32", output_stride=stride)
     found = predict_slide(slide, checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options)
     truth = truth_on_map(labels, 2 * stride)
     known = truth != 255
@@ -72,7 +72,7 @@ def test_no_pixel_is_skipped_whatever_the_context(
 ) -> None:
     labels = blobs(size)
     tiles = TileSpec(input_px=27, slice_px=64, context_px=context, stride_px=stride)
-    options = PredictOptions(tissue=False, device="cpu", precision="fp32", map_stride=1, overlap=overlap)
+    options = PredictOptions(tissue=False, device="cpu", precision="fp32", output_stride=1, overlap=overlap)
     found = predict_slide(
         array_slide(tmp_path, labels), checkpoint(ColorNetwork(), tiles=tiles), out=tmp_path / "map", options=options
     )
@@ -100,7 +100,7 @@ def test_error_near_tile_borders_is_that_of_everywhere(tmp_path: Path, overlap: 
             return logits + 20 * (edge > 0.9) * noise
 
     labels = np.zeros((800, 800), np.uint8)
-    options = PredictOptions(tissue=False, device="cpu", map_stride=1, overlap=overlap, precision="fp32", workers=1)
+    options = PredictOptions(tissue=False, device="cpu", output_stride=1, overlap=overlap, precision="fp32", workers=1)
     network = Edgy(sharpness=8.0)
     found = predict_slide(array_slide(tmp_path, labels), checkpoint(network), out=tmp_path / "map", options=options)
     wrong = found.read("class")[32:-64, 32:-64] != 0
@@ -150,7 +150,7 @@ def test_only_inside_an_area(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((600, 400)))
     circle = Point(300, 200).buffer(90)
     network = ColorNetwork()
-    options = PredictOptions(tissue=False, device="cpu", within=circle, map_stride=1)
+    options = PredictOptions(tissue=False, device="cpu", within=circle, output_stride=1)
     found = predict_slide(slide, checkpoint(network), out=tmp_path / "map", options=options)
     predicted = found.read("class") != 255
     assert predicted.sum() * 4 == pytest.approx(circle.area, rel=0.01)
@@ -164,7 +164,7 @@ def test_glass_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mask[5:12, 3:20] = True
     monkeypatch.setattr("darefine_qupath.prediction.slide.tissue_mask", lambda slide, **_: TissueMask(mask, slide.size))
     slide = array_slide(tmp_path, blobs((600, 400)))
-    options = PredictOptions(device="cpu", map_stride=1)
+    options = PredictOptions(device="cpu", output_stride=1)
     found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=options)
     assert np.array_equal(found.read("class") != 255, mask.repeat(10, 0).repeat(10, 1))
 
@@ -205,7 +205,7 @@ def test_tissue_that_was_skipped_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     def lacking(*arguments: object, **more: object) -> SlidePlan:
         plan = whole(*arguments, **more)  # type: ignore[arg-type]
-        return replace(plan, rows=(replace(plan.rows[0], parents=()), *plan.rows[1:]))
+        return replace(plan, rows=(replace(plan.rows[0], groups=()), *plan.rows[1:]))
 
     monkeypatch.setattr(prediction_slide, "plan_slide", lacking)
     slide = array_slide(tmp_path, blobs((600, 400)))
@@ -266,13 +266,13 @@ def test_a_fingerprint_is_of_all_that_changes_scores(tmp_path: Path, monkeypatch
     marks = []
 
     def note(slide: ArraySlide, *, mpp: float = 0.5, **options: object) -> None:
-        marks.append(fingerprint(slide, model, mpp=mpp, options=PredictOptions(**options)))  # type: ignore[arg-type]
+        marks.append(compute_fingerprint(slide, model, mpp=mpp, options=PredictOptions(**options)))  # type: ignore[arg-type]
 
     model = checkpoint(ColorNetwork())
     slide = array_slide(tmp_path, blobs((30, 30)))
     note(slide)
     for changes in (
-        {"overlap": 0.6}, {"context_overlap": 0.1}, {"tta": True}, {"tissue": False}, {"map_stride": 1},
+        {"overlap": 0.6}, {"context_overlap": 0.1}, {"tta": True}, {"tissue": False}, {"output_stride": 1},
         {"precision": "fp32"}, {"crop_bounds": False}, {"within": box(0, 0, 9, 9)}, {"mpp": 0.25},
     ):  # fmt: skip
         note(slide, **changes)  # type: ignore[arg-type]
@@ -316,7 +316,7 @@ def test_interrupted_run_repeats_no_finished_row(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((600, 900)))
     network = ColorNetwork()
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PredictionProgress) -> None:
         if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
@@ -335,7 +335,7 @@ def test_damage_to_what_an_interrupted_run_left_is_computed_again(tmp_path: Path
     slide = array_slide(tmp_path, blobs((400, 900)))
     whole = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "whole", options=OPTIONS)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PredictionProgress) -> None:
         if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
@@ -367,7 +367,7 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
 
-    def inner(_: Progress) -> None:
+    def inner(_: PredictionProgress) -> None:
         predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
 
     with pytest.raises(PredictionError, match="Another process is predicting into"):
@@ -375,7 +375,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_slice(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[PredictionProgress] = []
     slide = array_slide(tmp_path, blobs((300, 400)))
     found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "m", options=OPTIONS, progress=seen.append)
     assert [event.done for event in seen] == sorted({event.done for event in seen})
@@ -396,7 +396,7 @@ def test_symmetries_average_out_a_lopsided_network(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, np.zeros((256, 256), np.uint8))
     spread = []
     for tta in (False, True):
-        options = PredictOptions(tissue=False, device="cpu", precision="fp32", overlap=0.0, tta=tta, map_stride=1)
+        options = PredictOptions(tissue=False, device="cpu", precision="fp32", overlap=0.0, tta=tta, output_stride=1)
         model = checkpoint(Lopsided(sharpness=1.0))
         found = predict_slide(slide, model, out=tmp_path / str(tta), options=options)
         confidence = found.read("confidence").astype(float)
@@ -479,7 +479,7 @@ def test_scores_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path,
     slide = array_slide(tmp_path, labels)
     slide.pixels[200, 100] = 0
     at = r"0123456789ab gives scores .*slide\.bin at Box\(x=\d+, y=1[4-9]\d, width=64, height=64\)"
-    for options in (OPTIONS, replace(OPTIONS, tta=True, map_stride=4)):
+    for options in (OPTIONS, replace(OPTIONS, tta=True, output_stride=4)):
         tiles = replace(SPEC, input_px=64)
         with pytest.raises(PredictionError, match=at):
             predict_slide(slide, checkpoint(Faulty(), tiles=tiles), out=tmp_path / "map", options=options)
@@ -529,7 +529,7 @@ def test_unknown_pixel_size_is_refused_in_micrometres_only(tmp_path: Path) -> No
         ({"workers": -1}, "workers is -1"),
         ({"overlap": 1.0}, "overlap is 1.0"),
         ({"context_overlap": -0.5}, "context_overlap is -0.5"),
-        ({"map_stride": 3}, "map_stride is 3"),
+        ({"output_stride": 3}, "output_stride is 3"),
         ({"within": Point(0, 0).buffer(0)}, "empty or not a valid geometry"),
     ],
 )
@@ -561,7 +561,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_every_slice_is_predicted_once_whatever_the_contexts(tmp_path: Path, context_overlap: float) -> None:
     labels = blobs((600, 500))
     network = ColorNetwork()
-    options = PredictOptions(tissue=False, device="cpu", map_stride=1, context_overlap=context_overlap)
+    options = PredictOptions(tissue=False, device="cpu", output_stride=1, context_overlap=context_overlap)
     found = predict_slide(array_slide(tmp_path, labels), checkpoint(network), out=tmp_path / "map", options=options)
     assert network.num_slices == found.num_slices == 18 * 15
     truth = truth_on_map(labels, 2)

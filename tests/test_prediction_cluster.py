@@ -20,7 +20,7 @@ from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.prediction import PredictOptions, Progress, SlideTask, predict_many
+from darefine_qupath.prediction import PredictionProgress, PredictOptions, SlideTask, predict_many
 from darefine_qupath.prediction import cluster as clusters
 from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import array_slide, blobs, run_slowly
@@ -59,7 +59,7 @@ def test_slides_one_after_the_other_with_a_real_model(tmp_path: Path) -> None:
         SlideTask(key=name, slide=slide, model=path, out=tmp_path / name, options=OPTIONS)
         for name, slide in (("bad", bad), ("good", good))
     ]
-    seen: list[Progress] = []
+    seen: list[PredictionProgress] = []
     failed, done = predict_many(jobs, progress=seen.append)
     assert failed.score_map is None
     assert "there is no such image" in (failed.error or "")
@@ -251,7 +251,7 @@ def test_a_worker_dies_and_its_slide_goes_on_elsewhere(tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    seen: list[Progress] = []
+    seen: list[PredictionProgress] = []
     results = list(predict_many(jobs, scheduler="local", local_workers=2, progress=seen.append, run=run_slowly))
     killer.join()
     assert len(victims) == 1

@@ -26,24 +26,31 @@ from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
 from darefine_qupath.prediction import (
+    PredictionProgress,
     PredictOptions,
-    Progress,
     ScoreMap,
     predict_slide,
     read_score_map,
     scoremap,
     stain_statistics,
 )
-from darefine_qupath.prediction.blend import Layers, RollingBand, Score, pooled_length, pooled_window, smooth_window
+from darefine_qupath.prediction.blend import (
+    MapRows,
+    RollingBand,
+    WindowedScores,
+    pooled_length,
+    pooled_window,
+    smooth_window,
+)
 from darefine_qupath.prediction.checks import check_slide, stain_distance
 from darefine_qupath.prediction.engine import (
     Engine,
     EngineSettings,
     choose_batch_size,
 )
-from darefine_qupath.prediction.journal import Journal, JournalState
-from darefine_qupath.prediction.plan import MapGrid, Parent, plan_slide, with_overlap
-from darefine_qupath.prediction.reading import Batch, BatchPixels, batches, read_ahead
+from darefine_qupath.prediction.journal import JournalState, PredictionJournal
+from darefine_qupath.prediction.plan import ContextGroup, MapGrid, plan_slide, with_overlap
+from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch, batches, read_ahead
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
 from darefine_qupath.slides import TissueMask
@@ -87,7 +94,7 @@ def test_band_in_pieces_is_the_band_at_once(seed: int, cuts: list[int]) -> None:
     rng = np.random.default_rng(seed)
     ones = np.ones((9, 7), np.float32)
     places = rng.integers(-5, (60, 40), (12, 2)).tolist()
-    scores = [Score(row, column, rng.random((3, 9, 7), np.float32), ones) for row, column in places]
+    scores = [WindowedScores(row, column, rng.random((3, 9, 7), np.float32), ones) for row, column in places]
     whole = RollingBand(3, 40)
     whole.reserve(70)
     for score in scores:
@@ -102,7 +109,7 @@ def test_band_in_pieces_is_the_band_at_once(seed: int, cuts: list[int]) -> None:
         layers.append(pieces.finish(cut))
         # What a journal stores is all that the next piece needs.
         follower = RollingBand(3, 40, top=pieces.top)
-        follower.carry = pieces.carry
+        follower.unfinished = pieces.unfinished
         pieces = follower
     for name in ("label", "confidence", "margin", "runner_up"):
         np.testing.assert_array_equal(
@@ -114,7 +121,7 @@ def test_layers_say_best_second_and_by_how_much() -> None:
     band = RollingBand(3, 2)
     band.reserve(1)
     scores = np.array([[[0.2, 0.1]], [[0.7, 0.1]], [[0.1, 0.8]]], np.float32)
-    band.add(Score(0, 0, scores[:, :, :1], np.full((1, 1), 0.5, np.float32)))
+    band.add(WindowedScores(0, 0, scores[:, :, :1], np.full((1, 1), 0.5, np.float32)))
     layers = band.finish(1)
     assert layers.label.tolist() == [[1, 255]]
     assert layers.confidence.tolist() == [[round(0.7 * 255), 0]]
@@ -128,14 +135,14 @@ def test_what_is_no_number_is_no_class(value: float) -> None:
     band.reserve(1)
     scores = np.full((3, 1, 2), 1 / 3, np.float32)
     scores[:, :, 1] = value
-    band.add(Score(0, 0, scores, np.ones((1, 2), np.float32)))
+    band.add(WindowedScores(0, 0, scores, np.ones((1, 2), np.float32)))
     assert band.finish(1).label.tolist() == [[0, 255]]
 
 
 def test_one_class_has_no_runner_up() -> None:
     band = RollingBand(1, 1)
     band.reserve(1)
-    band.add(Score(0, 0, np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32)))
+    band.add(WindowedScores(0, 0, np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32)))
     layers = band.finish(1)
     assert (layers.label[0, 0], layers.margin[0, 0], layers.runner_up[0, 0]) == (0, 255, 255)
 
@@ -159,9 +166,9 @@ def test_plan_covers_the_slide_and_finishes_rows_in_order(spec: TileSpec, width:
     covered = np.zeros((height, width), bool)
     done = 0
     for row in plan.rows:
-        for parent in row.parents:
-            for box in parent.slices:
-                assert parent.context.contains(box)
+        for group in row.groups:
+            for box in group.slices:
+                assert group.context.contains(box)
                 assert plan.grid.place(box.y)[0] >= done
                 covered[max(0, box.y) : box.bottom, max(0, box.x) : box.right] = True
         assert row.bottom >= done
@@ -175,27 +182,27 @@ def test_no_slice_border_lies_on_a_parent_border_alone() -> None:
     # Of every column of the paper's plan, more than the edges of slices must be seen.
     spec = TileSpec.paper().at(None)
     plan = plan_slide((14_000, 14_000), spec, PredictOptions())
-    starts = sorted({box.x for row in plan.rows for parent in row.parents for box in parent.slices})
+    starts = sorted({box.x for row in plan.rows for group in row.groups for box in group.slices})
     assert set(np.diff(starts)) == {500}
-    assert len({(box.x, box.y) for row in plan.rows for p in row.parents for box in p.slices}) == plan.num_slices
+    assert len({(box.x, box.y) for row in plan.rows for p in row.groups for box in p.slices}) == plan.num_slices
 
 
-def test_first_parent_is_planned_as_in_training() -> None:
+def test_first_context_is_planned_as_in_training() -> None:
     spec = TileSpec.paper().at(None)
     trained = plan_tiles((14_000, 14_000), spec)[:81]
-    predicted = plan_slide((14_000, 14_000), spec, PredictOptions(context_overlap=0.0)).rows[0].parents[0]
+    predicted = plan_slide((14_000, 14_000), spec, PredictOptions(context_overlap=0.0)).rows[0].groups[0]
     assert [pair.slice for pair in trained] == list(predicted.slices)
     assert {pair.context for pair in trained} == {predicted.context}
 
 
 def test_slices_lie_around_the_middle_of_their_context() -> None:
     plan = plan_slide((20_000, 20_000), TileSpec.paper().at(None), PredictOptions())
-    inner = [parent for row in plan.rows[1:-1] for parent in row.parents[1:-1]]
-    assert {len(parent.slices) for parent in inner} == {25}
-    for parent in inner:
-        for box in parent.slices:
-            assert min(box.x - parent.context.x, parent.context.right - box.right) >= 1000
-            assert min(box.y - parent.context.y, parent.context.bottom - box.bottom) >= 1000
+    inner = [group for row in plan.rows[1:-1] for group in row.groups[1:-1]]
+    assert {len(group.slices) for group in inner} == {25}
+    for group in inner:
+        for box in group.slices:
+            assert min(box.x - group.context.x, group.context.right - box.right) >= 1000
+            assert min(box.y - group.context.y, group.context.bottom - box.bottom) >= 1000
 
 
 @pytest.mark.parametrize(("overlap", "stride"), [(None, 375), (0.0, 500), (0.5, 250), (0.75, 125)])
@@ -244,7 +251,7 @@ def asked(draw: st.DrawFn) -> tuple[TileSpec, float, PredictOptions, tuple[int, 
     options = PredictOptions(
         overlap=draw(st.one_of(st.none(), st.just(0.0), st.floats(0, 0.9))),
         context_overlap=draw(st.floats(0, 0.9)),
-        map_stride=draw(st.sampled_from([1, 2, 4])),
+        output_stride=draw(st.sampled_from([1, 2, 4])),
     )
     side = tiles.at(mpp).slice_px
     lengths = st.integers(1, min(100_000, 12 * side)), st.integers(1, min(500, 3 * side))
@@ -259,7 +266,7 @@ def test_every_map_pixel_is_reached_whatever_the_ratios(
     tiles, mpp, options, size = case
     plan = plan_slide(size, tiles.at(mpp), options)
     for axis in (0, 1):
-        boxes = [box for row in plan.rows for parent in row.parents for box in parent.slices]
+        boxes = [box for row in plan.rows for group in row.groups for box in group.slices]
         places = [plan.grid.place(start) for start in sorted({box.bounds[axis] for box in boxes})]
         ends = [pixel + pooled_length(plan.spec.input_px, phase, plan.grid.stride) for pixel, phase in places]
         assert places[0] == (0, 0)
@@ -273,11 +280,11 @@ def test_every_map_pixel_is_reached_whatever_the_ratios(
     slide=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     corner=st.tuples(st.floats(-5, 150), st.floats(-5, 150)),
     seed=st.integers(0, 99),
-    map_stride=st.sampled_from([1, 2, 4]),
+    output_stride=st.sampled_from([1, 2, 4]),
 )
 @quick
 def test_every_map_pixel_that_is_asked_for_is_reached(
-    sizes: tuple[int, int, int, int], slide: tuple[int, int], corner: tuple[float, float], seed: int, map_stride: int
+    sizes: tuple[int, int, int, int], slide: tuple[int, int], corner: tuple[float, float], seed: int, output_stride: int
 ) -> None:
     side, more, stride, input_px = sizes
     tiles = TileSpec(
@@ -288,43 +295,43 @@ def test_every_map_pixel_that_is_asked_for_is_reached(
         tissue=TissueMask(mask, Size(*slide)) if seed % 2 else None,
         within=shapely.box(*corner, corner[0] + 60, corner[1] + 30) if seed % 3 else None,
     )
-    options = PredictOptions(map_stride=map_stride, overlap=0.0)
+    options = PredictOptions(output_stride=output_stride, overlap=0.0)
     plan = plan_slide(slide, tiles.at(None), options, keep=region.touches)
     reached = np.zeros(plan.grid.size[::-1], bool)
-    for box in (box for row in plan.rows for parent in row.parents for box in parent.slices):
+    for box in (box for row in plan.rows for group in row.groups for box in group.slices):
         (column, right), (row, down) = plan.grid.place(box.x), plan.grid.place(box.y)
-        height, width = (pooled_length(plan.spec.input_px, phase, map_stride) for phase in (down, right))
+        height, width = (pooled_length(plan.spec.input_px, phase, output_stride) for phase in (down, right))
         reached[row : row + height, column : column + width] = True
     outside = region.outside(plan.grid, 0, plan.grid.size.height)
     assert (reached | (False if outside is None else outside)).all()
 
 
-def test_batches_run_over_parents_and_open_each_once() -> None:
-    parents = [Parent(Box(10 * n, 0, 10, 10), tuple(Box(10 * n + i, 0, 1, 1) for i in range(3))) for n in range(4)]
-    found = list(batches(parents, 5))
+def test_batches_run_over_groups_and_read_each_context_once() -> None:
+    groups = [ContextGroup(Box(10 * n, 0, 10, 10), tuple(Box(10 * n + i, 0, 1, 1) for i in range(3))) for n in range(4)]
+    found = list(batches(groups, 5))
     assert [len(batch.slices) for batch in found] == [5, 5, 2]
-    assert [batch.parents for batch in found] == [(0, 0, 0, 1, 1), (1, 2, 2, 2, 3), (3, 3)]
-    assert [[number for number, _ in batch.opening] for batch in found] == [[0, 1], [2, 3], []]
-    assert not any(batch.opening for batch in batches(parents, 5, contexts=False))
+    assert [batch.group_numbers for batch in found] == [(0, 0, 0, 1, 1), (1, 2, 2, 2, 3), (3, 3)]
+    assert [[number for number, _ in batch.new_contexts] for batch in found] == [[0, 1], [2, 3], []]
+    assert not any(batch.new_contexts for batch in batches(groups, 5, contexts=False))
 
 
 def test_reading_ahead_keeps_order_and_bound() -> None:
     running, most = 0, 0
     lock = threading.Lock()
 
-    def read(batch: Batch) -> BatchPixels:
+    def read(batch: SliceBatch) -> BatchPixels:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.002 * (batch.parents[0] % 3))
+        time.sleep(0.002 * (batch.group_numbers[0] % 3))
         return BatchPixels(batch, (), (), ())
 
-    work = [Batch((), (number,), ()) for number in range(40)]
+    work = [SliceBatch((), (number,), ()) for number in range(40)]
     order = []
     with ThreadPoolExecutor(8) as pool:
         for pixels in read_ahead(iter(work), read, pool, ahead=5):
-            order.append(pixels.batch.parents[0])
+            order.append(pixels.batch.group_numbers[0])
             with lock:
                 assert running - len(order) <= 5
     assert order == list(range(40))
@@ -332,11 +339,11 @@ def test_reading_ahead_keeps_order_and_bound() -> None:
 
 
 def test_reading_ahead_passes_errors_on() -> None:
-    def read(batch: Batch) -> BatchPixels:
-        raise ValueError(f"batch {batch.parents[0]}")
+    def read(batch: SliceBatch) -> BatchPixels:
+        raise ValueError(f"batch {batch.group_numbers[0]}")
 
     with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="batch 0"):
-        list(read_ahead(iter([Batch((), (number,), ()) for number in range(9)]), read, pool, ahead=3))
+        list(read_ahead(iter([SliceBatch((), (number,), ()) for number in range(9)]), read, pool, ahead=3))
 
 
 class Located(torch.nn.Module):
@@ -360,7 +367,7 @@ def test_symmetries_turn_slice_context_and_place_alike() -> None:
     context = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     boxes = np.array([[4, 8, 20, 24], [20, 0, 36, 16]], np.float32)
     slices = [context[int(t) : int(b), int(left) : int(r)] for left, t, r, b in boxes]
-    options = EngineSettings(device="cpu", precision="fp32", batch_size=2, tta=True, map_stride=1)
+    options = EngineSettings(device="cpu", precision="fp32", batch_size=2, tta=True, output_stride=1)
     engine = Engine(Located(), Normalization(), options)
     scored = engine.score(slices, engine.encode([context]), [0, 0], boxes / 40, [(0, 0)] * 2)
     for scores, _ in scored.fetch():
@@ -372,7 +379,7 @@ def test_pooled_scores_are_those_of_the_mean_logits(phase: tuple[int, int]) -> N
     pixels = np.random.default_rng(1).integers(0, 255, (30, 30, 3), np.uint8)
     scores = []
     for stride in (1, 4):
-        options = EngineSettings(device="cpu", precision="fp32", batch_size=1, map_stride=stride)
+        options = EngineSettings(device="cpu", precision="fp32", batch_size=1, output_stride=stride)
         engine = Engine(ColorNetwork(sharpness=1.0), Normalization(mean=(0, 0, 0), std=(1, 1, 1)), options)
         place = phase if stride == 4 else (0, 0)
         scored = engine.score([pixels], engine.encode([pixels]), [0], np.zeros((1, 4), np.float32), [place])
@@ -421,15 +428,15 @@ def state(**changes: object) -> JournalState:
 
 
 def test_journal_gives_back_what_was_committed(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "partial")
+    journal = PredictionJournal(tmp_path / "partial")
     journal.start(state())
-    band, carry = Layers.blank(3, 5), np.arange(30, dtype=np.float32).reshape(3, 2, 5)
+    band, carry = MapRows.blank(3, 5), np.arange(30, dtype=np.float32).reshape(3, 2, 5)
     warning = SlideWarning(kind="unreadable", message="m", value=1.0, boxes=(Box(1, 2, 3, 4),))
     committed = state(rows_done=1, slices_done=7, class_pixels=(1, 2), warnings=(warning,))
     journal.commit(committed, band, carry)
-    again = Journal(tmp_path / "partial")
+    again = PredictionJournal(tmp_path / "partial")
     assert again.load("f", bottoms=[3, 9], width=5) == committed
-    np.testing.assert_array_equal(again.carry(0), carry)
+    np.testing.assert_array_equal(again.unfinished(0), carry)
     np.testing.assert_array_equal(next(again.bands(1)).label, band.label)
     assert again.load("another", bottoms=[3, 9], width=5) is None
     # A plan of other rows or another width is another prediction, whatever the journal says.
@@ -438,14 +445,14 @@ def test_journal_gives_back_what_was_committed(tmp_path: Path) -> None:
     assert again.load("f", bottoms=[], width=5) is None
 
 
-@pytest.mark.parametrize("name", ["band-00000.npz", "carry-00000.npz"])
+@pytest.mark.parametrize("name", ["band-00000.npz", "unfinished-00000.npz"])
 @pytest.mark.parametrize("damage", [None, b"", b"PK nonsense"], ids=["missing", "empty", "garbage"])
 def test_a_journal_whose_arrays_are_damaged_starts_over(
     tmp_path: Path, name: str, damage: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal(tmp_path / "partial")
+    journal = PredictionJournal(tmp_path / "partial")
     journal.start(state())
-    journal.commit(state(rows_done=1, class_pixels=(1, 2)), Layers.blank(3, 5), np.zeros((3, 2, 5), np.float32))
+    journal.commit(state(rows_done=1, class_pixels=(1, 2)), MapRows.blank(3, 5), np.zeros((3, 2, 5), np.float32))
     assert journal.load("f", bottoms=[3], width=5) is not None
     path = tmp_path / "partial" / name
     path.unlink() if damage is None else path.write_bytes(damage)
@@ -456,14 +463,14 @@ def test_a_journal_whose_arrays_are_damaged_starts_over(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"', '{"fingerprint": "f"}', '{"format": "x", "settings": {}}'])
 def test_damaged_journal_starts_over(tmp_path: Path, text: str) -> None:
-    journal = Journal(tmp_path / "partial")
+    journal = PredictionJournal(tmp_path / "partial")
     journal.start(state())
     (tmp_path / "partial" / "journal.json").write_text(text)
     assert journal.load("f", bottoms=[3], width=5) is None
 
 
 def test_damaged_band_is_named(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "partial")
+    journal = PredictionJournal(tmp_path / "partial")
     journal.start(state())
     (tmp_path / "partial" / "band-00000.npz").write_bytes(b"PK nonsense")
     with pytest.raises(PredictionError, match=r"band-00000\.npz is damaged"):
@@ -485,7 +492,7 @@ def a_map(folder: Path, size: tuple[int, int] = (700, 900)) -> ScoreMap:
     )
 
 
-def some_bands(size: tuple[int, int], heights: list[int]) -> list[Layers]:
+def some_bands(size: tuple[int, int], heights: list[int]) -> list[MapRows]:
     rng = np.random.default_rng(0)
     layers = []
     for height in heights:
@@ -493,7 +500,7 @@ def some_bands(size: tuple[int, int], heights: list[int]) -> list[Layers]:
         label[:, :50] = 255
         shape = (height, size[0])
         confidence, margin = (rng.integers(0, 255, shape, np.uint8) for _ in range(2))
-        layers.append(Layers(label, confidence, margin, np.full(shape, 2, np.uint8)))
+        layers.append(MapRows(label, confidence, margin, np.full(shape, 2, np.uint8)))
     return layers
 
 
@@ -502,7 +509,7 @@ def test_bands_of_any_height_make_the_same_files(tmp_path: Path, heights: list[i
     whole = some_bands((700, 900), [900])[0]
     starts = np.cumsum([0, *heights])
     pieces = [
-        Layers(
+        MapRows(
             *(plane[start : start + height] for plane in (whole.label, whole.confidence, whole.margin, whole.runner_up))
         )
         for start, height in zip(starts, heights, strict=False)
@@ -691,13 +698,13 @@ def test_unreadable_places_are_found_before_work_starts(tmp_path: Path) -> None:
 
 
 def test_progress_before_the_first_slice_knows_no_time_left() -> None:
-    assert Progress("s", 0, 10, 0.0, 0).seconds_left is None
-    assert Progress("s", 6, 10, 2.0, 4).seconds_left == 2.0
+    assert PredictionProgress("s", 0, 10, 0.0, 0).seconds_left is None
+    assert PredictionProgress("s", 6, 10, 2.0, 4).seconds_left == 2.0
 
 
 def test_names_that_others_rely_on() -> None:
     assert set(prediction.__all__) == {
-        "PredictOptions", "Progress", "ScoreMap", "SlideResult", "SlideTask", "SlideWarning", "StainStatistics",
-        "predict_many", "predict_slide", "read_score_map", "stain_statistics",
+        "PredictOptions", "PredictionProgress", "ScoreMap", "SlideResult", "SlideTask", "SlideWarning",
+        "StainStatistics", "predict_many", "predict_slide", "read_score_map", "stain_statistics",
     }  # fmt: skip
     assert len(prediction.__all__) <= 12

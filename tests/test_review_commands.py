@@ -14,7 +14,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.pipeline.next_places import find_places
 from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.polygons import ClassPolygon
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
 from darefine_qupath.project import Project, open_project
 from darefine_qupath.review import mark_places, sort_objects, undo, write_back
@@ -48,7 +48,7 @@ def predict(project: Project, model: str, shift: int) -> None:
             mpp=0.5, classes=CLASSES, model_id=model, fingerprint="f", class_pixels=(5408, 0, 0, 5408), num_slices=1,
         )  # fmt: skip
         score_map.folder.mkdir(parents=True, exist_ok=True)
-        write_score_map(score_map, [Layers(label, label + 100, label + 100, np.full_like(label, 1))])
+        write_score_map(score_map, [MapRows(label, label + 100, label + 100, np.full_like(label, 1))])
 
 
 def data_file(folder: Path, image: str) -> Path:

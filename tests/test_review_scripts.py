@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from darefine_qupath.errors import ReviewError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.prediction import ScoreMap
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.scoremap import write_score_map
 from darefine_qupath.project import paquo_engine
 from darefine_qupath.review import install_scripts, script_names
@@ -74,12 +74,12 @@ MAP = Size(700, 900)
 """Several tiles of 256, and three levels."""
 
 
-def a_map(folder: Path, *, downsample: float = 8.0, corner: tuple[int, int] = (0, 0)) -> tuple[ScoreMap, Layers]:
+def a_map(folder: Path, *, downsample: float = 8.0, corner: tuple[int, int] = (0, 0)) -> tuple[ScoreMap, MapRows]:
     label = blobs(MAP, seed=1)
     label[:200, :150] = 255
     scores = np.random.default_rng(0).integers(1, 256, (2, *label.shape), np.uint8)
     scores[:, label == 255] = 0
-    layers = Layers(label, scores[0], scores[1], np.where(label == 255, 255, (label + 1) % 3).astype(np.uint8))
+    layers = MapRows(label, scores[0], scores[1], np.where(label == 255, 255, (label + 1) % 3).astype(np.uint8))
     covered = Box.covering((0, 0, MAP.width * downsample, MAP.height * downsample))
     folder.mkdir(parents=True)
     found = ScoreMap(

@@ -15,7 +15,7 @@ from darefine_qupath.cli.output import number
 from darefine_qupath.pipeline.listener import Listener
 
 if TYPE_CHECKING:
-    from darefine_qupath.prediction import Progress as SlideProgress
+    from darefine_qupath.prediction import PredictionProgress
     from darefine_qupath.training import Progress as TrainingProgress
 
 __all__ = ["ProgressListener", "show_progress"]
@@ -37,7 +37,7 @@ class ProgressListener(Listener):
         """Show how many items are done."""
         self._report(title, done, total, name)
 
-    def on_slide(self, progress: SlideProgress) -> None:
+    def on_slide(self, progress: PredictionProgress) -> None:
         """Show how far a slide is, and all of them where there are several."""
         left = progress.seconds_left
         rest = "" if left is None else f", {left / 60:.0f} min left"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from darefine_qupath.prediction import Progress as SlideProgress
+from darefine_qupath.prediction import PredictionProgress
 from darefine_qupath.training import Progress as TrainingProgress
 
 __all__ = ["SILENT", "Listener"]
@@ -18,7 +18,7 @@ class Listener:
     def on_items(self, title: str, done: int, total: int, name: str = "") -> None:
         """Hear that some of the items (tiles, images) are done; `title` says what is done with them."""
 
-    def on_slide(self, progress: SlideProgress) -> None:
+    def on_slide(self, progress: PredictionProgress) -> None:
         """Hear how far the prediction of a slide is."""
 
     def on_step(self, progress: TrainingProgress) -> None:

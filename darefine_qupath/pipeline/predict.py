@@ -360,7 +360,7 @@ def _polygons(
         min_area_um2=options.min_area_um2,
         min_hole_um2=options.min_hole_um2,
         max_vertices=options.max_vertices,
-        leave_out=left_out,
+        skip_labels=left_out,
         confidence=lambda window: score_map.read("confidence", window),
         margin=lambda window: score_map.read("margin", window),
         runner_up=lambda window: score_map.read("runner_up", window),

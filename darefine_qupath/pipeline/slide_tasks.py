@@ -17,9 +17,9 @@ from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.listener import Listener
 from darefine_qupath.pipeline.request import ProjectRequest
 from darefine_qupath.pipeline.selection import Skipped, size_mismatch
-from darefine_qupath.prediction import PredictOptions, Progress, read_score_map
+from darefine_qupath.prediction import PredictionProgress, PredictOptions, read_score_map
 from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
-from darefine_qupath.prediction.slide import fingerprint
+from darefine_qupath.prediction.slide import compute_fingerprint
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import open_slide
 
@@ -115,7 +115,7 @@ def keep_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
         found = read_score_map(task.out)
         with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
             mpp = slide.mpp if task.mpp is None else task.mpp
-            is_same = found.fingerprint == fingerprint(slide, header, mpp=mpp, options=task.options)
+            is_same = found.fingerprint == compute_fingerprint(slide, header, mpp=mpp, options=task.options)
     except DarefineError:
         is_same = False
     keep = is_same and task.options.resume
@@ -143,10 +143,10 @@ class _OverallProgress:
     def __init__(self, listener: Listener, num_slides: int) -> None:
         self._listener, self._num_slides = listener, num_slides
         self._began = time.monotonic()
-        self._seen: dict[str, Progress] = {}
+        self._seen: dict[str, PredictionProgress] = {}
         self._finished = self._skipped = 0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PredictionProgress) -> None:
         self._seen[progress.key] = progress
         left = self._seconds_left()
         self._listener.on_slide(

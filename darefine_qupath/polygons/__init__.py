@@ -13,7 +13,7 @@ last bit: no gap, no overlap. Three facts make that hold from the first pixel to
   would get more vertices than QuPath handles well stays cut, its pieces sharing straight borders exactly.
 """
 
-from darefine_qupath.polygons.plan import FEWEST_VERTICES, GRID, ClassPolygon, Dataset, Layer, snap
+from darefine_qupath.polygons.plan import FEWEST_VERTICES, GRID, ClassPolygon, Dataset, MapSource, snap
 from darefine_qupath.polygons.vectorize import vectorize
 
-__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "Layer", "snap", "vectorize"]
+__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "MapSource", "snap", "vectorize"]

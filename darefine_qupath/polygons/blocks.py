@@ -13,22 +13,22 @@ import shapely
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.geometry import Box
+from darefine_qupath.polygons.concurrency import SCRATCH
+from darefine_qupath.polygons.pieces import BlockPieces, DisjointSets, MapPieces
 from darefine_qupath.polygons.plan import Plan
-from darefine_qupath.polygons.pool import BlockPieces, Pool, Sets
-from darefine_qupath.polygons.sieve import give_away
-from darefine_qupath.polygons.simplify import outlines_of
-from darefine_qupath.polygons.threads import SCRATCH
+from darefine_qupath.polygons.sieve import merge_into_neighbor
+from darefine_qupath.polygons.simplify import simplify_outlines
 from darefine_qupath.polygons.trace import Rings, trace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["work_through"]
+__all__ = ["trace_blocks"]
 
 
-def work_through(
+def trace_blocks(
     sieved: NDArray[np.uint8], plan: Plan, block_px: int, threads: int, progress: Callable[[int, int], None] | None
-) -> Pool:
+) -> MapPieces:
     """Pieces of all blocks, none of a region below the smallest area."""
     blocks = list(_blocks(sieved.shape[1], sieved.shape[0], block_px))
     found: dict[Box, list[BlockPieces]] = {}
@@ -40,23 +40,23 @@ def work_through(
                 found[block] = part
                 if progress is not None:
                     progress(len(found), len(blocks))
-            pool = Pool.of([part for block in blocks for part in found[block]])
-            changed = [give_away(sieved, *place) for place in _left_over(pool, plan)]
+            pieces = MapPieces.of([part for block in blocks for part in found[block]])
+            changed = [merge_into_neighbor(sieved, *place) for place in _small_regions(pieces, plan)]
             todo = [block for block in blocks if any(at is not None and block.intersection(at) for at in changed)]
-    return pool
+    return pieces
 
 
-def _left_over(pool: Pool, plan: Plan) -> list[tuple[tuple[int, int], Box]]:
+def _small_regions(pieces: MapPieces, plan: Plan) -> list[tuple[tuple[int, int], Box]]:
     """Find the regions below the smallest area: a pixel (row, column) and the bounds in map pixels of each."""
-    regions = Sets(len(pool.labels), pool.pixels.tolist())
-    for first, second, _ in pool.pairs.tolist():
-        regions.unite(first, second)
+    regions = DisjointSets(len(pieces.labels), pieces.pixels.tolist())
+    for first, second, _ in pieces.pairs.tolist():
+        regions.union(first, second)
     found = []
-    for members in regions.members(np.ones(len(pool.labels), bool)):
-        if pool.pixels[members].sum() < plan.min_area_px:
-            left, top = pool.bounds[members, :2].min(axis=0).tolist()
-            right, bottom = pool.bounds[members, 2:].max(axis=0).tolist()
-            row, column = pool.seeds[members[0]].tolist()
+    for members in regions.members(np.ones(len(pieces.labels), bool)):
+        if pieces.pixels[members].sum() < plan.min_area_px:
+            left, top = pieces.bounds[members, :2].min(axis=0).tolist()
+            right, bottom = pieces.bounds[members, 2:].max(axis=0).tolist()
+            row, column = pieces.seeds[members[0]].tolist()
             found.append(((row, column), Box(left, top, right - left, bottom - top)))
     return found
 
@@ -81,14 +81,14 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[BlockP
         # A region that is left over: it will be given away, and the block is done again.
         outlines = np.full(len(pixels), None, np.object_)
     else:
-        outlines = outlines_of(rings, window, block, plan)
+        outlines = simplify_outlines(rings, window, block, plan)
     heavy = shapely.get_num_coordinates(outlines) > (plan.max_vertices or math.inf)
-    heavy &= ~np.isin(rings.labels, list(plan.leave_out))
+    heavy &= ~np.isin(rings.labels, list(plan.skip_labels))
     if heavy.any() and min(block.size) >= 16:
         for quarter in _blocks(block.width, block.height, math.ceil(max(block.size) / 2)):
             yield from _block(sieved, quarter.shift(block.x, block.y), plan)
         return
-    seconds, second_labels = _second_counts(rings, block, plan)
+    runner_up_counts, runner_up_labels = _count_runner_ups(rings, block, plan)
     yield BlockPieces(
         labels=rings.labels,
         outlines=outlines,
@@ -96,8 +96,8 @@ def _block(sieved: NDArray[np.uint8], block: Box, plan: Plan) -> Iterator[BlockP
         bounds=rings.bounds + np.array([block.x, block.y, block.x, block.y]),
         seeds=rings.seeds + np.array([block.y, block.x]),
         sums=_layer_sums(rings, block, plan),
-        seconds=seconds,
-        second_labels=second_labels,
+        runner_up_counts=runner_up_counts,
+        runner_up_labels=runner_up_labels,
         borders=_borders(rings, block, sieved.shape),
     )
 
@@ -112,7 +112,7 @@ def _layer_sums(rings: Rings, block: Box, plan: Plan) -> dict[str, NDArray[np.fl
     return sums
 
 
-def _second_counts(rings: Rings, block: Box, plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _count_runner_ups(rings: Rings, block: Box, plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels per piece and runner-up class, and which classes these are: no more columns than the block has classes."""
     if plan.runner_up is None:
         return np.zeros((len(rings.labels), 0), np.int64), np.zeros(0, np.int64)

@@ -11,28 +11,28 @@ import shapely
 from shapely.geometry import Polygon
 
 from darefine_qupath.errors import PolygonError
+from darefine_qupath.polygons.pieces import DisjointSets, MapPieces, group_pieces
 from darefine_qupath.polygons.plan import ClassPolygon, Plan
-from darefine_qupath.polygons.pool import Pool, Sets, grouped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["join", "without_holes", "without_small"]
+__all__ = ["fill_small_holes", "merge_pieces", "merge_small_polygons"]
 
 _ROUNDING = 1e-9
 
 
-def join(pool: Pool, plan: Plan, mpp: float | None, threads: int) -> list[ClassPolygon]:
+def merge_pieces(pieces: MapPieces, plan: Plan, mpp: float | None, threads: int) -> list[ClassPolygon]:
     """Join the pieces across the cuts into polygons."""
-    groups = grouped(pool, plan)
+    groups = group_pieces(pieces, plan)
     with ThreadPoolExecutor(max(1, threads)) as workers:
         # Most regions are one piece, for which a thread is not worth its while.
-        unions = [workers.submit(_union, pool.outlines[group]) if len(group) > 1 else None for group in groups]
+        unions = [workers.submit(_union, pieces.outlines[group]) if len(group) > 1 else None for group in groups]
         outlines = [
-            pool.outlines[group[0]] if union is None else union.result()
+            pieces.outlines[group[0]] if union is None else union.result()
             for group, union in zip(groups, unions, strict=True)
         ]
-    return [_record(pool, group, outline, mpp) for group, outline in zip(groups, outlines, strict=True)]
+    return [_record(pieces, group, outline, mpp) for group, outline in zip(groups, outlines, strict=True)]
 
 
 def _union(outlines: NDArray[np.object_]) -> Polygon:
@@ -43,24 +43,23 @@ def _union(outlines: NDArray[np.object_]) -> Polygon:
     return joined
 
 
-def _record(pool: Pool, group: list[int], outline: Polygon, mpp: float | None) -> ClassPolygon:
-    pixels = int(pool.pixels[group].sum())
-    means = {name: float(sums[group].sum() / pixels) for name, sums in pool.sums.items()}
-    seconds = pool.seconds[group].sum(axis=0)
-    column = int(seconds.argmax()) if seconds.any() else None
+def _record(pieces: MapPieces, group: list[int], outline: Polygon, mpp: float | None) -> ClassPolygon:
+    pixels = int(pieces.pixels[group].sum())
+    means = {name: float(sums[group].sum() / pixels) for name, sums in pieces.sums.items()}
+    runner_up_counts = pieces.runner_up_counts[group].sum(axis=0)
+    column = int(runner_up_counts.argmax()) if runner_up_counts.any() else None
     return ClassPolygon(
-        label=int(pool.labels[group[0]]),
+        label=int(pieces.labels[group[0]]),
         geometry=outline,
         area_um2=None if mpp is None else outline.area * mpp * mpp,
         confidence=means.get("confidence"),
         margin=means.get("margin"),
-        entropy=means.get("entropy"),
-        runner_up=None if column is None else int(pool.second_labels[column]),
-        runner_up_share=None if column is None else float(seconds[column] / pixels),
+        runner_up=None if column is None else int(pieces.runner_up_labels[column]),
+        runner_up_share=None if column is None else float(runner_up_counts[column] / pixels),
     )
 
 
-def without_holes(polygons: list[ClassPolygon], smallest: float, mpp: float | None) -> list[ClassPolygon]:
+def fill_small_holes(polygons: list[ClassPolygon], smallest: float, mpp: float | None) -> list[ClassPolygon]:
     """Fill holes below `smallest` square level-0 pixels and drop what lies in them."""
     shapes = np.array([item.geometry for item in polygons], np.object_)
     rings, owner = shapely.get_rings(shapes, return_index=True)
@@ -80,7 +79,7 @@ def without_holes(polygons: list[ClassPolygon], smallest: float, mpp: float | No
     return [filled.get(index, item) for index, item in enumerate(polygons) if index not in gone]
 
 
-def without_small(polygons: list[ClassPolygon], smallest: float, mpp: float | None) -> list[ClassPolygon]:
+def merge_small_polygons(polygons: list[ClassPolygon], smallest: float, mpp: float | None) -> list[ClassPolygon]:
     """Give polygons below `smallest` square level-0 pixels to the neighbor with which they share most of their border.
 
     A region of enough pixels becomes one where simplifying takes from it more than it gives, or where the image ends
@@ -93,18 +92,18 @@ def without_small(polygons: list[ClassPolygon], smallest: float, mpp: float | No
     if not len(small):
         return polygons
     neighbors = _neighbors(shapes, small)
-    sets = Sets(len(polygons))
+    sets = DisjointSets(len(polygons))
     members = {index: [index] for index in range(len(polygons))}
     total = areas.tolist()
     for index in small[np.argsort(areas[small], kind="stable")].tolist():
-        root = sets.root(index)
+        root = sets.find(index)
         beside = [(length, other) for each in members[root] for other, length in neighbors.get(each, ())]
-        beside = [(length, other) for length, other in beside if sets.root(other) != root]
+        beside = [(length, other) for length, other in beside if sets.find(other) != root]
         if total[root] >= enough or not beside:
             continue
-        other = sets.root(max(beside)[1])
-        sets.unite(root, other)
-        kept, gone = sets.root(root), root + other - sets.root(root)
+        other = sets.find(max(beside)[1])
+        sets.union(root, other)
+        kept, gone = sets.find(root), root + other - sets.find(root)
         members[kept] = members[kept] + members.pop(gone)
         total[kept] += total[gone]
     return [_merged(polygons, sorted(group, key=lambda index: -areas[index]), mpp) for group in members.values()]

@@ -16,7 +16,7 @@ from darefine_qupath.geometry import Box
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "Layer", "Plan", "Source", "snap"]
+__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "MapReader", "MapSource", "Plan", "snap"]
 
 GRID = 0.25
 """Spacing in level-0 pixels that every vertex lies on: exact in QuPath's 0.01 px and in its float32."""
@@ -44,7 +44,7 @@ class Dataset(Protocol):
         """Pixels of one band inside a window."""
 
 
-Layer: TypeAlias = "NDArray[Any] | Dataset | Callable[[Box], NDArray[Any]]"
+MapSource: TypeAlias = "NDArray[Any] | Dataset | Callable[[Box], NDArray[Any]]"
 """A map as an array, an open rasterio dataset, or a function from a `Box` in map pixels to an array."""
 
 
@@ -60,7 +60,7 @@ class ClassPolygon:
         In level-0 pixels, on quarters of a pixel; valid, holes kept.
     area_um2 : float or None
         Area in square micrometres; None while the pixel size is unknown.
-    confidence, margin, entropy : float or None
+    confidence, margin : float or None
         Means over the region's pixels of the map, 0 to 1 where the layer is; None where no layer was given.
     runner_up : int or None
         The class that comes second on most pixels.
@@ -73,7 +73,6 @@ class ClassPolygon:
     area_um2: float | None = None
     confidence: float | None = None
     margin: float | None = None
-    entropy: float | None = None
     runner_up: int | None = None
     runner_up_share: float | None = None
 
@@ -84,7 +83,7 @@ def snap(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Source:
+class MapReader:
     """A layer of the map, read by window."""
 
     width: int
@@ -92,7 +91,7 @@ class Source:
     read: Callable[[Box], NDArray[Any]]
 
     @classmethod
-    def of(cls, layer: Layer, size: tuple[int, int] | None) -> Source:
+    def of(cls, layer: MapSource, size: tuple[int, int] | None) -> MapReader:
         """Layer of any kind; `size` is what it must measure."""
         if isinstance(layer, np.ndarray):
             if layer.ndim != 2 or 0 in layer.shape:
@@ -128,11 +127,11 @@ class Plan:
     min_area_px: float
     smooth: bool
     max_vertices: int | None
-    leave_out: frozenset[int]
-    layers: Mapping[str, Source]
-    runner_up: Source | None
+    skip_labels: frozenset[int]
+    layers: Mapping[str, MapReader]
+    runner_up: MapReader | None
 
-    def check(self, source: Source, block_px: int) -> None:
+    def check(self, source: MapReader, block_px: int) -> None:
         """Refuse what cannot be done."""
         if min(self.scale) < 2 * GRID:
             raise PolygonError(

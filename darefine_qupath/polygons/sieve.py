@@ -11,13 +11,13 @@ from rasterio import features
 
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
-from darefine_qupath.polygons.plan import Plan, Source
-from darefine_qupath.polygons.threads import WARNINGS
+from darefine_qupath.polygons.concurrency import WARNINGS_LOCK
+from darefine_qupath.polygons.plan import MapReader, Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["IN_MEMORY_PIXELS", "give_away", "without_specks"]
+__all__ = ["IN_MEMORY_PIXELS", "merge_into_neighbor", "sieve_labels"]
 
 IN_MEMORY_PIXELS = 1 << 30
 """Above this size the sieved map lies in a temporary file instead of in memory."""
@@ -26,7 +26,7 @@ IN_MEMORY_PIXELS = 1 << 30
 _SIEVES = 4
 
 
-def without_specks(source: Source, plan: Plan, scratch: Path) -> NDArray[np.uint8]:
+def sieve_labels(source: MapReader, plan: Plan, scratch: Path) -> NDArray[np.uint8]:
     """Map inside the image with regions below the smallest area given to their largest neighbour."""
     width, height = plan.columns[1] - plan.columns[0], plan.rows[1] - plan.rows[0]
     large = width * height > IN_MEMORY_PIXELS
@@ -36,7 +36,7 @@ def without_specks(source: Source, plan: Plan, scratch: Path) -> NDArray[np.uint
         return current
     other = _canvas((height, width), scratch / "sieved" if large else None)
     for _ in range(_SIEVES):
-        with WARNINGS:
+        with WARNINGS_LOCK:
             features.sieve(current, threshold, out=other, connectivity=4)
         current, other = other, current
         # One pass leaves a small region whose neighbours are all small. Few of them are better dealt with one by one,
@@ -55,7 +55,7 @@ def _changed(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
     return sum(int(np.count_nonzero(first[row : row + 512] != second[row : row + 512])) for row in rows)
 
 
-def _read_all(source: Source, plan: Plan, canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _read_all(source: MapReader, plan: Plan, canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = canvas.shape
     step = max(1, (1 << 24) // width)
     for row in range(0, height, step):
@@ -70,7 +70,7 @@ def _read_all(source: Source, plan: Plan, canvas: NDArray[np.uint8]) -> NDArray[
     return canvas
 
 
-def give_away(sieved: NDArray[np.uint8], seed: tuple[int, int], bounds: Box) -> Box | None:
+def merge_into_neighbor(sieved: NDArray[np.uint8], seed: tuple[int, int], bounds: Box) -> Box | None:
     """Give the region of a pixel to the label it shares the longest border with; None where it is alone."""
     at = bounds.grow(1).intersection(Box(0, 0, sieved.shape[1], sieved.shape[0]))
     assert at is not None

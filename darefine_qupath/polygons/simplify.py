@@ -9,14 +9,14 @@ import shapely
 
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
+from darefine_qupath.polygons.concurrency import WARNINGS_LOCK
 from darefine_qupath.polygons.plan import Plan
-from darefine_qupath.polygons.threads import WARNINGS
 from darefine_qupath.polygons.trace import Rings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["outlines_of"]
+__all__ = ["simplify_outlines"]
 
 _PASSES = 4
 
@@ -24,7 +24,7 @@ _PASSES = 4
 _THIN_FROM_PX = 16
 
 
-def outlines_of(rings: Rings, window: NDArray[np.uint8], block: Box, plan: Plan) -> NDArray[np.object_]:
+def simplify_outlines(rings: Rings, window: NDArray[np.uint8], block: Box, plan: Plan) -> NDArray[np.object_]:
     """Simplified outline per piece in level-0 pixels."""
     fixed = _fixed(rings.points, window)
     origin = (block.x + plan.columns[0], block.y + plan.rows[0])
@@ -45,7 +45,7 @@ def _simplified(outlines: NDArray[np.object_], tolerance: float) -> NDArray[np.o
             outlines = shapely.coverage_simplify(outlines, tolerance, simplify_boundary=False)
     except shapely.errors.GEOSException:
         return None
-    with WARNINGS:
+    with WARNINGS_LOCK:
         return outlines if shapely.is_valid(outlines).all() else None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rasterio import features
 
-from darefine_qupath.polygons.threads import SCRATCH, WARNINGS
+from darefine_qupath.polygons.concurrency import SCRATCH, WARNINGS_LOCK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,7 +111,7 @@ def trace(window: NDArray[np.uint8]) -> Rings:
     sizes: list[int] = []
     counts: list[int] = []
     labels: list[int] = []
-    with WARNINGS:
+    with WARNINGS_LOCK:
         traced = list(features.shapes(window, connectivity=4))
     for shape, value in traced:
         rings = shape["coordinates"]

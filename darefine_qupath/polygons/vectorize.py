@@ -10,16 +10,16 @@ from pathlib import Path
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
-from darefine_qupath.polygons.blocks import work_through
-from darefine_qupath.polygons.merge import join, without_holes, without_small
-from darefine_qupath.polygons.plan import GRID, ClassPolygon, Layer, Plan, Source
-from darefine_qupath.polygons.sieve import without_specks
+from darefine_qupath.polygons.blocks import trace_blocks
+from darefine_qupath.polygons.merge import fill_small_holes, merge_pieces, merge_small_polygons
+from darefine_qupath.polygons.plan import GRID, ClassPolygon, MapReader, MapSource, Plan
+from darefine_qupath.polygons.sieve import sieve_labels
 
 __all__ = ["vectorize"]
 
 
 def vectorize(
-    labels: Layer,
+    labels: MapSource,
     *,
     box: Box,
     mpp: float | None = None,
@@ -31,12 +31,11 @@ def vectorize(
     simplify_px: float = 1.5,
     min_area_px: float = 64.0,
     min_hole_px: float | None = None,
-    leave_out: Iterable[int] = (),
+    skip_labels: Iterable[int] = (),
     max_vertices: int | None = 20_000,
-    confidence: Layer | None = None,
-    margin: Layer | None = None,
-    entropy: Layer | None = None,
-    runner_up: Layer | None = None,
+    confidence: MapSource | None = None,
+    margin: MapSource | None = None,
+    runner_up: MapSource | None = None,
     smooth: bool = True,
     block_px: int = 2048,
     threads: int = 2,
@@ -65,11 +64,11 @@ def vectorize(
     min_hole_um2, min_hole_px : float, optional
         Smaller holes of a region are filled, whatever is in them. As large as the smallest region by default, and
         never smaller: a region that is left out leaves no hole.
-    leave_out : iterable of int, optional
+    skip_labels : iterable of int, optional
         Labels that get no polygon (Normal, background); they shape the others' borders all the same.
     max_vertices : int, optional
         A region with more is split along straight lines; None never splits.
-    confidence, margin, entropy, runner_up : as `labels`, optional
+    confidence, margin, runner_up : as `labels`, optional
         Maps of the same size. Integer types are taken as 0 to their largest value; `runner_up` holds labels.
     smooth : bool, optional
         Round the stair steps of the pixels, by less than half a map pixel.
@@ -90,7 +89,7 @@ def vectorize(
     PolygonError
         If the map is not of labels, the layers differ in size, or a setting makes no sense.
     """
-    source = Source.of(labels, size)
+    source = MapReader.of(labels, size)
     scale = (box.width / source.width, box.height / source.height)
     plan = Plan(
         box=box,
@@ -102,13 +101,13 @@ def vectorize(
         min_area_px=_pixels(min_area_um2, min_area_px, mpp, scale),
         smooth=smooth,
         max_vertices=max_vertices,
-        leave_out=frozenset(leave_out) | {IGNORE},
+        skip_labels=frozenset(skip_labels) | {IGNORE},
         layers={
-            name: Source.of(layer, (source.width, source.height))
-            for name, layer in (("confidence", confidence), ("margin", margin), ("entropy", entropy))
+            name: MapReader.of(layer, (source.width, source.height))
+            for name, layer in (("confidence", confidence), ("margin", margin))
             if layer is not None
         },
-        runner_up=None if runner_up is None else Source.of(runner_up, (source.width, source.height)),
+        runner_up=None if runner_up is None else MapReader.of(runner_up, (source.width, source.height)),
     )
     plan.check(source, block_px)
     if plan.columns[0] >= plan.columns[1] or plan.rows[0] >= plan.rows[1]:
@@ -117,15 +116,15 @@ def vectorize(
     hole_px = _pixels(hole, min_hole_px or 0.0, mpp, scale)
     # Windows does not remove a file that an error's traceback still maps; the error is what must be seen.
     with tempfile.TemporaryDirectory(prefix="darefine-", ignore_cleanup_errors=True) as scratch:
-        sieved = without_specks(source, plan, Path(scratch))
-        pool = work_through(sieved, plan, block_px, threads, progress)
+        sieved = sieve_labels(source, plan, Path(scratch))
+        pieces = trace_blocks(sieved, plan, block_px, threads, progress)
         # A map in a temporary file is let go of before its folder goes.
         del sieved
-    polygons = join(pool, plan, mpp, threads)
+    polygons = merge_pieces(pieces, plan, mpp, threads)
     if polygons and hole_px > plan.min_area_px:
-        polygons = without_holes(polygons, hole_px * scale[0] * scale[1], mpp)
+        polygons = fill_small_holes(polygons, hole_px * scale[0] * scale[1], mpp)
     if polygons and mpp is not None and min_area_um2 is not None:
-        polygons = without_small(polygons, min_area_um2 / mpp**2, mpp)
+        polygons = merge_small_polygons(polygons, min_area_um2 / mpp**2, mpp)
     return tuple(sorted(polygons, key=lambda item: (item.label, item.geometry.bounds[1], item.geometry.bounds[0])))
 
 

@@ -2,13 +2,13 @@
 
 from darefine_qupath.prediction.checks import StainStatistics, stain_statistics
 from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
-from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map
 from darefine_qupath.prediction.slide import predict_slide
 
 __all__ = [
     "PredictOptions",
-    "Progress",
+    "PredictionProgress",
     "ScoreMap",
     "SlideResult",
     "SlideTask",

@@ -17,7 +17,7 @@ from darefine_qupath.classes import IGNORE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Layers", "RollingBand", "Score", "pooled_length", "pooled_window", "smooth_window"]
+__all__ = ["MapRows", "RollingBand", "WindowedScores", "pooled_length", "pooled_window", "smooth_window"]
 
 _EDGE = 1e-3
 """Weight of a slice's outermost pixel against its centre: small, but a pixel that one slice alone sees counts."""
@@ -78,7 +78,7 @@ def pooled_window(length: int, phase: int, stride: int) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class WindowedScores:
     """Scores of one slice on the map's grid.
 
     Attributes
@@ -98,7 +98,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
+class MapRows:
     """Finished rows of a score map, all uint8 of shape (rows, width).
 
     Attributes
@@ -119,7 +119,7 @@ class Layers:
     runner_up: NDArray[np.uint8]
 
     @classmethod
-    def blank(cls, rows: int, width: int) -> Layers:
+    def blank(cls, rows: int, width: int) -> MapRows:
         """Rows where nothing was predicted."""
         shape = (rows, width)
         return cls(
@@ -155,12 +155,12 @@ class RollingBand:
         self._sums = np.zeros((num_classes + 1, 0, width), np.float32)
 
     @property
-    def carry(self) -> NDArray[np.float32]:
+    def unfinished(self) -> NDArray[np.float32]:
         """Sums and weight of the unfinished rows, shape (K + 1, rows, width): all that a resumed run needs."""
         return self._sums
 
-    @carry.setter
-    def carry(self, sums: NDArray[np.float32]) -> None:
+    @unfinished.setter
+    def unfinished(self, sums: NDArray[np.float32]) -> None:
         self._sums = np.array(sums, np.float32)
 
     def reserve(self, bottom: int) -> None:
@@ -170,7 +170,7 @@ class RollingBand:
             more = np.zeros((self._sums.shape[0], missing, self.width), np.float32)
             self._sums = np.concatenate([self._sums, more], axis=1)
 
-    def add(self, score: Score) -> None:
+    def add(self, score: WindowedScores) -> None:
         """Add the scores of a slice; what lies outside the map, or above the unfinished rows, falls away."""
         height, width = score.weight.shape
         first_row, first_column = max(self.top, score.row), max(0, score.column)
@@ -185,7 +185,7 @@ class RollingBand:
         target[:-1] += score.scores[:, rows, columns] * weight
         target[-1] += weight
 
-    def finish(self, bottom: int) -> Layers:
+    def finish(self, bottom: int) -> MapRows:
         """Take out the rows above `bottom` (exclusive) as layers; later slices may not reach them."""
         self.reserve(bottom)
         num = bottom - self.top
@@ -196,10 +196,10 @@ class RollingBand:
         return layers
 
 
-def _layers(sums: NDArray[np.float32]) -> Layers:
+def _layers(sums: NDArray[np.float32]) -> MapRows:
     """Layers of summed scores; row by block of rows, so that the temporaries stay small."""
     num_classes, rows, width = sums.shape[0] - 1, sums.shape[1], sums.shape[2]
-    layers = Layers.blank(rows, width)
+    layers = MapRows.blank(rows, width)
     for start in range(0, rows, 64):
         block = sums[:, start : start + 64]
         # No class where a sum is not a number: the largest of several NaN would be the first class.

@@ -131,7 +131,7 @@ def check_slide(
 
 def _probe(slide: Slide, plan: SlidePlan) -> tuple[list[NDArray[np.uint8]], list[Box]]:
     """Read slices evenly spread over the plan as prediction will read them: another level may be whole."""
-    boxes = [box for row in plan.rows for parent in row.parents for box in parent.slices]
+    boxes = [box for row in plan.rows for group in row.groups for box in group.slices]
     step = max(1, len(boxes) // _PROBES)
     images, unreadable = [], []
     every = max(1, plan.spec.input_px // _PROBE_PX)

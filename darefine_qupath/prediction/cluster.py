@@ -27,7 +27,7 @@ from darefine_qupath import __version__
 from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
 from darefine_qupath.errors import DarefineError, PredictionError
 from darefine_qupath.limits import naming
-from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.scoremap import ScoreMap
 from darefine_qupath.prediction.slide import predict_slide
 
@@ -90,7 +90,7 @@ class SlideResult:
     error: str | None = None
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[PredictionProgress], None]
 Runner = Callable[[SlideTask, "Report | None"], ScoreMap]
 
 
@@ -131,7 +131,7 @@ def predict_many(
     local_workers : int, optional
         Worker processes of ``"local"``.
     progress : callable, optional
-        Called with a `Progress` of some slide, now and then, perhaps from another thread.
+        Called with a `PredictionProgress` of some slide, now and then, perhaps from another thread.
     run : callable, optional
         What a worker does with a task.
 
@@ -154,7 +154,7 @@ def predict_many(
 
 
 def _result(task: SlideTask, run: Runner, progress: Report | None) -> SlideResult:
-    def keyed(found: Progress) -> None:
+    def keyed(found: PredictionProgress) -> None:
         assert progress is not None
         progress(replace(found, key=task.key))
 
@@ -180,7 +180,7 @@ def _on_dask(
             client, threads = stack.enter_context(_connect(distributed, scheduler)), None
             _check_versions(client)
         if progress is not None:
-            client.subscribe_topic(_TOPIC, lambda event: progress(Progress(**event[1][_TOPIC])))
+            client.subscribe_topic(_TOPIC, lambda event: progress(PredictionProgress(**event[1][_TOPIC])))
         resources = {"GPU": 1} if _has_gpu_resource(client) else {}
         by_key = {f"darefine-{task.key}-{os.getpid()}-{time.time_ns()}": _absolute(task) for task in tasks}
         futures = [
@@ -314,7 +314,7 @@ def _teller(worker: Any) -> Report:  # noqa: ANN401
     """Pass progress on to the caller, about once a second and at the end."""
     last = 0.0
 
-    def tell(progress: Progress) -> None:
+    def tell(progress: PredictionProgress) -> None:
         nonlocal last
         now = time.monotonic()
         if progress.done == progress.total or now - last >= _REPORT_SECONDS:

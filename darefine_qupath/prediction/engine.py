@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "BatchScores",
     "EncodedContext",
     "Engine",
     "EngineSettings",
-    "SliceScores",
     "choose_batch_size",
 ]
 
@@ -59,7 +59,7 @@ class EngineSettings:
         Average over the symmetries of the square.
     compile : bool
         Use ``torch.compile``.
-    map_stride : int
+    output_stride : int
         Input pixels per map pixel.
     """
 
@@ -68,7 +68,7 @@ class EngineSettings:
     batch_size: int
     tta: bool = False
     compile: bool = False
-    map_stride: int = 4
+    output_stride: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class EncodedContext:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceScores:
+class BatchScores:
     """Scores of a batch on the map's grid.
 
     Attributes
@@ -225,7 +225,7 @@ class Engine:
         index: Sequence[int],
         boxes: NDArray[np.float32],
         phases: Sequence[tuple[int, int]],
-    ) -> SliceScores:
+    ) -> BatchScores:
         """Score slices.
 
         Parameters
@@ -247,10 +247,10 @@ class Engine:
             On the map's grid.
         """
         jobs = list(zip(slices, index, boxes, phases, strict=True))
-        stride, size = self.settings.map_stride, slices[0].shape[0]
+        stride, size = self.settings.output_stride, slices[0].shape[0]
         parts = self._within_memory(lambda part: self._score_batch(part, contexts), jobs)
         scores, finite = zip(*parts, strict=True)
-        return SliceScores(scores, finite, tuple(phases), size, stride)
+        return BatchScores(scores, finite, tuple(phases), size, stride)
 
     def score_exactly(
         self,
@@ -259,7 +259,7 @@ class Engine:
         index: Sequence[int],
         boxes: NDArray[np.float32],
         phases: Sequence[tuple[int, int]],
-    ) -> SliceScores:
+    ) -> BatchScores:
         """Score slices in float32, whatever the precision of the others: for what 16 bits cannot hold.
 
         Parameters and what is given back are those of `score`.
@@ -291,7 +291,7 @@ class Engine:
                         transform_image(slice_B3HW, symmetry), shared, index_B, transform_boxes(box_B4, symmetry)
                     )
                 # Averaged before the softmax: the logits are interpolated from about that resolution anyway.
-                pooled_BKhw = _pool(restore_image(logits_BKHW.float(), symmetry), phases, self.settings.map_stride)
+                pooled_BKhw = _pool(restore_image(logits_BKHW.float(), symmetry), phases, self.settings.output_stride)
                 # Before the softmax, which hides an infinity. Nobody waits for the answer yet.
                 finite_B &= pooled_BKhw.isfinite().flatten(1).all(1)
                 scores.append(pooled_BKhw.softmax(1))

@@ -16,14 +16,14 @@ import numpy as np
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.filesystem import atomic_write, open_lock, try_lock
 from darefine_qupath.limits import NOTES, naming, open_file, parse_json, read_file
-from darefine_qupath.prediction.blend import Layers
+from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.engine import EngineSettings
 from darefine_qupath.prediction.scoremap import SlideWarning, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Journal", "JournalState"]
+__all__ = ["JournalState", "PredictionJournal"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class JournalState:
         return cls(**values)
 
 
-class Journal:
+class PredictionJournal:
     """The folder of an unfinished prediction.
 
     A row counts once the journal says so, and the journal says so last: what a killed run left beyond that is written
@@ -122,7 +122,7 @@ class Journal:
         fingerprint : str
             Of the prediction.
         bottoms : sequence of int
-            Per row of parents, the map row above which everything is finished after it.
+            Per row of contexts, the map row above which everything is finished after it.
         width : int
             Map columns.
 
@@ -154,9 +154,11 @@ class Journal:
             if found.shape != shape:
                 raise ValueError(f"{self._band(row)} has the shape {found.shape}, not {shape}")
         if state.rows_done:
-            planes, _, columns = self.carry(state.rows_done - 1).shape
+            planes, _, columns = self.unfinished(state.rows_done - 1).shape
             if (planes, columns) != (len(state.class_pixels) + 1, width):
-                raise ValueError(f"{self._carry(state.rows_done - 1)} has {planes} planes of {columns} columns")
+                raise ValueError(
+                    f"{self._unfinished_path(state.rows_done - 1)} has {planes} planes of {columns} columns"
+                )
 
     def start(self, state: JournalState) -> None:
         """Begin with nothing done."""
@@ -167,25 +169,25 @@ class Journal:
         except OSError as error:
             raise PredictionError(f"Cannot write to {self.folder}: {error}") from error
 
-    def commit(self, state: JournalState, band: Layers, carry: NDArray[np.float32]) -> None:
+    def commit(self, state: JournalState, band: MapRows, unfinished: NDArray[np.float32]) -> None:
         """Note one more row: its finished band, the sums of what is unfinished, and then that both are there."""
         row = state.rows_done - 1
         try:
             _write_array(self._band(row), np.stack([band.label, band.confidence, band.margin, band.runner_up]))
-            _write_array(self._carry(row), carry)
+            _write_array(self._unfinished_path(row), unfinished)
             write_json(self.folder / "journal.json", state.to_json())
         except OSError as error:
             raise PredictionError(f"Cannot write to {self.folder}: {error}; finished rows are kept") from error
-        self._carry(row - 1).unlink(missing_ok=True)
+        self._unfinished_path(row - 1).unlink(missing_ok=True)
 
-    def carry(self, row: int) -> NDArray[np.float32]:
-        """Read the sums of the map rows that are unfinished after a row of parents."""
-        return _read_array(self._carry(row))
+    def unfinished(self, row: int) -> NDArray[np.float32]:
+        """Read the sums of the map rows that are unfinished after a row of contexts."""
+        return _read_array(self._unfinished_path(row))
 
-    def bands(self, rows: int) -> Iterator[Layers]:
-        """Finished bands of the first rows of parents, from top to bottom."""
+    def bands(self, rows: int) -> Iterator[MapRows]:
+        """Finished bands of the first rows of contexts, from top to bottom."""
         for values in self._bands(rows):
-            yield Layers(*values)
+            yield MapRows(*values)
 
     def _bands(self, rows: int) -> Iterator[NDArray[np.uint8]]:
         return (_read_array(self._band(row)) for row in range(rows))
@@ -198,8 +200,8 @@ class Journal:
     def _band(self, row: int) -> Path:
         return self.folder / f"band-{row:05d}.npz"
 
-    def _carry(self, row: int) -> Path:
-        return self.folder / f"carry-{row:05d}.npz"
+    def _unfinished_path(self, row: int) -> Path:
+        return self.folder / f"unfinished-{row:05d}.npz"
 
 
 def _write_array(path: Path, values: NDArray[Any]) -> None:

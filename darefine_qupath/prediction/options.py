@@ -11,7 +11,7 @@ from darefine_qupath.errors import PredictionError
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["PredictOptions", "Progress"]
+__all__ = ["PredictOptions", "PredictionProgress"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class PredictOptions:
         Predict tissue only; glass is marked as not predicted.
     within : shapely geometry or None
         Predict only inside it; level-0 pixels.
-    map_stride : {1, 2, 4}
+    output_stride : {1, 2, 4}
         Input pixels of the network per map pixel. The networks compute scores at a quarter of their input's
         resolution, so a finer map holds nothing more than interpolation.
     compile : bool
@@ -66,7 +66,7 @@ class PredictOptions:
     workers: int | None = None
     tissue: bool = True
     within: BaseGeometry | None = None
-    map_stride: int = 4
+    output_stride: int = 4
     compile: bool = False
     strict: bool = False
     resume: bool = True
@@ -85,12 +85,12 @@ class PredictOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 0.9:
                 raise PredictionError(f"{name} is {value}; it must be a fraction from 0 to 0.9")
-        if self.map_stride not in (1, 2, 4):
-            raise PredictionError(f"map_stride is {self.map_stride}; it must be 1, 2 or 4")
+        if self.output_stride not in (1, 2, 4):
+            raise PredictionError(f"output_stride is {self.output_stride}; it must be 1, 2 or 4")
         if self.within is not None and (self.within.is_empty or not self.within.is_valid):
             raise PredictionError("The area to predict within is empty or not a valid geometry")
 
-    def deciding(self) -> dict[str, Any]:
+    def score_settings(self) -> dict[str, Any]:
         """Return, as plain JSON values, the choices that change scores; the others only change how long it takes."""
         return {
             "precision": self.precision,
@@ -99,13 +99,13 @@ class PredictOptions:
             "tta": self.tta,
             "tissue": self.tissue,
             "within": None if self.within is None else self.within.normalize().wkb_hex,
-            "map_stride": self.map_stride,
+            "output_stride": self.output_stride,
             "crop_bounds": self.crop_bounds,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PredictionProgress:
     """How far the prediction of a slide is.
 
     Attributes

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from darefine_qupath.prediction.options import PredictOptions
     from darefine_qupath.tiles.spec import PixelSpec
 
-__all__ = ["MapGrid", "Parent", "PlanRow", "SlidePlan", "plan_slide", "with_overlap"]
+__all__ = ["ContextGroup", "MapGrid", "PlanRow", "SlidePlan", "plan_slide", "with_overlap"]
 
 _LEAST_OVERLAP = 0.25
 _BLANK_ROWS = 512
@@ -82,7 +82,7 @@ class MapGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
+class ContextGroup:
     """A context and the slices that share it, in level-0 pixels."""
 
     context: Box
@@ -91,11 +91,11 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """Parents side by side.
+    """Groups side by side, computed together.
 
     Attributes
     ----------
-    parents : tuple of Parent
+    groups : tuple of ContextGroup
         From left to right; none where a stretch of the slide holds nothing to predict.
     bottom : int
         Map row above which everything is finished once this row and those before it are predicted.
@@ -103,14 +103,14 @@ class PlanRow:
         Map row below which no slice of this row reaches.
     """
 
-    parents: tuple[Parent, ...]
+    groups: tuple[ContextGroup, ...]
     bottom: int
     reach: int
 
     @property
     def num_slices(self) -> int:
-        """Slices of all parents."""
-        return sum(len(parent.slices) for parent in self.parents)
+        """Slices of all groups."""
+        return sum(len(group.slices) for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,47 +181,47 @@ def plan_slide(
     Returns
     -------
     SlidePlan
-        Rows of parents, from top to bottom.
+        Rows of groups, from top to bottom.
     """
     spec = with_overlap(spec, options.overlap)
-    grid = MapGrid.of(size, spec, options.map_stride)
+    grid = MapGrid.of(size, spec, options.output_stride)
     planned = plan_even(size, spec, context_overlap=options.context_overlap)
-    parents = [Parent(context, slices) for context, slices in planned]
+    groups = [ContextGroup(context, slices) for context, slices in planned]
     if keep is not None:
-        parents = _kept(parents, keep)
+        groups = _kept(groups, keep)
     if not options.share_context:
-        parents = [Parent(parent.context, (box,)) for parent in parents for box in parent.slices]
-    rows = [tuple(row) for _, row in groupby(parents, key=lambda parent: parent.context.y)]
+        groups = [ContextGroup(group.context, (box,)) for group in groups for box in group.slices]
+    rows = [tuple(row) for _, row in groupby(groups, key=lambda group: group.context.y)]
     return SlidePlan(spec, grid, _rows(rows, grid, spec))
 
 
-def _kept(parents: list[Parent], keep: Callable[[Sequence[Box]], NDArray[np.bool_]]) -> list[Parent]:
-    wanted = iter(keep([box for parent in parents for box in parent.slices]).tolist())
-    kept = [Parent(parent.context, tuple(box for box in parent.slices if next(wanted))) for parent in parents]
-    return [parent for parent in kept if parent.slices]
+def _kept(groups: list[ContextGroup], keep: Callable[[Sequence[Box]], NDArray[np.bool_]]) -> list[ContextGroup]:
+    wanted = iter(keep([box for group in groups for box in group.slices]).tolist())
+    kept = [ContextGroup(group.context, tuple(box for box in group.slices if next(wanted))) for group in groups]
+    return [group for group in kept if group.slices]
 
 
-def _rows(rows: list[tuple[Parent, ...]], grid: MapGrid, spec: PixelSpec) -> tuple[PlanRow, ...]:
-    spans = [_span(parents, grid, spec) for parents in rows]
+def _rows(rows: list[tuple[ContextGroup, ...]], grid: MapGrid, spec: PixelSpec) -> tuple[PlanRow, ...]:
+    spans = [_span(groups, grid, spec) for groups in rows]
     planned = []
     done = 0
-    for number, (parents, (top, reach)) in enumerate(zip(rows, spans, strict=True)):
+    for number, (groups, (top, reach)) in enumerate(zip(rows, spans, strict=True)):
         planned.extend(_blank(done, top))
         following = min((span[0] for span in spans[number + 1 :]), default=grid.size.height)
         done = max(done, top, min(following, reach))
-        planned.append(PlanRow(parents, done, max(done, reach)))
+        planned.append(PlanRow(groups, done, max(done, reach)))
     planned.extend(_blank(done, grid.size.height))
     return tuple(planned)
 
 
-def _span(parents: Sequence[Parent], grid: MapGrid, spec: PixelSpec) -> tuple[int, int]:
-    """Map rows, half-open, that the slices of some parents reach."""
-    starts = [box.y for parent in parents for box in parent.slices]
+def _span(groups: Sequence[ContextGroup], grid: MapGrid, spec: PixelSpec) -> tuple[int, int]:
+    """Map rows, half-open, that the slices of some groups reach."""
+    starts = [box.y for group in groups for box in group.slices]
     top, (last, phase) = max(0, grid.place(min(starts))[0]), grid.place(max(starts))
     return top, min(grid.size.height, last - (-(phase + spec.input_px) // grid.stride))
 
 
 def _blank(top: int, bottom: int) -> list[PlanRow]:
-    """Rows without parents, so that a gap is never in memory as a whole."""
+    """Rows without groups, so that a gap is never in memory as a whole."""
     cuts = [*range(top + _BLANK_ROWS, bottom, _BLANK_ROWS), bottom]
     return [PlanRow((), cut, cut) for cut in cuts] if bottom > top else []

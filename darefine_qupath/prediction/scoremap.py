@@ -25,13 +25,13 @@ from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from darefine_qupath.prediction.blend import Layers
+    from darefine_qupath.prediction.blend import MapRows
 
-__all__ = ["FORMAT", "Layer", "ScoreMap", "SlideWarning", "read_score_map", "write_score_map"]
+__all__ = ["FORMAT", "LayerName", "ScoreMap", "SlideWarning", "read_score_map", "write_score_map"]
 
 FORMAT = "darefine-score-map/1"
-Layer = Literal["class", "confidence", "margin", "runner_up"]
-_LAYERS: tuple[Layer, ...] = ("class", "confidence", "margin", "runner_up")
+LayerName = Literal["class", "confidence", "margin", "runner_up"]
+_LAYERS: tuple[LayerName, ...] = ("class", "confidence", "margin", "runner_up")
 _SIDECAR = "scoremap.json"
 _TILE = 256
 _ROWS = 2 * _TILE
@@ -144,7 +144,7 @@ class ScoreMap:
         """TIFF of the second class."""
         return self.path("runner_up")
 
-    def path(self, layer: Layer) -> Path:
+    def path(self, layer: LayerName) -> Path:
         """File of a layer."""
         return self.folder / f"{layer}.tif"
 
@@ -153,7 +153,7 @@ class ScoreMap:
         """Regions that could not be read and were not predicted, in level-0 pixels."""
         return tuple(box for warning in self.warnings if warning.kind == "unreadable" for box in warning.boxes)
 
-    def read(self, layer: Layer, window: Box | None = None) -> NDArray[np.uint8]:
+    def read(self, layer: LayerName, window: Box | None = None) -> NDArray[np.uint8]:
         """Pixels of a layer.
 
         Parameters
@@ -180,8 +180,8 @@ class ScoreMap:
         return pixels
 
     def bands(
-        self, rows: int = _ROWS, layers: tuple[Layer, ...] = _LAYERS
-    ) -> Iterator[tuple[int, Mapping[Layer, NDArray[np.uint8]]]]:
+        self, rows: int = _ROWS, layers: tuple[LayerName, ...] = _LAYERS
+    ) -> Iterator[tuple[int, Mapping[LayerName, NDArray[np.uint8]]]]:
         """Walk over the map from top to bottom.
 
         Parameters
@@ -315,7 +315,7 @@ def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
     return score_map
 
 
-def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
+def write_score_map(score_map: ScoreMap, bands: Iterable[MapRows]) -> None:
     """Write the layers and then, last, ``scoremap.json``: without it the map does not count as finished.
 
     Memory is that of a few hundred map rows, whatever the slide's size.
@@ -324,7 +324,7 @@ def write_score_map(score_map: ScoreMap, bands: Iterable[Layers]) -> None:
     ----------
     score_map : ScoreMap
         What to write about it.
-    bands : iterable of Layers
+    bands : iterable of MapRows
         All rows of the map from top to bottom, in pieces of any height.
 
     Raises
@@ -364,7 +364,7 @@ def _synced(path: Path) -> int:
         return file.seek(0, os.SEEK_END)
 
 
-def _write_layers(score_map: ScoreMap, bands: Iterable[Layers], paths: Mapping[Layer, Path]) -> None:
+def _write_layers(score_map: ScoreMap, bands: Iterable[MapRows], paths: Mapping[LayerName, Path]) -> None:
     writers = {layer: _create(paths[layer], layer, score_map) for layer in _LAYERS}
     row = 0
     try:
@@ -381,7 +381,7 @@ def _write_layers(score_map: ScoreMap, bands: Iterable[Layers], paths: Mapping[L
         raise PredictionError(f"{row} rows were given for a score map of {score_map.size.height}")
 
 
-def _tile_rows(bands: Iterable[Layers]) -> Iterator[tuple[NDArray[np.uint8], ...]]:
+def _tile_rows(bands: Iterable[MapRows]) -> Iterator[tuple[NDArray[np.uint8], ...]]:
     """Regroup rows so that every TIFF tile is written once, whole."""
     waiting: tuple[NDArray[np.uint8], ...] | None = None
     for band in bands:
@@ -394,7 +394,7 @@ def _tile_rows(bands: Iterable[Layers]) -> Iterator[tuple[NDArray[np.uint8], ...
         yield waiting
 
 
-def _create(path: Path, layer: Layer, score_map: ScoreMap) -> Any:  # noqa: ANN401 - rasterio has no types
+def _create(path: Path, layer: LayerName, score_map: ScoreMap) -> Any:  # noqa: ANN401 - rasterio has no types
     scale = score_map.downsample
     writer = rasterio.open(
         path,
@@ -430,7 +430,7 @@ def _palette(classes: ClassMap) -> dict[int, tuple[int, int, int, int]]:
     return palette
 
 
-def _add_pyramid(path: Path, layer: Layer, size: Size) -> None:
+def _add_pyramid(path: Path, layer: LayerName, size: Size) -> None:
     factors, factor = [], 2
     while max(size) / factor > _TILE / 2:
         factors.append(factor)

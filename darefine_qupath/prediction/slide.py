@@ -22,24 +22,24 @@ from darefine_qupath.devices import choose_device, choose_precision
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box
 from darefine_qupath.models import box_within
-from darefine_qupath.prediction.blend import Layers, RollingBand, Score
+from darefine_qupath.prediction.blend import MapRows, RollingBand, WindowedScores
 from darefine_qupath.prediction.checks import check_slide
 from darefine_qupath.prediction.engine import (
+    BatchScores,
     EncodedContext,
     Engine,
     EngineSettings,
-    SliceScores,
     choose_batch_size,
 )
-from darefine_qupath.prediction.journal import Journal, JournalState
-from darefine_qupath.prediction.options import PredictOptions, Progress
+from darefine_qupath.prediction.journal import JournalState, PredictionJournal
+from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.plan import PlanRow, plan_slide
-from darefine_qupath.prediction.reading import BatchPixels, SlideHandles, batches, read_ahead, read_batch
+from darefine_qupath.prediction.prefetch import BatchPixels, SlideHandles, batches, read_ahead, read_batch
 from darefine_qupath.prediction.region import Region
 from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map, write_score_map
 from darefine_qupath.slides import Slide, file_digest, open_slide, tissue_mask
 
-__all__ = ["fingerprint", "predict_slide"]
+__all__ = ["compute_fingerprint", "predict_slide"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def predict_slide(
     out: Path,
     mpp: float | None = None,
     options: PredictOptions | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PredictionProgress], None] | None = None,
 ) -> ScoreMap:
     """Predict a slide.
 
@@ -76,7 +76,7 @@ def predict_slide(
     options : PredictOptions, optional
         How.
     progress : callable, optional
-        Called with a `Progress` after every batch.
+        Called with a `PredictionProgress` after every batch.
 
     Returns
     -------
@@ -99,20 +99,20 @@ def predict_slide(
         with open_slide(slide, crop_bounds=options.crop_bounds, reader=options.reader) as opened:
             return predict_slide(opened, checkpoint, out=out, mpp=mpp, options=options, progress=progress)
     mpp = slide.mpp if mpp is None else mpp
-    mark = fingerprint(slide, checkpoint, mpp=mpp, options=options)
-    finished = _finished(out, mark) if options.resume else None
+    fingerprint = compute_fingerprint(slide, checkpoint, mpp=mpp, options=options)
+    finished = _finished(out, fingerprint) if options.resume else None
     if finished is not None:
-        _insist(slide, finished.warnings, options)
+        _raise_if_strict(slide, finished.warnings, options)
         _log.info("%s is finished already", slide.path)
         return finished
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PredictionError(f"Cannot make the folder {out}: {error}") from error
-    return _Run(slide, checkpoint, out, mpp, options, mark).predict(progress)
+    return _SlidePrediction(slide, checkpoint, out, mpp, options, fingerprint).predict(progress)
 
 
-def fingerprint(
+def compute_fingerprint(
     slide: Slide, checkpoint: Checkpoint | CheckpointHeader, *, mpp: float | None, options: PredictOptions
 ) -> str:
     """Digest of everything that decides a slide's scores: image, reader, model, tiles, options, software.
@@ -143,64 +143,70 @@ def fingerprint(
         "software": [__version__, _METHOD],
         "model": checkpoint.model_id,
         "mpp": mpp,
-        "options": options.deciding(),
+        "options": options.score_settings(),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _finished(out: Path, mark: str) -> ScoreMap | None:
+def _finished(out: Path, fingerprint: str) -> ScoreMap | None:
     try:
         found = read_score_map(out)
     except PredictionError:
         return None
-    return found if found.fingerprint == mark else None
+    return found if found.fingerprint == fingerprint else None
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _PendingScores:
     """Scores of a batch, perhaps still being computed."""
 
-    scores: SliceScores
-    exactly: Callable[[], SliceScores]
+    scores: BatchScores
+    exactly: Callable[[], BatchScores]
     """Computes them again in float32."""
     boxes: tuple[Box, ...]
     places: tuple[tuple[int, int], ...]
     """Map pixels (row, column) where they begin."""
 
 
-class _Run:
+class _SlidePrediction:
     """One prediction of one slide."""
 
     def __init__(
-        self, slide: Slide, checkpoint: Checkpoint, out: Path, mpp: float | None, options: PredictOptions, mark: str
+        self,
+        slide: Slide,
+        checkpoint: Checkpoint,
+        out: Path,
+        mpp: float | None,
+        options: PredictOptions,
+        fingerprint: str,
     ) -> None:
-        self.slide, self.checkpoint, self.out, self.mpp, self.options, self.mark = (
-            slide, checkpoint, out, mpp, options, mark,
+        self.slide, self.checkpoint, self.out, self.mpp, self.options, self.fingerprint = (
+            slide, checkpoint, out, mpp, options, fingerprint,
         )  # fmt: skip
         tissue = tissue_mask(slide, mpp=mpp) if options.tissue else None
         self.region = Region(tissue=tissue, within=options.within)
         spec = checkpoint.tiles.at(mpp)
         keep = self.region.touches if tissue is not None or options.within is not None else None
         self.plan = plan_slide(slide.size, spec, options, keep=keep)
-        self.journal = Journal(out / "partial")
+        self.journal = PredictionJournal(out / "partial")
 
-    def predict(self, progress: Callable[[Progress], None] | None) -> ScoreMap:
+    def predict(self, progress: Callable[[PredictionProgress], None] | None) -> ScoreMap:
         with self.journal.locked():
             state = self._interrupted() if self.options.resume else None
             if state is None or not self._can_go_on(state):
                 state = self._start()
-            _insist(self.slide, state.warnings, self.options)
+            _raise_if_strict(self.slide, state.warnings, self.options)
             if state.rows_done < len(self.plan.rows):
                 state = self._predict_rows(state, progress)
             score_map = self._record(state)
-            _insist(self.slide, score_map.warnings, self.options)
+            _raise_if_strict(self.slide, score_map.warnings, self.options)
             write_score_map(score_map, self._bands(state.rows_done))
             self.journal.clear()
         return score_map
 
     def _interrupted(self) -> JournalState | None:
         bottoms = [row.bottom for row in self.plan.rows]
-        return self.journal.load(self.mark, bottoms=bottoms, width=self.plan.grid.size.width)
+        return self.journal.load(self.fingerprint, bottoms=bottoms, width=self.plan.grid.size.width)
 
     def _start(self) -> JournalState:
         found = check_slide(
@@ -209,7 +215,7 @@ class _Run:
         for warning in found:
             _log.warning("%s: %s", self.slide.path, warning.message)
         state = JournalState(
-            fingerprint=self.mark,
+            fingerprint=self.fingerprint,
             settings=self._settings(),
             class_pixels=(0,) * self.checkpoint.classes.num_classes,
             warnings=found,
@@ -226,7 +232,7 @@ class _Run:
             batch_size=self.options.batch_size or choose_batch_size(device, self.checkpoint.tiles.input_px),
             tta=self.options.tta,
             compile=self.options.compile,
-            map_stride=self.options.map_stride,
+            output_stride=self.options.output_stride,
         )
 
     def _can_go_on(self, state: JournalState) -> bool:
@@ -238,13 +244,13 @@ class _Run:
             _log.info("%s was begun with %s, now it would be %s: starting over", self.out, state.settings, now)
         return same and asked
 
-    def _predict_rows(self, state: JournalState, progress: Callable[[Progress], None] | None) -> JournalState:
+    def _predict_rows(self, state: JournalState, progress: Callable[[PredictionProgress], None] | None) -> JournalState:
         build = self.checkpoint.build
         engine = Engine(build(), self.checkpoint.normalization, state.settings, build=build)
         band = RollingBand(self.checkpoint.classes.num_classes, self.plan.grid.size.width)
         if state.rows_done:
             band.top = self.plan.rows[state.rows_done - 1].bottom
-            band.carry = self.journal.carry(state.rows_done - 1)
+            band.unfinished = self.journal.unfinished(state.rows_done - 1)
         report = _Reporter(self.slide.path.name, state.slices_done, self.plan.num_slices, progress)
         workers = self.options.workers or min(_MAX_WORKERS, os.cpu_count() or 1)
         handles = SlideHandles(self.slide)
@@ -252,7 +258,7 @@ class _Run:
             with ThreadPoolExecutor(workers, thread_name_prefix="darefine-read") as pool:
                 read = partial(read_batch, handles, self.plan.spec)
                 for row in self.plan.rows[state.rows_done :]:
-                    work = batches(row.parents, engine.batch_size, contexts=engine.uses_context)
+                    work = batches(row.groups, engine.batch_size, contexts=engine.uses_context)
                     pixels = read_ahead(work, read, pool, ahead=workers + 2)
                     state = self._predict_row(row, state, engine, band, pixels, report)
         finally:
@@ -272,7 +278,7 @@ class _Run:
         unreadable: list[Box] = []
         white: list[Box] = []
         contexts: dict[int, EncodedContext] = {}
-        waiting: _Scored | None = None
+        waiting: _PendingScores | None = None
         for pixels in work:
             scored = self._predict_batch(pixels, row, engine, contexts)
             # The device computes this batch while the one before is blended.
@@ -282,7 +288,7 @@ class _Run:
             white.extend(pixels.damaged)
             report.add(len(pixels.slices))
         damage = tuple(_damage(unreadable, white))
-        _insist(self.slide, damage, self.options)
+        _raise_if_strict(self.slide, damage, self.options)
         self._blend(waiting, band)
         top = band.top
         layers = band.finish(row.bottom)
@@ -301,7 +307,7 @@ class _Run:
             unpredicted_pixels=state.unpredicted_pixels + int(missing.sum()),
             warnings=(*state.warnings, *damage),
         )
-        self.journal.commit(state, layers, band.carry)
+        self.journal.commit(state, layers, band.unfinished)
         return state
 
     def _predict_batch(
@@ -310,18 +316,18 @@ class _Run:
         row: PlanRow,
         engine: Engine,
         contexts: dict[int, EncodedContext],
-    ) -> _Scored | None:
+    ) -> _PendingScores | None:
         batch = pixels.batch
         if not engine.uses_context:
-            contexts = dict.fromkeys(batch.parents, engine.no_context)
-        elif batch.opening:
+            contexts = dict.fromkeys(batch.group_numbers, engine.no_context)
+        elif batch.new_contexts:
             encoded = engine.encode(pixels.contexts)
-            contexts.update(zip((number for number, _ in batch.opening), encoded, strict=True))
-        for number in [number for number in contexts if number < min(batch.parents)]:
+            contexts.update(zip((number for number, _ in batch.new_contexts), encoded, strict=True))
+        for number in [number for number in contexts if number < min(batch.group_numbers)]:
             del contexts[number]
         readable = [
             (box, number, read)
-            for box, number, read in zip(batch.slices, batch.parents, pixels.slices, strict=True)
+            for box, number, read in zip(batch.slices, batch.group_numbers, pixels.slices, strict=True)
             if read is not None
         ]
         if not readable:
@@ -329,7 +335,7 @@ class _Run:
         boxes, numbers, images = zip(*readable, strict=True)
         places = [(self.plan.grid.place(box.y), self.plan.grid.place(box.x)) for box in boxes]
         used = list(dict.fromkeys(numbers))
-        within = [box_within(box, row.parents[number].context) for box, number in zip(boxes, numbers, strict=True)]
+        within = [box_within(box, row.groups[number].context) for box, number in zip(boxes, numbers, strict=True)]
         work = (
             images,
             [contexts[number] for number in used],
@@ -337,20 +343,20 @@ class _Run:
             np.asarray(within, np.float32),
             [(down[1], right[1]) for down, right in places],
         )
-        return _Scored(
+        return _PendingScores(
             engine.score(*work),
             partial(engine.score_exactly, *work),
             boxes,
             tuple((down[0], right[0]) for down, right in places),
         )
 
-    def _blend(self, scored: _Scored | None, band: RollingBand) -> None:
+    def _blend(self, scored: _PendingScores | None, band: RollingBand) -> None:
         if scored is None:
             return
         for (row, column), (scores, weight) in zip(scored.places, self._finite(scored).fetch(), strict=True):
-            band.add(Score(row, column, scores, weight))
+            band.add(WindowedScores(row, column, scores, weight))
 
-    def _finite(self, scored: _Scored) -> SliceScores:
+    def _finite(self, scored: _PendingScores) -> BatchScores:
         """Scores of a batch, in float32 where they are no numbers otherwise: those would spread to all that overlap."""
         scores = scored.scores
         wrong = scores.first_not_finite()
@@ -366,12 +372,12 @@ class _Run:
             )
         return scores
 
-    def _bands(self, rows: int) -> Iterator[Layers]:
+    def _bands(self, rows: int) -> Iterator[MapRows]:
         yield from self.journal.bands(rows)
         bottom = self.plan.rows[rows - 1].bottom if rows else 0
         width, height = self.plan.grid.size
         for top in range(bottom, height, 512):
-            yield Layers.blank(min(512, height - top), width)
+            yield MapRows.blank(min(512, height - top), width)
 
     def _record(self, state: JournalState) -> ScoreMap:
         found = ScoreMap(
@@ -382,17 +388,21 @@ class _Run:
             mpp=self.mpp,
             classes=self.checkpoint.classes,
             model_id=self.checkpoint.model_id,
-            fingerprint=self.mark,
+            fingerprint=self.fingerprint,
             class_pixels=state.class_pixels,
             num_slices=self.plan.num_slices,
             unpredicted_pixels=state.unpredicted_pixels,
             warnings=_merged(state.warnings),
-            settings={**asdict(state.settings), "options": self.options.deciding(), "tiles": asdict(self.plan.spec)},
+            settings={
+                **asdict(state.settings),
+                "options": self.options.score_settings(),
+                "tiles": asdict(self.plan.spec),
+            },
         )
         return replace(found, warnings=tuple(_with_share(found)))
 
 
-def _insist(slide: Slide, warnings: tuple[SlideWarning, ...], options: PredictOptions) -> None:
+def _raise_if_strict(slide: Slide, warnings: tuple[SlideWarning, ...], options: PredictOptions) -> None:
     """Make the first warning an error if that was asked for."""
     if options.strict and warnings:
         raise PredictionError(f"{slide.path}: {warnings[0].message}; leave out --strict to predict it anyway")
@@ -445,7 +455,9 @@ def _with_share(score_map: ScoreMap) -> Iterator[SlideWarning]:
 class _Reporter:
     """Counts slices and tells who asked."""
 
-    def __init__(self, slide: str, done: int, total: int, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, slide: str, done: int, total: int, progress: Callable[[PredictionProgress], None] | None
+    ) -> None:
         self._slide, self._before, self._total, self._progress = slide, done, total, progress
         self._fresh = 0
         self._began = time.monotonic()
@@ -454,4 +466,6 @@ class _Reporter:
         self._fresh += num
         if self._progress is not None:
             seconds = time.monotonic() - self._began
-            self._progress(Progress(self._slide, self._before + self._fresh, self._total, seconds, self._fresh))
+            self._progress(
+                PredictionProgress(self._slide, self._before + self._fresh, self._total, seconds, self._fresh)
+            )

@@ -554,7 +554,6 @@ def _measurements(polygon: ClassPolygon) -> dict[str, float]:
     values = {
         "confidence": polygon.confidence,
         "margin": polygon.margin,
-        "entropy": polygon.entropy,
         "runner-up share": polygon.runner_up_share,
         _AREA: polygon.area_um2,
     }

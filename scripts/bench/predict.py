@@ -51,7 +51,7 @@ from darefine_qupath.models.network import SegmentationNetwork
 from darefine_qupath.prediction import PredictOptions, predict_slide, read_score_map
 from darefine_qupath.prediction import slide as slide_module
 from darefine_qupath.prediction.engine import Engine, EngineSettings
-from darefine_qupath.prediction.reading import Batch, BatchPixels
+from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 
 TILE = 512
@@ -277,10 +277,10 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def unread(handles: object, spec: PixelSpec, batch: Batch) -> BatchPixels:  # noqa: ARG001 (as `read_batch` has it)
+def unread(handles: object, spec: PixelSpec, batch: SliceBatch) -> BatchPixels:  # noqa: ARG001 (as `read_batch` has it)
     """Stand in for `read_batch` where reading is to take no time."""
     image, context = (np.full((side, side, 3), 200, np.uint8) for side in (spec.input_px, spec.context_input_px))
-    return BatchPixels(batch, (image,) * len(batch.slices), (context,) * len(batch.opening), ())
+    return BatchPixels(batch, (image,) * len(batch.slices), (context,) * len(batch.new_contexts), ())
 
 
 def labels(args: argparse.Namespace) -> dict[str, Any]:
@@ -533,7 +533,7 @@ model = namespace["checkpoint"](Pointwise(), TileSpec.paper())
 model.normalization = Normalization(mean=(0, 0, 0), std=(1, 1, 1))
 stride, smallest = int(sys.argv[5]), float(sys.argv[6])
 start, busy = time.perf_counter(), time.process_time()
-options = PredictOptions(device="cpu", precision="fp32", tissue=False, resume=False, overlap=0.5, map_stride=stride)
+options = PredictOptions(device="cpu", precision="fp32", tissue=False, resume=False, overlap=0.5, output_stride=stride)
 found = predict_slide(slide, model, out=out, options=options)
 features = []
 if kind == "polygons":

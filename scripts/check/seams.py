@@ -61,7 +61,7 @@ class Count:
 
 def borders(plan: SlidePlan, kind: str) -> tuple[set[int], set[int]]:
     """Level-0 columns and rows on which slices, or contexts, begin and end."""
-    parents = [parent for row in plan.rows for parent in row.parents]
+    parents = [parent for row in plan.rows for parent in row.groups]
     boxes = [parent.context for parent in parents]
     if kind == "slices":
         boxes = [box for parent in parents for box in parent.slices]
@@ -87,7 +87,7 @@ def errors(
     checkpoint: Checkpoint, slide: Path, truth: tuple[Annotation, ...], out: Path
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which map pixels are wrong, and which are predicted at all."""
-    found = predict_slide(slide, checkpoint, out=out, options=PredictOptions(map_stride=2))
+    found = predict_slide(slide, checkpoint, out=out, options=PredictOptions(output_stride=2))
     labels = found.read("class")
     painter = LabelPainter(truth, replace(checkpoint.classes, unlabelled="Normal"))
     known = labels != IGNORE
@@ -132,7 +132,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     checkpoint = load_checkpoint(args.model)
     tiles: TileSpec = checkpoint.tiles
-    plan = plan_slide(SIZE, tiles.at(MPP), PredictOptions(map_stride=2))
+    plan = plan_slide(SIZE, tiles.at(MPP), PredictOptions(output_stride=2))
     worst = 0.0
     for name, draw in (
         ("generated slides", lambda path, seed: draw_slide(path, seed=seed).annotations),

@@ -15,7 +15,7 @@ from darefine_qupath.polygons.plan import Plan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BlockPieces", "Pool", "Sets", "grouped"]
+__all__ = ["BlockPieces", "DisjointSets", "MapPieces", "group_pieces"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class _Pieces:
     """Row and column of one map pixel."""
     sums: Mapping[str, NDArray[np.float64]]
     """Layer to sums over the map pixels."""
-    seconds: NDArray[np.int64]
+    runner_up_counts: NDArray[np.int64]
     """Map pixels per runner-up class, of those that there are."""
-    second_labels: NDArray[np.int64]
+    runner_up_labels: NDArray[np.int64]
     """Those classes."""
 
 
@@ -48,17 +48,17 @@ class BlockPieces(_Pieces):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(_Pieces):
+class MapPieces(_Pieces):
     """Pieces of all blocks, one after the other."""
 
     pairs: NDArray[np.int64]
     """Pieces of one label that share a cut, and the length they share: shape (N, 3)."""
 
     @classmethod
-    def of(cls, parts: Sequence[BlockPieces]) -> Pool:
+    def of(cls, parts: Sequence[BlockPieces]) -> MapPieces:
         """Pieces of all blocks, and which of them share a cut."""
         labels = np.concatenate([part.labels for part in parts])
-        second_labels = np.unique(np.concatenate([part.second_labels for part in parts]))
+        runner_up_labels = np.unique(np.concatenate([part.runner_up_labels for part in parts]))
         return cls(
             labels=labels,
             outlines=np.concatenate([part.outlines for part in parts]),
@@ -66,17 +66,17 @@ class Pool(_Pieces):
             bounds=np.concatenate([part.bounds for part in parts]),
             seeds=np.concatenate([part.seeds for part in parts]),
             sums={name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
-            seconds=np.concatenate([_spread(part, second_labels) for part in parts]),
-            second_labels=second_labels,
+            runner_up_counts=np.concatenate([_spread(part, runner_up_labels) for part in parts]),
+            runner_up_labels=runner_up_labels,
             pairs=_pairs(parts, labels),
         )
 
 
 def _spread(part: BlockPieces, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Put the counts of a block's runner-up classes in columns for those of all blocks."""
-    seconds = np.zeros((len(part.labels), len(labels)), np.int64)
-    seconds[:, np.searchsorted(labels, part.second_labels)] = part.seconds
-    return seconds
+    runner_up_counts = np.zeros((len(part.labels), len(labels)), np.int64)
+    runner_up_counts[:, np.searchsorted(labels, part.runner_up_labels)] = part.runner_up_counts
+    return runner_up_counts
 
 
 def _pairs(parts: Sequence[BlockPieces], labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -93,44 +93,44 @@ def _pairs(parts: Sequence[BlockPieces], labels: NDArray[np.int64]) -> NDArray[n
     return np.column_stack([pairs, shared]).astype(np.int64)
 
 
-def grouped(pool: Pool, plan: Plan) -> list[list[int]]:
+def group_pieces(pieces: MapPieces, plan: Plan) -> list[list[int]]:
     """Pieces that become one polygon each."""
-    wanted = ~np.isin(pool.labels, list(plan.leave_out))
-    pairs = pool.pairs[wanted[pool.pairs[:, 0]]] if len(pool.pairs) else pool.pairs
-    whole = Sets(len(pool.labels))
+    wanted = ~np.isin(pieces.labels, list(plan.skip_labels))
+    pairs = pieces.pairs[wanted[pieces.pairs[:, 0]]] if len(pieces.pairs) else pieces.pairs
+    whole = DisjointSets(len(pieces.labels))
     for first, second, _ in pairs.tolist():
-        whole.unite(first, second)
+        whole.union(first, second)
     if plan.max_vertices is None:
         return whole.members(wanted)
-    vertices = shapely.get_num_coordinates(pool.outlines).tolist()
+    vertices = shapely.get_num_coordinates(pieces.outlines).tolist()
     total: dict[int, int] = {}
     for index, count in enumerate(vertices):
-        total[whole.root(index)] = total.get(whole.root(index), 0) + count
-    parts = Sets(len(pool.labels), vertices)
+        total[whole.find(index)] = total.get(whole.find(index), 0) + count
+    parts = DisjointSets(len(pieces.labels), vertices)
     # Pieces that share most are joined first, which keeps the parts of a region that is too large compact.
     for first, second, _ in pairs[np.argsort(-pairs[:, 2], kind="stable")].tolist():
-        limit = math.inf if total[whole.root(first)] <= plan.max_vertices else plan.max_vertices
-        parts.unite(first, second, limit)
+        limit = math.inf if total[whole.find(first)] <= plan.max_vertices else plan.max_vertices
+        parts.union(first, second, limit)
     return parts.members(wanted)
 
 
-class Sets:
+class DisjointSets:
     """Disjoint sets of piece numbers, with a weight each."""
 
     def __init__(self, count: int, weights: Sequence[int] | None = None) -> None:
         self._parent = list(range(count))
         self._weight = list(weights) if weights is not None else [0] * count
 
-    def root(self, index: int) -> int:
+    def find(self, index: int) -> int:
         """Return the number that stands for the set."""
         while self._parent[index] != index:
             self._parent[index] = self._parent[self._parent[index]]
             index = self._parent[index]
         return index
 
-    def unite(self, first: int, second: int, limit: float = math.inf) -> None:
+    def union(self, first: int, second: int, limit: float = math.inf) -> None:
         """Make two sets one, unless that would weigh more than `limit`."""
-        first, second = self.root(first), self.root(second)
+        first, second = self.find(first), self.find(second)
         if first == second or self._weight[first] + self._weight[second] > limit:
             return
         first, second = min(first, second), max(first, second)
@@ -141,5 +141,5 @@ class Sets:
         """List the sets of what is wanted."""
         found: dict[int, list[int]] = {}
         for index in np.flatnonzero(wanted).tolist():
-            found.setdefault(self.root(index), []).append(index)
+            found.setdefault(self.find(index), []).append(index)
         return list(found.values())

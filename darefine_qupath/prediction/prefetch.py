@@ -1,4 +1,4 @@
-"""Reading ahead: threads read and resample while the device computes, in order, within a bounded memory."""
+"""Read slices and contexts ahead in threads while the device computes, in order, within a bounded memory."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from darefine_qupath.prediction.plan import Parent
+    from darefine_qupath.prediction.plan import ContextGroup
     from darefine_qupath.slides import Slide
     from darefine_qupath.tiles.spec import PixelSpec
 
-__all__ = ["Batch", "BatchPixels", "SlideHandles", "batches", "read_ahead", "read_batch"]
+__all__ = ["BatchPixels", "SliceBatch", "SlideHandles", "batches", "read_ahead", "read_batch"]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SliceBatch:
     """Slices that the network sees at once.
 
     Attributes
     ----------
     slices : tuple of Box
         Level-0 pixels.
-    parents : tuple of int
-        Per slice, the number of its parent in the row.
-    opening : tuple of (int, Box)
-        Parents whose first slice is here, with their contexts.
+    group_numbers : tuple of int
+        Per slice, the number of its group in the row.
+    new_contexts : tuple of (int, Box)
+        Numbers of the groups whose first slice is here, with their contexts.
     """
 
     slices: tuple[Box, ...]
-    parents: tuple[int, ...]
-    opening: tuple[tuple[int, Box], ...]
+    group_numbers: tuple[int, ...]
+    new_contexts: tuple[tuple[int, Box], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +50,28 @@ class BatchPixels:
 
     Attributes
     ----------
-    batch : Batch
-        For whom.
+    batch : SliceBatch
+        What was to be read.
     slices : tuple of (ndarray of uint8, shape (S, S, 3), or None)
         None where the slide cannot be read.
     contexts : tuple of ndarray of uint8, shape (S, S, 3)
-        Of the opening parents.
+        Of the batch's `new_contexts`.
     damaged : tuple of Box
         Pieces of contexts that cannot be read and are white instead; level-0 pixels.
     """
 
-    batch: Batch
+    batch: SliceBatch
     slices: tuple[NDArray[np.uint8] | None, ...]
     contexts: tuple[NDArray[np.uint8], ...]
     damaged: tuple[Box, ...]
 
 
-def batches(parents: Sequence[Parent], size: int, *, contexts: bool = True) -> Iterator[Batch]:
-    """Cut the slices of a row into batches; one batch may hold slices of several parents.
+def batches(groups: Sequence[ContextGroup], size: int, *, contexts: bool = True) -> Iterator[SliceBatch]:
+    """Cut the slices of a row into batches; one batch may hold slices of several groups.
 
     Parameters
     ----------
-    parents : sequence of Parent
+    groups : sequence of ContextGroup
         Of one row.
     size : int
         Slices per batch.
@@ -80,17 +80,19 @@ def batches(parents: Sequence[Parent], size: int, *, contexts: bool = True) -> I
 
     Yields
     ------
-    Batch
-        In order; each parent opens in the batch of its first slice.
+    SliceBatch
+        In order; each context is read with the first of its slices.
     """
-    jobs = [(number, box) for number, parent in enumerate(parents) for box in parent.slices]
+    jobs = [(number, box) for number, group in enumerate(groups) for box in group.slices]
     opened: set[int] = set()
     for start in range(0, len(jobs), size):
         part = jobs[start : start + size]
         numbers = tuple(number for number, _ in part)
         new = tuple(dict.fromkeys(number for number in numbers if contexts and number not in opened))
         opened.update(new)
-        yield Batch(tuple(box for _, box in part), numbers, tuple((number, parents[number].context) for number in new))
+        yield SliceBatch(
+            tuple(box for _, box in part), numbers, tuple((number, groups[number].context) for number in new)
+        )
 
 
 class SlideHandles:
@@ -126,13 +128,13 @@ class SlideHandles:
 
 
 def read_ahead(
-    work: Iterator[Batch], read: Callable[[Batch], BatchPixels], pool: ThreadPoolExecutor, *, ahead: int
+    work: Iterator[SliceBatch], read: Callable[[SliceBatch], BatchPixels], pool: ThreadPoolExecutor, *, ahead: int
 ) -> Iterator[BatchPixels]:
     """Read batches in threads, hand them out in order, and never hold more than `ahead` of them.
 
     Parameters
     ----------
-    work : iterator of Batch
+    work : iterator of SliceBatch
         In the order wanted.
     read : callable
         Reads one batch; runs in the pool's threads.
@@ -159,8 +161,8 @@ def read_ahead(
             future.cancel()
 
 
-def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPixels:
-    """Read the slices of a batch and the contexts of the parents it opens.
+def read_batch(handles: SlideHandles, spec: PixelSpec, batch: SliceBatch) -> BatchPixels:
+    """Read the slices of a batch and the contexts that are new in it.
 
     A slice that cannot be read becomes None; for a context see `read_context`.
 
@@ -170,7 +172,7 @@ def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPix
         The slide.
     spec : PixelSpec
         Of the plan.
-    batch : Batch
+    batch : SliceBatch
         What to read.
 
     Returns
@@ -181,7 +183,7 @@ def read_batch(handles: SlideHandles, spec: PixelSpec, batch: Batch) -> BatchPix
     slide = handles.get()
     near = hold_slices(slide, batch.slices, spec)
     slices = tuple(_slice_or_none(near, box, spec) for box in batch.slices)
-    contexts = [read_context(slide, box, spec) for _, box in batch.opening]
+    contexts = [read_context(slide, box, spec) for _, box in batch.new_contexts]
     damaged = tuple(hole for _, holes in contexts for hole in holes)
     return BatchPixels(batch, slices, tuple(pixels for pixels, _ in contexts), damaged)
 

@@ -10,10 +10,10 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["SCRATCH", "WARNINGS"]
+__all__ = ["SCRATCH", "WARNINGS_LOCK"]
 
 # rasterio and shapely silence warnings around some calls, which is not safe between threads: filters stay changed.
-WARNINGS = threading.Lock()
+WARNINGS_LOCK = threading.Lock()
 
 
 class _Scratch(threading.local):
