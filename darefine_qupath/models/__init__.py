@@ -22,6 +22,7 @@ from darefine_qupath.models.registry import (
     FUSIONS,
     NETWORKS,
     FusionStage,
+    load_plugins,
     register_encoder,
     register_fusion,
     register_network,
@@ -92,3 +93,7 @@ def decoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:
 def num_parameters(model: nn.Module) -> int:
     """Count the trainable values."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+# Last, as those packages import what this one offers.
+load_plugins()

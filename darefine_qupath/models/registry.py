@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,7 @@ __all__ = [
     "FusionStage",
     "NetworkEntry",
     "Registry",
+    "load_plugins",
     "register_encoder",
     "register_fusion",
     "register_network",
@@ -205,3 +207,21 @@ def register_fusion(
     """
     other = None if without_context is None else FUSIONS[without_context]
     FUSIONS.register(name, FusionEntry(coarsest=coarsest, finer=finer, without_context=other))
+
+
+def load_plugins() -> None:
+    """Import the packages that register networks, encoders or fusions: those with an entry point ``darefine.models``.
+
+    Raises
+    ------
+    ModelError
+        If one cannot be imported.
+    """
+    for plugin in entry_points(group="darefine.models"):
+        try:
+            plugin.load()
+        except ImportError as error:
+            raise ModelError(
+                f"The package {plugin.value}, which adds networks to darefine, cannot be imported ({error}); mend or "
+                "uninstall it"
+            ) from error
