@@ -80,6 +80,19 @@ def test_a_backup_is_chosen_by_plain_digits(run: Run, tmp_path: Path, which: str
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--label", "1=X", "--label", "1=Y"), "label 1 is both X and Y"),
+        (("--class-from", " "), "'' is no field"),
+    ],
+    ids=["two classes of a label", "no field"],
+)
+def test_odd_import_options_are_refused(run: Run, words: tuple[str, ...], said: str) -> None:
+    code, _, err = run("import", TINY, "none.png", *words)
+    assert (code, said in err) == (2, True)
+
+
+@pytest.mark.parametrize(
     "label", ["²=Tumor", "٣=Tumor", "1e3=Tumor", "-1=Tumor", "1_0=Tumor", "9" * 300 + "=Tumor", "1="]
 )
 def test_a_label_is_a_number_of_plain_digits(run: Run, label: str) -> None:

@@ -386,6 +386,29 @@ def test_coco_ids_that_mean_two_things_are_refused(write: Write, table: str, nam
         read_annotations(write(coco_file({"bbox": [0, 0, 9, 9]}, **{table: entries}), "a.json"))
 
 
+@pytest.mark.parametrize("value", ["1", "true", " True "])
+def test_negative_regions_are_so_in_any_spelling(write: Write, value: str) -> None:
+    text = aperio(region(SQUARE), region([(10, 10), (20, 10), (20, 20)], NegativeROA=value))
+    (record,) = read_annotations(write(text)).annotations
+    assert record.area == 10_000 - 50
+
+
+JUNK = [{"names": ["Tumor", None]}, {"name": {"a": 1}}, {"name": ["x"]}, {"names": [["x"]]}, {"names": [True]}]
+
+
+@pytest.mark.parametrize("value", JUNK, ids=str)
+def test_class_names_that_are_none_are_refused(write: Write, value: object) -> None:
+    found = read_annotations(write(json.dumps(qupath_feature(classification=value)), "a.geojson"))
+    assert (len(found.annotations), len(found.refused)) == (0, 1)
+    assert "has a class name that is" in found.refused[0].reason
+
+
+@pytest.mark.parametrize(("value", "name"), [({"names": [None]}, None), (2.0, "2"), (2, "2"), (2.5, "2.5")], ids=str)
+def test_class_of_null_or_number(write: Write, value: object, name: str | None) -> None:
+    found = read_annotations(write(json.dumps(qupath_feature(classification=value)), "a.geojson"))
+    assert [record.path_class for record in found.annotations] == [name]
+
+
 def test_coco_box_without_area_is_refused_in_words(write: Write) -> None:
     found = read_annotations(write(coco_file({"bbox": [5, 5, 0, 0]}, {"bbox": [0, 0, 9, 9]}), "a.json"))
     assert [note.reason for note in found.refused] == ["encloses no area"]
@@ -406,6 +429,16 @@ def test_run_lengths_as_text_are_what_pycocotools_writes() -> None:
 
 
 # Archives and encodings
+
+
+def test_zip_with_a_readme_is_read_and_says_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("readme.txt", "drawn in spring")
+        archive.writestr("a.geojson", FEATURE)
+    found = read_annotations(tmp_path / "a.zip")
+    assert len(found.annotations) == 1
+    assert "left out, readme.txt: it is text that is neither XML nor JSON" in found.warnings[0]
+
 
 FEATURE = json.dumps(qupath_feature(classification={"name": "Tumör"}), ensure_ascii=False)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -500,6 +503,55 @@ def test_create_that_fails_leaves_nothing_and_can_be_run_again(
     assert drawn(made) == [("Tumor", A.bounds)]
 
 
+def creating(target: Path, slides: list[Path], stop: str) -> int:
+    """Run create in a process of its own that ends while it adds its second image; gives its exit code."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from darefine_qupath.pipeline.create import create_from_slides\n"
+        "from darefine_qupath.pipeline.listener import Listener\n"
+        "class Stop(Listener):\n"
+        f"    def on_items(self, *_): {stop}\n"
+        "slides = [Path(each) for each in sys.argv[2:]]\n"
+        "create_from_slides(Path(sys.argv[1]), slides, engine='embedded', listener=Stop())"
+    )
+    arguments = [sys.executable, "-c", code, str(target), *map(str, slides)]
+    return subprocess.run(arguments, check=False, capture_output=True).returncode
+
+
+@pytest.mark.parametrize("stop", ["os.kill(os.getpid(), signal.SIGTERM)", "os._exit(9)", "1 / 0"])
+def test_create_that_was_killed_is_refused_when_opened_and_can_be_run_again(
+    template: Path, tmp_path: Path, stop: str
+) -> None:
+    target, slides = tmp_path / "p", [template / "slide.tif"]
+    (target / "data").mkdir(parents=True)
+    (target / "data/keep.txt").touch()
+    assert creating(target, slides, stop) != 0
+    is_clean = stop == "1 / 0"
+    left = sorted(path.name for path in target.rglob("*"))
+    assert left == ["data", "keep.txt"] if is_clean else ".project.qpproj.creating" in left
+    with pytest.raises(ProjectError, match=None if is_clean else "its making was stopped half way"):
+        open_project(target)
+    project, _ = create_from_slides(target, slides, engine="embedded")
+    assert [image.id for image in project.images] == ["1"]
+    assert (target / "data/keep.txt").exists()
+    assert not (target / ".project.qpproj.creating").exists()
+
+
+def test_masks_beside_the_slides_are_no_slides(
+    template: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(template / "slide.tif", tmp_path / "s.tif")
+    shutil.copy(template / "slide.tif", tmp_path / "other_seg.tif")
+    mask(tmp_path / "s_mask.png", 1)
+    made, _ = create_from_slides(tmp_path / "p", [tmp_path], engine="embedded")
+    assert [image.name for image in made.images] == ["other_seg.tif", "s.tif"]
+    assert "1 files are named like masks of other slides and were not added as images: s_mask.png" in caplog.text
+    caplog.clear()
+    made, imports = create_from_slides(tmp_path / "q", [tmp_path], annotations=tmp_path, engine="embedded")
+    assert [(item.file.path.name, item.image.name, item.added) for item in imports] == [("s_mask.png", "s.tif", 1)]
+    assert not caplog.text
+
+
 # Masks
 
 
@@ -589,6 +641,33 @@ def test_file_finds_its_image(file: str, image: str) -> None:
     others = ("Patient2.svs", "slide2.svs", "a.b.svs", "mask.svs")
     index = NameIndex([(name, (name,)) for name in (*others, image)])
     assert index.owners(file) == [image]
+
+
+@pytest.mark.parametrize(
+    ("file", "image", "is_found"),
+    [
+        ("Pra\u0308p 1.geojson", "Pr\u00e4p 1.svs", True),
+        ("Pr\u00e4p 1.geojson", "Pra\u0308p 1.svs", True),
+        ("S1.geojson", "S1.1", False),
+        ("S1.1.geojson", "S1.1", True),
+        ("a.geojson", "a.jp2", True),
+    ],
+)
+def test_accents_and_numbers_in_names(file: str, image: str, is_found: bool) -> None:
+    assert NameIndex([(image, (image,))]).owners(file) == [image] * is_found
+
+
+def test_zip_of_another_images_files_is_refused_by_name(project: Project, tmp_path: Path) -> None:
+    project.add_image(write_pyramid(tmp_path / "second.tif", ramps(*SIZE)))
+    with zipfile.ZipFile(tmp_path / "slide.zip", "w") as archive:
+        archive.writestr("slide.geojson", json.dumps([feature(A)]))
+        archive.writestr("x/second.geojson", json.dumps([feature(B)]))
+    for image in (None, "slide.tif"):
+        with pytest.raises(ExchangeError, match=r"holds second\.geojson, which has the name of another image"):
+            match_files(project, [tmp_path / "slide.zip"], image)
+    slides = [image.path for image in project.images if image.path]
+    with pytest.raises(ExchangeError, match=r"holds second\.geojson"):
+        create_from_slides(tmp_path / "q", slides, annotations=tmp_path, engine="embedded")
 
 
 BARCODE, UID, OTHER = "TCGA-EJ-5519-01Z-00-DX1", str(ID), str(uuid4())

@@ -58,8 +58,10 @@ def import_options(
     name = None if annotator is None else annotator.strip()
     if name in ("", NOBODY):
         raise click.BadParameter(f"{annotator!r} is no name", param_hint="--annotator")
+    if not all(field.strip() for field in class_from):
+        raise click.BadParameter("'' is no field", param_hint="--class-from")
     return ImportOptions(
-        labels=dict(_label(text) for text in labels) or None,
+        labels=_labels(labels) or None,
         class_from=class_from,
         stretch=stretch,
         annotator=name,
@@ -106,6 +108,14 @@ def import_(
         echo_json({"imports": [import_json(item) for item in imports]})
     else:
         show_imports(imports)
+
+
+def _labels(texts: tuple[str, ...]) -> dict[int, str]:
+    labels: dict[int, str] = {}
+    for label, name in map(_label, texts):
+        if labels.setdefault(label, name) != name:
+            raise click.BadParameter(f"label {label} is both {labels[label]} and {name}", param_hint="--label")
+    return labels
 
 
 def _label(text: str) -> tuple[int, str]:

@@ -18,7 +18,7 @@ import shapely
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from darefine_qupath.annotations import RoiKind
-from darefine_qupath.exchange.layers import Hole, Region, add_regions, layers, line_colour, vertices
+from darefine_qupath.exchange.layers import Hole, Region, add_regions, is_negative, layers, line_colour, vertices
 from darefine_qupath.exchange.records import Collector, Note, crossings, ellipse, snapped
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _read_layer(
                 continue
             if roi is None:
                 geometry = _without_overshoot(collector, item, drawn, geometry)
-            if element.get("NegativeROA", "0").strip() == "1":
+            if is_negative(element):
                 holes.append(Hole(item, geometry))
                 continue
             _check_area(collector, item, element, drawn, mpp)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["ClassChoice", "FieldTally"]
+__all__ = ["ClassChoice", "FieldTally", "plain_text", "scalars"]
 
 _MAX_FIELDS = 8
 _MAX_VALUE = 30
@@ -100,11 +100,16 @@ def _short(value: str) -> str:
     return text if len(text) <= _MAX_VALUE else f'{text[: _MAX_VALUE - 4]}..."'
 
 
+def plain_text(value: str | float) -> str:
+    """Text of a value; a table program writes 2.0 for the label 2."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def scalars(properties: Mapping[str, object], without: Iterable[str] = ()) -> dict[str, str]:
     """Texts and numbers among the properties of an object: what may be its class."""
     skipped = frozenset(without)
     return {
-        name: str(value)
+        name: plain_text(value)
         for name, value in properties.items()
         if name not in skipped and isinstance(value, (str, int, float)) and str(value).strip()
     }

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO
 from zipfile import BadZipFile, ZipFile
 
-from darefine_qupath.errors import ExchangeError
+from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange.recognition import archive_kind
 from darefine_qupath.limits import DATA, open_file, read_file
 
-__all__ = ["Document", "documents", "first_bytes"]
+__all__ = ["Document", "documents", "first_bytes", "member_names"]
 
 _GZIP = b"\x1f\x8b"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -109,6 +109,16 @@ def documents(path: Path) -> Iterator[Document]:
         yield from _members(data)
     else:
         yield Document(None, data)
+
+
+def member_names(path: Path) -> list[str]:
+    """Names of the files in a zip, without their folders; none where it is no zip, or cannot be read."""
+    try:
+        with open_file(path) as file, ZipFile(file) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    except (OSError, BadZipFile, RuntimeError, NotImplementedError, DarefineError):
+        return []
+    return [name.rsplit("/", 1)[-1] for name in names if not _is_hidden(name)]
 
 
 def _members(data: bytes) -> Iterator[Document]:

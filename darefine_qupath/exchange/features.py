@@ -20,7 +20,7 @@ from shapely.geometry import GeometryCollection, LineString, MultiLineString, Mu
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color, PathClass, default_color
 from darefine_qupath.errors import ClassMapError, ExchangeError
-from darefine_qupath.exchange.classfields import ClassChoice, scalars
+from darefine_qupath.exchange.classfields import ClassChoice, plain_text, scalars
 from darefine_qupath.exchange.records import Collector, Imported, snapped
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import spoken
@@ -271,7 +271,7 @@ def _class(value: object) -> tuple[str | None, Color | None]:
         return ": ".join(_class_names(value)), _color(value.get("color", value.get("colorRGB")))
     if value is None or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return None, None
-    text = str(value)
+    text = _class_part(value)
     return (None if text.strip().casefold() in _NO_CLASS else text), None
 
 
@@ -294,13 +294,20 @@ def _unwrapped(value: object) -> object:
 
 def _class_names(value: Mapping[str, Any]) -> list[str]:
     if isinstance(value.get("names"), list):
-        return [str(name) for name in value["names"]]
-    names: list[str] = []
+        names = value["names"] if any(name is not None for name in value["names"]) else []
+        return [_class_part(name) for name in names]
+    parts: list[str] = []
     level: object = value
     while isinstance(level, dict):
-        names += [str(level["name"])] if level.get("name") else []
+        parts += [_class_part(level["name"])] if level.get("name") else []
         level = level.get("parentClass", level.get("parentPathClass"))
-    return names[::-1]
+    return parts[::-1]
+
+
+def _class_part(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ExchangeError(f"has a class name that is {_short(value)}")
+    return plain_text(value)
 
 
 _BANDS = re.compile(r"(?:rgb)?[\[(]\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[\])]", re.ASCII)

@@ -10,7 +10,7 @@ import numpy as np
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.layers import Hole, Region, add_regions, layers, line_colour, vertices
+from darefine_qupath.exchange.layers import Hole, Region, add_regions, is_negative, layers, line_colour, vertices
 from darefine_qupath.exchange.records import Collector, ellipse
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _read_layer(collector: Collector, layer: Element, elements: Sequence[Element
             geometry = collector.shape(item, drawn)
             if geometry is None:
                 continue
-            if element.get("NegativeROA", "0").strip() == "1":
+            if is_negative(element):
                 holes.append(Hole(item, geometry))
                 continue
             comment = _comment(element)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Hole", "Region", "add_regions", "layers", "line_colour", "vertices"]
+__all__ = ["Hole", "Region", "add_regions", "is_negative", "layers", "line_colour", "vertices"]
 
 _MAX_CUT = 200_000
 """Corners of the holes of all regions, on top of the file's own, up to which a layer is cut in seconds."""
@@ -65,6 +65,11 @@ def layers(root: Element) -> Iterator[tuple[Element, list[Element]]]:
             found.append((element, regions))
         waiting += [(child, regions) for child in reversed(element)]
     return iter(found if found[0][1] else found[1:])
+
+
+def is_negative(element: Element) -> bool:
+    """Whether a region cuts a hole into the others of its layer."""
+    return element.get("NegativeROA", "").strip().casefold() in ("1", "true", "yes")
 
 
 def vertices(element: Element, item: str, tag: str) -> NDArray[np.float64]:

@@ -7,10 +7,11 @@ so is ``TCGA-..-DX1.xml`` about ``TCGA-..-DX1.<UUID>.svs``, and the other way ro
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
-__all__ = ["ANNOTATION_SUFFIXES", "SLIDE_SUFFIXES", "NameIndex", "is_annotation_file"]
+__all__ = ["ANNOTATION_SUFFIXES", "SLIDE_SUFFIXES", "NameIndex", "is_annotation_file", "is_mask_name"]
 
 SLIDE_SUFFIXES = (
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi",
@@ -22,7 +23,7 @@ ANNOTATION_SUFFIXES = (
 )  # fmt: skip
 
 _ENDINGS = re.compile(r"[ ._-](masks?|labels?|annotations?|annot|seg|segmentation|gt|truth)$")
-_LAST_SUFFIX = re.compile(r"\.[a-z0-9]+$")
+_LAST_SUFFIX = re.compile(r"\.(?=[0-9]*[a-z])[a-z0-9]+$")
 _TCGA = re.compile(r"(tcga(?:-[a-z0-9]+){5})\.[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 _Image = TypeVar("_Image")
@@ -31,6 +32,17 @@ _Image = TypeVar("_Image")
 def is_annotation_file(name: str) -> bool:
     """Whether a file's name is that of an annotation file or of a mask."""
     return name.casefold().endswith(ANNOTATION_SUFFIXES)
+
+
+def is_mask_name(name: str) -> bool:
+    """Whether a file's name says that it annotates another file: ``X_mask.png``."""
+    stem, _, suffix = _folded(name).rpartition(".")
+    return f".{suffix}" in ANNOTATION_SUFFIXES and _ENDINGS.search(stem) is not None
+
+
+def _folded(name: str) -> str:
+    """Name whatever its case, and however its accents are written: macOS keeps them as letters of their own."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def _shortened(name: str) -> Iterator[str]:
@@ -67,7 +79,7 @@ class NameIndex(Generic[_Image]):
         self._by_barcode: dict[str, set[int]] = {}
         for number, (image, names) in enumerate(images):
             self._images.append(image)
-            for stem in {stem for name in names for stem in _stems(name.casefold())}:
+            for stem in {stem for name in names for stem in _stems(_folded(name))}:
                 self._by_name.setdefault(stem, set()).add(number)
                 barcode = _TCGA.fullmatch(stem)
                 if barcode:
@@ -86,7 +98,7 @@ class NameIndex(Generic[_Image]):
         list
             In the order of the images.
         """
-        names = list(_shortened(file_name.casefold()))
+        names = list(_shortened(_folded(file_name)))
         for name in names:
             if name in self._by_name:
                 return self._found(self._by_name[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import ParseError
 
@@ -19,6 +19,7 @@ from darefine_qupath.exchange.documents import Document, documents, first_bytes
 from darefine_qupath.exchange.features import holds_features, read_features
 from darefine_qupath.exchange.halo import is_halo, read_halo
 from darefine_qupath.exchange.labels import read_label_mask
+from darefine_qupath.exchange.names import is_annotation_file
 from darefine_qupath.exchange.ndpa import is_ndpa, read_ndpa
 from darefine_qupath.exchange.recognition import KNOWN, file_kind, json_kind, slide_kind, text_kind, xml_kind
 from darefine_qupath.exchange.records import Imported, merged
@@ -116,7 +117,24 @@ def read_annotations(
             classes=classes,
             class_from=class_from,
         )
-        return merged([_read(request, document) for document in documents(path)])
+        return _read_all(request)
+
+
+def _read_all(request: _Request) -> Imported:
+    """Read the file, or those of an archive, of which one that is named otherwise need not be an annotation file."""
+    parts, left_out = [], []
+    for document in documents(request.path):
+        try:
+            parts.append(_read(request, document))
+        except ExchangeError as error:
+            name = document.member or ""
+            if is_annotation_file(name) or not PurePosixPath(name).suffix:
+                raise
+            left_out.append(str(error))
+    if not parts:
+        raise ExchangeError(left_out[0])
+    found = merged(parts)
+    return replace(found, warnings=(*found.warnings, *(f"{request.path}: left out, {why}" for why in left_out)))
 
 
 def _read(request: _Request, document: Document) -> Imported:

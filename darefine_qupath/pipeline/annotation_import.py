@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID
 
 from darefine_qupath.annotations import (
@@ -19,6 +20,7 @@ from darefine_qupath.annotations import (
 )
 from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange import Imported, Note, read_annotations
+from darefine_qupath.exchange.documents import member_names
 from darefine_qupath.exchange.identity import Origin, Reconciled, reconcile
 from darefine_qupath.exchange.names import NameIndex
 from darefine_qupath.limits import naming
@@ -26,7 +28,9 @@ from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
 from darefine_qupath.project.qpdata.stored import stored_records
 from darefine_qupath.slides import read_glass_frame
 
-__all__ = ["Import", "ImportOptions", "import_files", "match_files"]
+__all__ = ["Import", "ImportOptions", "check_members", "import_files", "match_files"]
+
+_Image = TypeVar("_Image")
 
 _log = logging.getLogger(__name__)
 
@@ -97,9 +101,12 @@ def match_files(project: Project, files: Sequence[Path], image: str | None) -> l
     ExchangeError
         If a file belongs to no image or to several.
     """
-    if image is not None:
-        return [(file, project.image(image)) for file in files]
     index = NameIndex((entry, {entry.name, *([entry.path.name] if entry.path else [])}) for entry in project.images)
+    if image is not None:
+        chosen = project.image(image)
+        for file in files:
+            check_members(file, chosen, index, image)
+        return [(file, chosen) for file in files]
     matched = [(file, index.owners(file.name)) for file in files]
     unclaimed = [str(file) for file, found in matched if not found]
     if unclaimed:
@@ -113,7 +120,25 @@ def match_files(project: Project, files: Sequence[Path], image: str | None) -> l
             raise ExchangeError(
                 f"{file}: {len(found)} images of the project have this file's name; give --image an id, one of {ids}"
             )
+        check_members(file, found[0], index, found[0].name)
     return [(file, found[0]) for file, found in matched]
+
+
+def check_members(file: Path, image: _Image, index: NameIndex[_Image], name: str) -> None:
+    """Refuse a zip that goes into an image and holds a file named like another one.
+
+    Raises
+    ------
+    ExchangeError
+        With the name of that file.
+    """
+    for member in member_names(file):
+        owners = index.owners(member)
+        if owners and image not in owners:
+            raise ExchangeError(
+                f"{file} holds {member}, which has the name of another image, and goes into {name}; unpack it and "
+                f"import its files"
+            )
 
 
 def import_files(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
@@ -10,21 +12,25 @@ from typing import Literal
 
 from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import Imported
-from darefine_qupath.exchange.names import SLIDE_SUFFIXES, NameIndex, is_annotation_file
+from darefine_qupath.exchange.names import SLIDE_SUFFIXES, NameIndex, is_annotation_file, is_mask_name
+from darefine_qupath.filesystem import open_lock, try_lock
 from darefine_qupath.pipeline.annotation_import import (
     DEFAULT_IMPORT,
     Import,
     ImportOptions,
     _log,
     add_to_project,
+    check_members,
     read_for_image,
 )
 from darefine_qupath.pipeline.listener import SILENT, Listener
-from darefine_qupath.project import Project, create_project
+from darefine_qupath.project import Project, create_project, creation_mark
 from darefine_qupath.project.embedded import PROJECT_FILE
 from darefine_qupath.slides import open_slide
 
 __all__ = ["create_from_slides"]
+
+_MAX_MARK = 1 << 20
 
 
 def create_from_slides(
@@ -73,8 +79,9 @@ def create_from_slides(
         If there is no such folder of annotations, or a file in it cannot be read or belongs to several slides.
         Whatever is raised, nothing is left of the new project.
     """
-    files = _slide_files(slides)
+    files, masks = _slide_files(slides)
     found_for = _annotation_files(annotations, files)
+    _say_left_out(masks, found_for)
     classes: list[str] = []
     read: dict[Path, list[Imported]] = {}
     for file in files:
@@ -103,39 +110,96 @@ def create_from_slides(
 
 @contextmanager
 def _removed_on_failure(path: Path) -> Iterator[None]:
-    """Remove what was made of a project when something stops it, so that it can be tried again."""
-    folder, file = (path.parent, path) if path.suffix == ".qpproj" else (path, path / PROJECT_FILE)
-    if file.exists():
+    """Remove what was made of a project when something stops it, now or before the next try."""
+    file = path if path.suffix == ".qpproj" else path / PROJECT_FILE
+    folder, mark = file.parent, creation_mark(file)
+    if file.exists() and not mark.exists():
         # It is somebody's project, and refused.
         yield
         return
-    was_there = set(folder.iterdir()) if folder.is_dir() else set()
-    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = open_lock(mark)
     try:
-        yield
-    except BaseException:
-        for item in set(folder.iterdir()) - was_there if folder.is_dir() else ():
-            if item.is_dir() and not item.is_symlink():
-                rmtree(item, ignore_errors=True)
-            else:
-                item.unlink(missing_ok=True)
-        for above in made:
+        if not try_lock(descriptor):
+            raise ProjectError(f"{folder}: another darefine is making this project")
+        kept = _kept(descriptor, file)
+        try:
+            yield
+        except BaseException:
+            _remove_made(file, kept)
+            raise
+        finally:
+            mark.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+        for above in missing:
             with suppress(OSError):
                 above.rmdir()
-        raise
 
 
-def _slide_files(slides: Sequence[Path]) -> list[Path]:
+def _kept(descriptor: int, file: Path) -> Collection[str]:
+    """Note what is in the folder before anything is made; where an earlier try was killed, remove what that made."""
+    text = os.read(descriptor, _MAX_MARK)
+    if not text:
+        names = [item.relative_to(file.parent).as_posix() for item in _made(file)]
+        os.write(descriptor, json.dumps(names).encode())
+        return names
+    try:
+        kept = [str(name) for name in json.loads(text)]
+    except (ValueError, TypeError):
+        mark = creation_mark(file)
+        raise ProjectError(f"{mark} is damaged; remove it and what there is of the unfinished project") from None
+    _remove_made(file, kept)
+    return kept
+
+
+def _made(file: Path) -> Iterator[Path]:
+    """Everything in a folder that may be part of a project."""
+    folder = file.parent
+    for pattern in ("data/*", f"{file.name}*", "*.darefine-tmp"):
+        yield from folder.glob(pattern)
+    yield from (item for name in ("data", "darefine", "classifiers") if (item := folder / name).exists())
+
+
+def _remove_made(file: Path, kept: Collection[str]) -> None:
+    for item in list(_made(file)):
+        if item.relative_to(file.parent).as_posix() in kept:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
+
+
+def _slide_files(slides: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Slides, and what lies beside them in a folder named like an annotation of one of them."""
     files: list[Path] = []
+    masks: list[Path] = []
     for item in slides:
         if item.is_dir():
-            files += sorted(p for p in item.iterdir() if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES)
+            inside = sorted(p for p in item.iterdir() if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES)
+            index = NameIndex((file, (file.name,)) for file in inside if not is_mask_name(file.name))
+            masks += [file for file in inside if is_mask_name(file.name) and index.owners(file.name)]
+            files += [file for file in inside if file not in masks]
         else:
             files.append(item)
     files = list({file.resolve(): file for file in files}.values())
     if not files:
         raise ProjectError(f"No slides in {', '.join(str(item) for item in slides)}; name image files, or a folder")
-    return files
+    return files, [file for file in masks if file not in files]
+
+
+def _say_left_out(masks: Sequence[Path], found_for: Mapping[Path, Sequence[Path]]) -> None:
+    read = {file.resolve() for found in found_for.values() for file in found}
+    left_out = [file.name for file in masks if file.resolve() not in read]
+    if left_out:
+        _log.warning(
+            "%d files are named like masks of other slides and were not added as images: %s; --annotations DIR imports "
+            "them, an image that is meant can be named as a file",
+            len(left_out),
+            ", ".join(left_out),
+        )
 
 
 def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path, list[Path]]:
@@ -158,6 +222,7 @@ def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path,
                 f"--annotations out and give each file its image with darefine import --image"
             )
         if owners:
+            check_members(file, owners[0], index, owners[0].name)
             found.setdefault(owners[0], []).append(file)
         else:
             left_over.append(file.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
-from darefine_qupath.project.embedded import EmbeddedProject
+from darefine_qupath.project.embedded import PROJECT_FILE, EmbeddedProject
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project, image_titles
 from darefine_qupath.project.staging import Backup
 
@@ -24,6 +24,7 @@ __all__ = [
     "ImageState",
     "Project",
     "create_project",
+    "creation_mark",
     "image_titles",
     "list_backups",
     "open_project",
@@ -61,8 +62,17 @@ def open_project(path: Path | str, engine: str = "auto") -> Project:
     EngineError
         If paquo is asked for and does not work here.
     """
+    mark = creation_mark(Path(path))
+    if mark.exists():
+        raise ProjectError(f"{path}: its making was stopped half way (it left {mark.name}); run darefine create again")
     module = _paquo_engine(engine)
     return EmbeddedProject(Path(path)) if module is None else _as_project(module.PaquoProject(Path(path)))
+
+
+def creation_mark(path: Path) -> Path:
+    """File that stands beside a project's while it is being made of slides, and holds what was there before."""
+    file = path if path.suffix == ".qpproj" else path / PROJECT_FILE
+    return file.with_name(f".{file.name}.creating")
 
 
 def create_project(
