@@ -15,7 +15,8 @@ import shapely
 from safetensors.torch import save
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import Checkpoint, describe, load_checkpoint
+from darefine_qupath.checkpoint.describe import describe
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.geometry import Box, Size

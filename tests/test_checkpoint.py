@@ -17,19 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darefine_qupath import checkpoint as checkpoint_module
-from darefine_qupath.checkpoint import (
-    FORMAT,
-    VERSION,
-    Checkpoint,
-    describe,
-    environment,
-    export_onnx,
-    load_checkpoint,
-    model_id,
-    read_header,
-    save_checkpoint,
-)
+from darefine_qupath.checkpoint import environment as environment_module
+from darefine_qupath.checkpoint import model_file as checkpoint_module
+from darefine_qupath.checkpoint.describe import describe
+from darefine_qupath.checkpoint.environment import environment
+from darefine_qupath.checkpoint.export_onnx import export_onnx
+from darefine_qupath.checkpoint.header import FORMAT, VERSION
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, ModelError
 from darefine_qupath.models import ModelConfig, Normalization, build_model
@@ -149,8 +143,8 @@ def raw_header(path: Path) -> dict[str, Any]:
 
 def test_model_id_is_that_of_the_predictions_not_of_the_file(file: Path) -> None:
     base = a_checkpoint()
-    assert model_id(file) == model_id(str(file)) == model_id(base) == model_id(base.header)
-    assert len(model_id(file)) == 12
+    assert read_header(file).model_id == read_header(str(file)).model_id == base.model_id == base.header.model_id
+    assert len(base.model_id) == 12
     assert a_checkpoint(provenance={}).model_id == base.model_id
 
 
@@ -360,7 +354,7 @@ def test_a_description_names_what_the_model_is(file: Path) -> None:
     assert text == describe(load_checkpoint(file)) == describe(read_header(file))
     for part in ("U-Net, width 4", "0 a, 1 b", "slice 100, context 400, stride 50 um", "64 and 48 px", "12ab", "0.75"):
         assert part in text
-    assert model_id(file) in text.splitlines()[0]
+    assert read_header(file).model_id in text.splitlines()[0]
 
 
 def test_a_description_of_pixel_tiles_says_so() -> None:
@@ -375,7 +369,7 @@ def test_environment_names_the_versions() -> None:
 
 
 def test_a_source_tree_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "package" / "checkpoint.py"))
+    monkeypatch.setattr(environment_module, "__file__", str(tmp_path / "package" / "checkpoint" / "environment.py"))
     assert environment()["git"] is None
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "")
@@ -420,7 +414,7 @@ def test_onnx_logits_match(config: ModelConfig, tmp_path: Path) -> None:
 def test_onnx_is_a_command(file: Path, tmp_path: Path, run: Run) -> None:
     code, out, err = run("onnx", file, "-o", tmp_path / "m.onnx", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == {"onnx": str(tmp_path / "m.onnx"), "model_id": model_id(file)}
+    assert json.loads(out) == {"onnx": str(tmp_path / "m.onnx"), "model_id": read_header(file).model_id}
     code, out, err = run("onnx", file, "-o", tmp_path / "nowhere" / "m.onnx")
     assert (code, out) == (2, "")
     assert err.startswith("Error: ")

@@ -15,7 +15,7 @@ import torch
 from shapely.geometry import box
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.cli import main
 from darefine_qupath.errors import PredictionError, ProjectError

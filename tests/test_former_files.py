@@ -13,7 +13,7 @@ import shapely
 import torch
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import load_checkpoint, rename_former_tensors
+from darefine_qupath.checkpoint.model_file import load_checkpoint, rename_former_tensors
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline.train_request import TrainRequest

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from darefine_qupath.checkpoint import Checkpoint, describe, read_header, save_checkpoint
+from darefine_qupath.checkpoint.describe import describe
+from darefine_qupath.checkpoint.model_file import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError, DarefineError
 from darefine_qupath.geometry import Box, Size

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import Checkpoint, read_header, save_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.cli.tiles import tiles as tiles_command
 from darefine_qupath.cli.train import show_result
 from darefine_qupath.cli.train import train as train_command

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.models import ModelConfig, build_model

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from darefine_qupath.checkpoint import Checkpoint, save_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ModelConfig, build_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.cli import main
 from darefine_qupath.errors import CheckpointError, ClassMapError, MissingMppError, PolygonError, PredictionError

@@ -26,7 +26,7 @@ from torch import distributed
 from torch._dynamo.exc import TorchDynamoException
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import load_checkpoint, read_header
+from darefine_qupath.checkpoint.model_file import load_checkpoint, read_header
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.devices import memory_advice
 from darefine_qupath.errors import (

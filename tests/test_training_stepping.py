@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint, read_header
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint, read_header
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model, encoder_parameters

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from darefine_qupath.checkpoint import describe, export_onnx, load_checkpoint, read_header
+from darefine_qupath.checkpoint.describe import describe
+from darefine_qupath.checkpoint.export_onnx import export_onnx
+from darefine_qupath.checkpoint.model_file import load_checkpoint, read_header
 from darefine_qupath.cli.options import Command
 from darefine_qupath.cli.output import echo_json, json_option, say
 

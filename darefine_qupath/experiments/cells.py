@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import torch
 
-from darefine_qupath.checkpoint import environment, load_checkpoint
+from darefine_qupath.checkpoint.environment import environment
+from darefine_qupath.checkpoint.model_file import load_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.demo import CLASSES, MPP, draw_slide
 from darefine_qupath.devices import choose_device

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.devices import full_float32
 from darefine_qupath.errors import TrainingError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from darefine_qupath.checkpoint import CheckpointHeader
+from darefine_qupath.checkpoint.header import CheckpointHeader
 from darefine_qupath.errors import LimitError, ProjectError, SlideError
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from darefine_qupath.checkpoint import read_header
+from darefine_qupath.checkpoint.model_file import read_header
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import ClassMapError, DarefineError, PredictionError, ProjectError

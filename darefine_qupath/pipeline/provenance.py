@@ -10,7 +10,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation, by_annotators
-from darefine_qupath.checkpoint import read_header
+from darefine_qupath.checkpoint.model_file import read_header
 from darefine_qupath.errors import DarefineError
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations, reviewed_annotations, run_states

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darefine_qupath.annotations import Annotation, LabelPainter
-from darefine_qupath.checkpoint import Checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint
 from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE
 from darefine_qupath.errors import PredictionError, TileError
 from darefine_qupath.exchange import read_annotations

@@ -11,7 +11,7 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.checkpoint import CheckpointHeader
+from darefine_qupath.checkpoint.header import CheckpointHeader
 from darefine_qupath.errors import DarefineError, ProjectError
 from darefine_qupath.limits import wording
 from darefine_qupath.pipeline.listener import Listener

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from darefine_qupath.checkpoint import CheckpointHeader, read_header
+from darefine_qupath.checkpoint.header import CheckpointHeader
+from darefine_qupath.checkpoint.model_file import read_header
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.train_request import TrainRequest

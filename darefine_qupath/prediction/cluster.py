@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from darefine_qupath import __version__
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.errors import DarefineError, PredictionError
 from darefine_qupath.limits import naming
 from darefine_qupath.prediction.options import PredictionProgress, PredictOptions

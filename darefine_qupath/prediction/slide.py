@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from darefine_qupath import __version__
-from darefine_qupath.checkpoint import Checkpoint, CheckpointHeader, load_checkpoint
+from darefine_qupath.checkpoint.header import CheckpointHeader
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.devices import choose_device, choose_precision
 from darefine_qupath.errors import PredictionError

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import ModelError, TrainingError
 from darefine_qupath.models import (

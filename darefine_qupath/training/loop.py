@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darefine_qupath.checkpoint import Checkpoint, environment, read_header, save_checkpoint
+from darefine_qupath.checkpoint.environment import environment
+from darefine_qupath.checkpoint.model_file import Checkpoint, read_header, save_checkpoint
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.devices import memory_advice
 from darefine_qupath.errors import TrainingError, TrainingStoppedError

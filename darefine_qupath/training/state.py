@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darefine_qupath.checkpoint import rename_former_tensors
+from darefine_qupath.checkpoint.model_file import rename_former_tensors
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, spoken

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from darefine_qupath.annotations import Annotation, LabelPainter
-from darefine_qupath.checkpoint import Checkpoint, load_checkpoint
+from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.demo.layout import plan_layout
 from darefine_qupath.demo.painting import paint

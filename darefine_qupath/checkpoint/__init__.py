@@ -1,0 +1,1 @@
+"""Model files: weights with everything that prediction needs to know of them."""
