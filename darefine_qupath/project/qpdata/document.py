@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation, Kind
@@ -17,7 +16,7 @@ from darefine_qupath.javaserial.nodes import JavaObject, paused_garbage_collecti
 from darefine_qupath.javaserial.packed import PackedObject, Template, distinct_nodes
 from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.project.qpdata.hierarchy import Found, ObjectParts, duplicates_of, walk
-from darefine_qupath.project.qpdata.items import complete_items, root_of
+from darefine_qupath.project.qpdata.items import read_items, root_of
 from darefine_qupath.project.qpdata.objects import KINDS, Reader, class_of
 from darefine_qupath.project.qpdata.read import open_compact, read_image_data, reading, roi_batch
 from darefine_qupath.project.qpdata.rois import RoiError
@@ -38,6 +37,8 @@ class Document:
 
     Attributes
     ----------
+    items : Items
+        What stands beside the objects.
     found : list of Found
         Objects of the hierarchy, parents before children; the root comes first.
 
@@ -53,8 +54,8 @@ class Document:
         try:
             with reading(path), paused_garbage_collection():
                 self.stream = open_compact(data)
-                self._items = complete_items(self.stream, data, path)
-                self.found: list[Found] = list(walk(root_of(self._items), self._items.server_text))
+                self.items = read_items(self.stream, data, path)
+                self.found: list[Found] = list(walk(root_of(self.items), self.items.server_text))
         except NodeError as error:
             raise self.named(error) from None
 
@@ -74,26 +75,6 @@ class Document:
         return ProjectFormatError(error.message, path=self.path, offset=offset)
 
     @property
-    def qupath_version(self) -> str | None:
-        """Version of QuPath that wrote the file."""
-        return self._items.qupath_version
-
-    @property
-    def image_type(self) -> str:
-        """QuPath's ImageType."""
-        return self._items.image_type
-
-    @property
-    def server(self) -> Mapping[str, Any] | None:
-        """The image server's builder."""
-        return self._items.server
-
-    @property
-    def properties(self) -> Mapping[str, Any]:
-        """Image properties."""
-        return self._items.properties
-
-    @property
     def num_objects(self) -> int:
         """Objects, the root not counted."""
         return len(self.found) - 1
@@ -106,8 +87,6 @@ class Document:
     @cached_property
     def duplicates(self) -> frozenset[UUID]:
         """Identities that more than one object has."""
-        if len(self.index) == len(self.found):
-            return frozenset()
         return duplicates_of([item.id for item in self.found])
 
     @cached_property
@@ -157,7 +136,7 @@ class Document:
 
     def cores(self) -> dict[UUID, JavaObject]:
         """Cores of the TMA grid."""
-        hierarchy = self._items.hierarchy
+        hierarchy = self.items.hierarchy
         grid = None if hierarchy is None else values.field(hierarchy, "tmaGrid")
         if grid is None:
             return {}
@@ -166,7 +145,7 @@ class Document:
 
     def records(self, numbers: Sequence[int]) -> list[Annotation]:
         """Make records of some of the objects."""
-        rois = roi_batch(self._items, self.data)
+        rois = roi_batch(self.items, self.data)
         reader = Reader(len(self.data), rois)
         try:
             with reading(self.path):

@@ -91,7 +91,7 @@ class _Editor:
     def __init__(self, document: Document, colors: Mapping[str, Color]) -> None:
         self.items = document.found
         self.index = document.index
-        is_modern = qpproj.is_since(document.qupath_version or "", 0, 6)
+        is_modern = qpproj.is_since(document.items.qupath_version or "", 0, 6)
         self.builder = NodeBuilder(document.stream, is_modern=is_modern, colors=colors)
 
     @cached_property
@@ -244,8 +244,8 @@ def _check_changes(document: Document, changes: Changes) -> None:
     where = document.path or "the image"
     if not document.has_ids:
         raise ProjectUnsupportedError(
-            f"{where} was written by QuPath {document.qupath_version or 'before 0.4'}, whose objects have no identity; "
-            f"open the image in QuPath 0.4 or later and save it first"
+            f"{where} was written by QuPath {document.items.qupath_version or 'before 0.4'}, whose objects have no "
+            f"identity; open the image in QuPath 0.4 or later and save it first"
         )
     touched = [record.id for record in (*changes.add, *changes.replace)] + list(changes.remove)
     twice = duplicates_of(touched)

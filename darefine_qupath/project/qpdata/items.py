@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ __all__ = [
     "Stains",
     "TmaGrid",
     "WorkflowStep",
-    "complete_items",
     "image_type_of",
+    "read_items",
     "root_of",
     "tma_grid",
 ]
@@ -97,54 +97,83 @@ class Opaque:
     java_class: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Items:
-    """Top-level items by type, as QuPath itself tells them apart."""
+    """What stands at the top level of a ``data.qpdata`` file, told apart by type as QuPath does.
 
-    data_version: str = ""
+    Attributes
+    ----------
+    data_version : str
+        ``"Data file version 3"``.
+    server_text : str
+        The JSON (or older text) that names the image.
+    qupath_version : str or None
+        Version of QuPath that wrote the file; None in old files.
+    server : mapping or None
+        The image server's builder; None where there is none.
+    locale : str or None
+        Format locale of the writer, ``"en_US"``.
+    image_type : str
+        QuPath's ImageType.
+    stains : Stains or None
+        Of a brightfield image.
+    workflow : tuple of WorkflowStep
+        History, oldest first.
+    properties : mapping of str to value
+        Image properties; `Opaque` where the value is an object of a QuPath class.
+    hierarchy : JavaObject or None
+        Node of the objects; None once they are read.
+    """
+
+    data_version: str
     server_text: str = ""
+    qupath_version: str | None = None
+    server: Mapping[str, Any] | None = None
     locale: str | None = None
     image_type: str = "UNSET"
     stains: Stains | None = None
     workflow: tuple[WorkflowStep, ...] = ()
-    hierarchy: JavaObject | None = None
     properties: Mapping[str, Any] = field(default_factory=dict)
-    is_complete: bool = False
-    qupath_version: str | None = None
-    server: Mapping[str, Any] | None = None
+    hierarchy: JavaObject | None = None
 
 
-def _items(stream: Stream) -> Items:
-    items = Items()
+def read_items(stream: Stream, data: bytes, path: Path | None) -> Items:
+    """Read the items of a whole file.
+
+    Raises
+    ------
+    NodeError
+        If one of them is not what it should be.
+    ProjectFormatError
+        If the end of the file is missing.
+    """
     contents = iter(stream.contents)
-    first = next(contents, None)
-    if not isinstance(first, bytes) or len(first) < 2:
-        raise NodeError("The file does not begin with its version", stream.nodes[0] if stream.nodes else None)
-    items.data_version = text(JavaString.of_raw(first[2:])) or ""
-    if not items.data_version.startswith(_VERSION_PREFIX):
-        raise NodeError(f"The file begins with {items.data_version[:40]!r} instead of its version", None)
-    readers: dict[str, Callable[[JavaObject], None]] = {
-        "java.util.Locale": lambda node: setattr(items, "locale", _locale(node)),
-        STAINS: lambda node: setattr(items, "stains", _stains(node)),
-        WORKFLOW: lambda node: setattr(items, "workflow", tuple(_workflow(node))),
-        HIERARCHY: lambda node: setattr(items, "hierarchy", node),
-        "java.util.HashMap": lambda node: setattr(items, "properties", _properties(node)),
-        "java.util.LinkedHashMap": lambda node: setattr(items, "properties", _properties(node)),
-    }
-    has_server = False
+    found: dict[str, Any] = {"data_version": _data_version(next(contents, None), stream)}
     for item in contents:
         if isinstance(item, JavaString):
             if item.raw == EOF.encode():
-                items.is_complete = True
-                break
-            if not has_server:
-                items.server_text, has_server = text(item) or "", True
-                _parse_server(items)
+                return Items(**found)
+            if "server_text" not in found:
+                found |= _server(text(item) or "")
         elif isinstance(item, JavaEnum) and item.desc.name == IMAGE_TYPE:
-            items.image_type = text(item.constant) or "UNSET"
-        elif isinstance(item, JavaObject) and item.desc.name in readers:
-            readers[item.desc.name](item)
-    return items
+            found["image_type"] = text(item.constant) or "UNSET"
+        elif isinstance(item, JavaObject) and item.desc.name in _READERS:
+            name, reader = _READERS[item.desc.name]
+            found[name] = reader(item)
+    raise ProjectFormatError(
+        "The file ends without its closing 'EOF': its end is missing; take QuPath's data.qpdata.bkp or a backup",
+        path=path,
+        offset=len(data),
+    )
+
+
+def _data_version(first: object, stream: Stream) -> str:
+    if not isinstance(first, bytes) or len(first) < 2:
+        raise NodeError("The file does not begin with its version", stream.nodes[0] if stream.nodes else None)
+    version = text(JavaString.of_raw(first[2:])) or ""
+    if not version.startswith(_VERSION_PREFIX):
+        raise NodeError(f"The file begins with {version[:40]!r} instead of its version", None)
+    return version
 
 
 def image_type_of(head: bytes) -> str | None:
@@ -153,11 +182,14 @@ def image_type_of(head: bytes) -> str | None:
     return found.constant.text if isinstance(found, JavaEnum) else None
 
 
-def _parse_server(items: Items) -> None:
-    wrapper = _json(items.server_text) or {}
+def _server(described: str) -> dict[str, Any]:
+    wrapper = _json(described) or {}
     version, server = wrapper.get("qupathVersion"), wrapper.get("server")
-    items.qupath_version = None if version is None else str(version)
-    items.server = server if isinstance(server, dict) else None
+    return {
+        "server_text": described,
+        "qupath_version": None if version is None else str(version),
+        "server": server if isinstance(server, dict) else None,
+    }
 
 
 def _locale(node: JavaObject) -> str:
@@ -209,13 +241,14 @@ def _json(described: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _workflow(node: JavaObject) -> Iterator[WorkflowStep]:
-    for step in node.content:
-        if isinstance(step, JavaObject):
-            kind = step.desc.name.rpartition(".")[2]
-            reader = _STEPS.get(kind)
-            name, script = (None, None) if reader is None else reader(step)
-            yield WorkflowStep(java_class=step.desc.name, name=name, script=script)
+def _workflow(node: JavaObject) -> tuple[WorkflowStep, ...]:
+    return tuple([_workflow_step(step) for step in node.content if isinstance(step, JavaObject)])
+
+
+def _workflow_step(step: JavaObject) -> WorkflowStep:
+    reader = _STEPS.get(step.desc.name.rpartition(".")[2])
+    name, script = (None, None) if reader is None else reader(step)
+    return WorkflowStep(java_class=step.desc.name, name=name, script=script)
 
 
 _Step = tuple[str | None, str | None]
@@ -292,6 +325,16 @@ def _key(node: Content) -> str | float | int | bool | None:
     return values.number(node) if type_name(node) in _NUMBERS else type_name(node)
 
 
+_READERS: dict[str, tuple[str, Callable[[JavaObject], Any]]] = {
+    "java.util.Locale": ("locale", _locale),
+    STAINS: ("stains", _stains),
+    WORKFLOW: ("workflow", _workflow),
+    HIERARCHY: ("hierarchy", lambda node: node),
+    "java.util.HashMap": ("properties", _properties),
+    "java.util.LinkedHashMap": ("properties", _properties),
+}
+
+
 def tma_grid(hierarchy: JavaObject, ids: Mapping[int, UUID]) -> TmaGrid | None:
     """Grid of a tissue microarray, from the identities of its cores by the ids of their nodes."""
     grid = values.field(hierarchy, "tmaGrid")
@@ -317,21 +360,3 @@ def root_of(items: Items) -> JavaObject:
     if not isinstance(root, JavaObject) or root.desc.name != ROOT:
         raise NodeError(f"{type_name(root)} where the root object should be", items.hierarchy)
     return root
-
-
-def complete_items(stream: Stream, data: bytes, path: Path | None) -> Items:
-    """Top-level items of a whole file.
-
-    Raises
-    ------
-    ProjectFormatError
-        If its end is missing.
-    """
-    items = _items(stream)
-    if items.is_complete:
-        return items
-    raise ProjectFormatError(
-        "The file ends without its closing 'EOF': its end is missing; take QuPath's data.qpdata.bkp or a backup",
-        path=path,
-        offset=len(data),
-    )

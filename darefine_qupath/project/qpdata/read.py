@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 from darefine_qupath.annotations import Annotation
@@ -18,7 +18,7 @@ from darefine_qupath.javaserial.packed import unpack
 from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.limits import spoken
 from darefine_qupath.project.qpdata.hierarchy import duplicates_of, walk
-from darefine_qupath.project.qpdata.items import Items, Stains, TmaGrid, WorkflowStep, complete_items, root_of, tma_grid
+from darefine_qupath.project.qpdata.items import Items, TmaGrid, read_items, root_of, tma_grid
 from darefine_qupath.project.qpdata.objects import Reader, Row
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiError
 from darefine_qupath.project.qpdata.schema import PATH_CLASS
@@ -28,8 +28,8 @@ __all__ = ["ImageData", "open_compact", "read_image_data", "reading", "roi_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageData:
-    """All that a ``data.qpdata`` file says.
+class ImageData(Items):
+    """All that a ``data.qpdata`` file says: its `Items`, and its objects as records.
 
     Attributes
     ----------
@@ -37,32 +37,14 @@ class ImageData:
         The file, for messages.
     data : bytes
         Its bytes.
-    data_version : str
-        ``"Data file version 3"``.
-    qupath_version : str or None
-        Version of QuPath that wrote it; None in old files.
-    server_text : str
-        The JSON (or older text) that names the image.
-    server : mapping or None
-        The image server's builder in it; None where there is none.
-    locale : str or None
-        Format locale of the writer, ``"en_US"``.
-    image_type : str
-        QuPath's ImageType.
-    stains : Stains or None
-        Of a brightfield image.
-    workflow : tuple of WorkflowStep
-        History, oldest first.
     objects : tuple of Annotation
         Every object but the root, parents before children.
     root_id : UUID
         Identity of the root.
     tma_grid : TmaGrid or None
         Of a tissue microarray.
-    properties : mapping of str to value
-        Image properties; `Opaque` where the value is an object of a QuPath class.
-    colours : mapping of str to Colour
-        Colours of the path classes met, by full name.
+    colors : mapping of str to Color
+        Colors of the path classes met, by full name.
     duplicates : frozenset of UUID
         Identities that more than one object has.
     has_ids : bool
@@ -71,18 +53,9 @@ class ImageData:
 
     path: Path | None
     data: bytes
-    data_version: str
-    qupath_version: str | None
-    server_text: str
-    server: Mapping[str, Any] | None
-    locale: str | None
-    image_type: str
-    stains: Stains | None
-    workflow: tuple[WorkflowStep, ...]
     objects: tuple[Annotation, ...]
     root_id: UUID
     tma_grid: TmaGrid | None
-    properties: Mapping[str, Any]
     colors: Mapping[str, Color]
     duplicates: frozenset[UUID]
     has_ids: bool
@@ -98,14 +71,13 @@ class _Collected(NamedTuple):
 
 
 def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | None = None) -> _Collected:
-    items = complete_items(stream, data, path)
+    items = read_items(stream, data, path)
     if rois is None:
         rois = roi_batch(items, data)
     reader = Reader(len(data), rois)
     rows = reader.rows(walk(root_of(items), items.server_text))
     grid = tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
-    items.hierarchy = None
-    return _Collected(items, reader, rows, grid)
+    return _Collected(replace(items, hierarchy=None), reader, rows, grid)
 
 
 def roi_batch(items: Items, data: bytes) -> RoiBatch:
@@ -199,20 +171,12 @@ def read_image_data(data: bytes, *, path: Path | None = None) -> ImageData:
         while rows:
             objects.append(rows.pop().record(rois))
     return ImageData(
+        **{item.name: getattr(items, item.name) for item in fields(items)},
         path=path,
         data=data,
-        data_version=items.data_version,
-        qupath_version=items.qupath_version,
-        server_text=items.server_text,
-        server=items.server,
-        locale=items.locale,
-        image_type=items.image_type,
-        stains=items.stains,
-        workflow=items.workflow,
         objects=tuple(objects),
         root_id=reader.ids[0],
         tma_grid=grid,
-        properties=items.properties,
         colors=reader.colors,
         duplicates=duplicates_of(reader.ids),
         has_ids=reader.has_ids,

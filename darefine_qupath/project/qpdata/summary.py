@@ -50,10 +50,10 @@ def summarize(document: Document, *, size: tuple[int, int] | None = None, timest
     kinds = ["Root objects", *(_SUMMARY_NAMES[kind] for kind, _ in tally)]
     annotations = [path_class or "Unclassified" for kind, path_class in tally if kind == "annotation"]
     detections = [path_class or "Unclassified" for kind, path_class in tally if is_detection(kind)]
-    server = _server_summary(document.server or {}, size)
+    server = _server_summary(document.items.server or {}, size)
     return {
         "timestamp": timestamp_ms,
-        "imageType": document.image_type,
+        "imageType": document.items.image_type,
         **({} if server is None else {"server": server}),
         "hierarchy": {
             "nObjects": len(kinds),

@@ -91,7 +91,7 @@ def _difference(before: Document, changes: Changes, after: Document) -> str | No
             comparison.take_as_same(one.node, two.node)
     if not comparison.same(_beside(before, changes), _beside(after, changes)):
         return "what stands beside the objects came back changed"
-    wrong = [name for name, value in changes.properties.items() if after.properties.get(name) != value]
+    wrong = [name for name, value in changes.properties.items() if after.items.properties.get(name) != value]
     return f"the image property {wrong[0]!r} came back wrong" if wrong else None
 
 
