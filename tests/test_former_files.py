@@ -22,7 +22,7 @@ from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig, read_run
 from darefine_qupath.training.distributed import ProcessGroup
-from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.initialize import FrozenLayers
 from darefine_qupath.training.state import load_state
 from darefine_qupath.training.train_step import Stepper
 from tests.tile_slides import ArraySlide
@@ -68,9 +68,9 @@ def test_a_training_state_is_read() -> None:
     folder = FORMER / "run"
     settings = read_run(folder)
     network = build_model(settings.model, seed=0)
-    world = ProcessGroup()
-    norms = FrozenNorms(network, settings.train, ())
-    stepper = Stepper(network, settings.train, world=world, normalization=settings.normalization, norms=norms)
+    group = ProcessGroup()
+    frozen = FrozenLayers(network, settings.train, ())
+    stepper = Stepper(network, settings.train, group=group, normalization=settings.normalization, frozen=frozen)
     counters = load_state(folder / "state.safetensors", stepper)
     assert (counters.epoch, stepper.step) == (4, 160)
     last = load_checkpoint(folder / "model.safetensors").state

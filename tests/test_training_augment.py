@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.training import PRESETS, TrainConfig
-from darefine_qupath.training.augment import AugmentationParams, Batch, apply_augmentation, draw_augmentation
+from darefine_qupath.training.augment import AugmentationParams, TileBatch, apply_augmentation, draw_augmentation
 
 SIZE = 64
 DRAWS = st.builds(
@@ -29,9 +29,9 @@ def ramp(left: float, top: float, right: float, bottom: float) -> torch.Tensor:
     return torch.stack([red, green, torch.full((SIZE, SIZE), 0.5)]).mul(255).round().to(torch.uint8)
 
 
-def placed_batch(*boxes: tuple[float, float, float, float]) -> Batch:
+def placed_batch(*boxes: tuple[float, float, float, float]) -> TileBatch:
     masks = torch.stack([(ramp(*box)[0] > 128).to(torch.uint8) for box in boxes])
-    return Batch(
+    return TileBatch(
         slices=torch.stack([ramp(*box) for box in boxes]),
         contexts=torch.stack([ramp(0, 0, 1, 1) for _ in boxes]),
         masks=masks,
@@ -123,7 +123,7 @@ def test_glass_keeps_its_colour_whatever_the_stain() -> None:
 def test_more_haematoxylin_darkens_nuclei_not_eosin() -> None:
     nucleus, stroma = torch.tensor([90, 60, 140]), torch.tensor([235, 140, 190])
     image = torch.stack([nucleus, stroma], dim=1)[None, :, :, None].to(torch.uint8)
-    batch = Batch(slices=image, contexts=image, masks=torch.zeros(1, 2, 1), boxes=torch.tensor([[0.0, 0, 1, 1]]))
+    batch = TileBatch(slices=image, contexts=image, masks=torch.zeros(1, 2, 1), boxes=torch.tensor([[0.0, 0, 1, 1]]))
     turned = apply_augmentation(batch, [AugmentationParams(stains=(0.2, 0.0, 0.0))])
     change = turned.slices[0].float().mean(dim=0) - image[0].float().mean(dim=0)
     assert change[0] < -10
@@ -142,7 +142,7 @@ def test_brightness_contrast_and_saturation_are_applied(
 ) -> None:
     brightness, contrast, saturation = (amount * factor for amount, factor in zip(drawn, which, strict=True))
     image = torch.tensor(color, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 2, 2)
-    batch = Batch(slices=image, contexts=image, masks=torch.zeros(1, 2, 2), boxes=torch.tensor([[0.0, 0, 1, 1]]))
+    batch = TileBatch(slices=image, contexts=image, masks=torch.zeros(1, 2, 2), boxes=torch.tensor([[0.0, 0, 1, 1]]))
     turned = apply_augmentation(batch, [AugmentationParams(colors=(brightness, contrast, saturation))])
     gray = sum(color) / 3
     expected = [

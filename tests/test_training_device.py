@@ -11,9 +11,9 @@ import torch
 
 from darefine_qupath.models import ModelConfig, Normalization, build_model
 from darefine_qupath.training import TrainConfig
-from darefine_qupath.training.augment import Batch, draw_augmentation
+from darefine_qupath.training.augment import TileBatch, draw_augmentation
 from darefine_qupath.training.distributed import ProcessGroup
-from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.initialize import FrozenLayers
 from darefine_qupath.training.train_step import StepOutcome, Stepper
 
 META = torch.device("meta")
@@ -23,10 +23,12 @@ RECIPES = {
 }
 
 
-def batch_of(num_tiles: int) -> Batch:
+def batch_of(num_tiles: int) -> TileBatch:
     images = torch.zeros(num_tiles, 3, 64, 64, dtype=torch.uint8)
     masks = torch.zeros(num_tiles, 64, 64, dtype=torch.uint8)
-    return Batch(slices=images, contexts=images, masks=masks, boxes=torch.tensor([[0.4, 0.4, 0.6, 0.6]] * num_tiles))
+    return TileBatch(
+        slices=images, contexts=images, masks=masks, boxes=torch.tensor([[0.4, 0.4, 0.6, 0.6]] * num_tiles)
+    )
 
 
 def step_on_meta(model: ModelConfig, config: TrainConfig) -> StepOutcome:
@@ -34,9 +36,9 @@ def step_on_meta(model: ModelConfig, config: TrainConfig) -> StepOutcome:
     stepper = Stepper(
         network,
         config,
-        world=ProcessGroup(device=META),
+        group=ProcessGroup(device=META),
         normalization=Normalization(),
-        norms=FrozenNorms(network, config, ()),
+        frozen=FrozenLayers(network, config, ()),
         class_weights=torch.ones(4) if config.class_weights == "inverse" else None,
     )
     draws = [draw_augmentation(config, epoch=0, position=position) for position in range(4)]

@@ -34,7 +34,7 @@ from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
 from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import TileError, TrainingStoppedError
-from darefine_qupath.training.distributed import join_world
+from darefine_qupath.training.distributed import join_process_group
 from tests.test_training_distributed import run
 out = Path(sys.argv[1])
 run(out / "two")
@@ -47,14 +47,14 @@ unsynchronised, no_sync = [], DistributedDataParallel.no_sync
 DistributedDataParallel.no_sync = lambda self: unsynchronised.append(1) or no_sync(self)
 run(out / "parts", grad_accum_steps=2)
 print("PARTS", len(unsynchronised))
-world = join_world("cpu")
+group = join_process_group("cpu")
 try:
-    with world.together():
-        if world.rank == 1:
+    with group.fail_together():
+        if group.rank == 1:
             raise TileError("tile 3 is damaged")
 except Exception as error:
     print(type(error).__name__, error)
-print("MAIN", world.of_main(7.5 + world.rank))
+print("MAIN", group.value_of_main(7.5 + group.rank))
 """
 
 # Clocks that stand still (a state is never due) and that leap (always due), on one process or the other.
@@ -216,9 +216,9 @@ def test_two_processes_of_the_command_line_have_the_loss_of_one(tmp_path: Path) 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    world = join_process_group("cpu")
-    assert (world.rank, world.size, world.is_main) == (0, 1, True)
-    assert world.sum(torch.tensor(3)).item() == 3
+    group = join_process_group("cpu")
+    assert (group.rank, group.size, group.is_main) == (0, 1, True)
+    assert group.sum(torch.tensor(3)).item() == 3
 
 
 def test_broken_environments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from darefine_qupath.tiles.index import TileRecord
 from darefine_qupath.tiles.sampling import expected_shares
 from darefine_qupath.tiles.sources import TilePixels, TileSource
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.training import Progress, RunFolder, TrainConfig, read_run
+from darefine_qupath.training import RunFolder, TrainConfig, TrainingProgress, read_run
 from darefine_qupath.training import loader as batches_module
 from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
@@ -68,10 +68,10 @@ class Killed(BaseException):
     """A stand-in for whatever ends a process without warning."""
 
 
-def kill_at(count: int) -> Callable[[Progress], None]:
+def kill_at(count: int) -> Callable[[TrainingProgress], None]:
     calls = itertools.count(1)
 
-    def report(_: Progress) -> None:
+    def report(_: TrainingProgress) -> None:
         if next(calls) == count:
             raise Killed
 
@@ -92,7 +92,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 def test_run_folder_explains_itself(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     result = toy_train(tmp_path / "run", provenance={"project": "p"}, progress=seen.append)
     folder = RunFolder(tmp_path / "run")
     names = {path.name for path in folder.path.iterdir()} - {"tensorboard"}
@@ -268,7 +268,7 @@ def test_resume_without_steps_saved_goes_back_to_the_epoch(tmp_path: Path) -> No
     toy_train(tmp_path / "whole", config)
     with pytest.raises(Killed):
         toy_train(tmp_path / "parts", config, progress=kill_at(6))
-    steps: list[Progress] = []
+    steps: list[TrainingProgress] = []
     toy_train(tmp_path / "parts", config, resume=True, progress=steps.append)
     assert (steps[0].epoch, steps[0].step) == (2, 1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -363,7 +363,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path: Path) -> None
 def test_signal_ends_the_step_and_says_how_to_go_on(
     tmp_path: Path, unbroken: Callable[[str], Path], number: signal.Signals, at: tuple[str, int, int]
 ) -> None:
-    def send(progress: Progress) -> None:
+    def send(progress: TrainingProgress) -> None:
         if (progress.stage, progress.epoch, progress.step) == at:
             os.kill(os.getpid(), number)
 
@@ -432,7 +432,7 @@ def test_an_interrupt_that_is_passed_on_twice_counts_once() -> None:
 
 
 def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    def insist(_: Progress) -> None:
+    def insist(_: TrainingProgress) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -21,10 +21,10 @@ from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwo
 from darefine_qupath.prediction.engine import Engine, EngineSettings
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training import loop as loop_module
-from darefine_qupath.training.augment import AugmentationParams, Batch
+from darefine_qupath.training.augment import AugmentationParams, TileBatch
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.evaluation import evaluate
-from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.initialize import FrozenLayers
 from darefine_qupath.training.train_step import Stepper
 from tests.training_toy import CLASSES, toy_config, toy_data, toy_model, toy_spec, toy_train
 
@@ -38,14 +38,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def batch_of(num_tiles: int, seed: int, size: int = 32) -> Batch:
+def batch_of(num_tiles: int, seed: int, size: int = 32) -> TileBatch:
     """Noise with labels, of which a different share is ignored in every tile."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (2, num_tiles, 3, size, size), generator=generator, dtype=torch.uint8)
     masks = torch.randint(0, 3, (num_tiles, size, size), generator=generator, dtype=torch.uint8)
     shares = torch.rand(num_tiles, 1, 1, generator=generator)
     masks[torch.rand(masks.shape, generator=generator) < shares] = IGNORE
-    return Batch(slices=images[0], contexts=images[1], masks=masks, boxes=torch.tensor([[0, 0, 1, 1]] * num_tiles))
+    return TileBatch(slices=images[0], contexts=images[1], masks=masks, boxes=torch.tensor([[0, 0, 1, 1]] * num_tiles))
 
 
 def stepper_of(
@@ -56,11 +56,11 @@ def stepper_of(
 ) -> Stepper:
     """Stepper of a network whose encoders count as trained elsewhere unless said otherwise."""
     network = build_model(model, seed=0)
-    norms = FrozenNorms(network, config, tuple(network.encoders) if trained is None else trained)
-    return Stepper(network, config, world=ProcessGroup(), normalization=normalization, norms=norms)
+    frozen = FrozenLayers(network, config, tuple(network.encoders) if trained is None else trained)
+    return Stepper(network, config, group=ProcessGroup(), normalization=normalization, frozen=frozen)
 
 
-def change(config: TrainConfig, batch: Batch, model: ModelConfig = LIGHT) -> torch.Tensor:
+def change(config: TrainConfig, batch: TileBatch, model: ModelConfig = LIGHT) -> torch.Tensor:
     """What a step adds to the weights."""
     stepper = stepper_of(config, model)
     before = flat(stepper.network)
@@ -160,7 +160,7 @@ def test_each_encoder_sees_what_it_was_trained_on(mode: str) -> None:
     model = replace(DUAL, context_encoder="efficientnet-lite0", input=mode)
     data, normalization = toy_data(1), Normalization.of(model)
     item = data[0]
-    batch = Batch(
+    batch = TileBatch(
         slices=item.slice[None], contexts=item.context[None], masks=item.mask[None], boxes=torch.tensor([[0, 0, 1, 1]])
     )
     pixels = torch.nn.functional.avg_pool2d(batch.slices.float(), 2) if mode == "multisize" else batch.contexts.float()
@@ -239,8 +239,8 @@ def test_float32_is_never_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     network.slice_encoder.register_forward_hook(look)
     next(network.slice_encoder.parameters()).register_hook(look)
     config = toy_config(precision="fp32")
-    norms = FrozenNorms(network, config, ())
-    Stepper(network, config, world=ProcessGroup(), normalization=Normalization(), norms=norms).train_on(
+    frozen = FrozenLayers(network, config, ())
+    Stepper(network, config, group=ProcessGroup(), normalization=Normalization(), frozen=frozen).train_on(
         batch_of(4, 0), [AugmentationParams()] * 4, 1.0
     )
     evaluate(network, toy_data(1))

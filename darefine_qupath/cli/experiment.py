@@ -13,7 +13,7 @@ from darefine_qupath.experiments.cells import ExperimentRequest, run_experiment
 from darefine_qupath.experiments.networks import NETWORKS
 from darefine_qupath.experiments.tables import read_cells, write_tables
 from darefine_qupath.models import ENCODERS
-from darefine_qupath.training.progress import Progress
+from darefine_qupath.training.progress import TrainingProgress
 
 _QUICK = {
     "steps": 20,
@@ -73,7 +73,7 @@ def experiment(out: Path, *, quick: bool, tables: bool, **options: Any) -> None:
     click.echo(write_tables(out, settings, read_cells(out)))
 
 
-def _report(name: str, progress: Progress) -> None:
+def _report(name: str, progress: TrainingProgress) -> None:
     """Say where a cell is, every ten steps."""
     if progress.step % 10 == 0 and progress.stage == "step":
         note(

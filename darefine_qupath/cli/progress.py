@@ -16,7 +16,7 @@ from darefine_qupath.pipeline.listener import Listener
 
 if TYPE_CHECKING:
     from darefine_qupath.prediction import PredictionProgress
-    from darefine_qupath.training import Progress as TrainingProgress
+    from darefine_qupath.training import TrainingProgress
 
 __all__ = ["ProgressListener", "show_progress"]
 

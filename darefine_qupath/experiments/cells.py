@@ -37,7 +37,7 @@ from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig, evaluate, train
-from darefine_qupath.training.progress import Progress
+from darefine_qupath.training.progress import TrainingProgress
 from darefine_qupath.training.tile_dataset import TileDataset
 
 __all__ = ["ExperimentRequest", "run_experiment"]
@@ -136,7 +136,7 @@ def run_experiment(
     request: ExperimentRequest,
     *,
     announce: Say = lambda _: None,
-    progress: Callable[[str, Progress], None] | None = None,
+    progress: Callable[[str, TrainingProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Train and measure every cell that is not finished and that no other process works on.
 
@@ -258,7 +258,7 @@ def _run_cell(
     learned: TileDataset,
     measured: TileDataset,
     *,
-    progress: Callable[[str, Progress], None] | None,
+    progress: Callable[[str, TrainingProgress], None] | None,
 ) -> dict[str, Any]:
     """Train one network and measure it, with its contexts, with empty ones and with those of other tiles."""
     network, classes = NETWORKS[cell.network], learned.tiles.classes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from darefine_qupath.prediction import PredictionProgress
-from darefine_qupath.training import Progress as TrainingProgress
+from darefine_qupath.training import TrainingProgress
 
 __all__ = ["SILENT", "Listener"]
 

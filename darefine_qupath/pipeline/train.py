@@ -197,7 +197,7 @@ def _train_once(
     )
     group = join_process_group(config.device)
     with group.report_lost_peers(request.out):
-        with group.together():
+        with group.fail_together():
             if begun is None:
                 check_start(model_wanted, config, request.init_from)
             if group.is_main:
@@ -206,7 +206,7 @@ def _train_once(
                 tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, listener=listener)
                 if is_fold:
                     tiles = record_labels_of_folds(request.out.parent / LABELS_FILE, tiles, begun)
-        with group.together():
+        with group.fail_together():
             if not group.is_main:
                 # What the first process has cut is there by now.
                 tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, listener=SILENT)
@@ -217,7 +217,7 @@ def _train_once(
                 record_hard_tiles(request, sampling, TileDataset(parts[0].tiles, tiles.reader), group)
                 for sentence in describe_run(settings, request, model, config, group, parts):
                     listener.on_notice(sentence)
-        with group.together():
+        with group.fail_together():
             provenance = provenance_of_run(request, tiles, split, parts[0]) if begun is None else begun.provenance
             hard = read_json(request.out / HARD_FILE) if sampling.hard_model is not None else None
         training, validation = (TileDataset(part.tiles, tiles.reader) for part in parts)

@@ -11,19 +11,19 @@ from darefine_qupath.training.config import PRESETS, TrainConfig
 from darefine_qupath.training.evaluation import ContextMode, evaluate
 from darefine_qupath.training.loader import TileData
 from darefine_qupath.training.loop import TrainResult, train
-from darefine_qupath.training.progress import Progress, Reporter
+from darefine_qupath.training.progress import Reporter, TrainingProgress
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 
 __all__ = [
     "PRESETS",
     "ContextMode",
-    "Progress",
     "Reporter",
     "RunFolder",
     "RunSettings",
     "TileData",
     "TrainConfig",
     "TrainResult",
+    "TrainingProgress",
     "evaluate",
     "read_run",
     "train",

@@ -23,7 +23,7 @@ from darefine_qupath.devices import to_device
 from darefine_qupath.models.symmetries import transform_boxes, transform_image
 from darefine_qupath.training.config import TrainConfig
 
-__all__ = ["AugmentationParams", "Batch", "apply_augmentation", "draw_augmentation"]
+__all__ = ["AugmentationParams", "TileBatch", "apply_augmentation", "draw_augmentation"]
 
 WHITE = 255
 
@@ -32,7 +32,7 @@ _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TileBatch:
     """Tiles as the network sees them, before normalisation.
 
     Attributes
@@ -50,27 +50,27 @@ class Batch:
     masks: Tensor
     boxes: Tensor
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TileBatch:
         """Return the batch on another device; the copy does not wait where the memory is pinned."""
-        return Batch(
+        return TileBatch(
             slices=self.slices.to(device, non_blocking=True),
             contexts=self.contexts.to(device, non_blocking=True),
             masks=self.masks.to(device, non_blocking=True),
             boxes=self.boxes.to(device, non_blocking=True),
         )
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> TileBatch:
         """Return the batch in page-locked memory; torch's loader calls this by its name."""
-        return Batch(
+        return TileBatch(
             slices=self.slices.pin_memory(),
             contexts=self.contexts.pin_memory(),
             masks=self.masks.pin_memory(),
             boxes=self.boxes.pin_memory(),
         )
 
-    def part(self, rows: slice) -> Batch:
+    def part(self, rows: slice) -> TileBatch:
         """Return some of the tiles."""
-        return Batch(
+        return TileBatch(
             slices=self.slices[rows],
             contexts=self.contexts[rows],
             masks=self.masks[rows],
@@ -118,7 +118,7 @@ def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Augm
 
     Returns
     -------
-    Draw
+    AugmentationParams
         The same for the same three; each kind of change keeps its values when another is switched on or off.
     """
     rng = np.random.default_rng([config.seed, epoch, position])
@@ -139,19 +139,19 @@ def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Augm
     )
 
 
-def apply_augmentation(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
+def apply_augmentation(batch: TileBatch, draws: Sequence[AugmentationParams]) -> TileBatch:
     """Change each tile of a batch as drawn for it.
 
     Parameters
     ----------
-    batch : Batch
+    batch : TileBatch
         On any device.
-    draws : sequence of Draw
+    draws : sequence of AugmentationParams
         One per tile.
 
     Returns
     -------
-    Batch
+    TileBatch
         Of the same shapes, on the same device.
     """
     if any(draw.symmetry for draw in draws):
@@ -170,11 +170,11 @@ def apply_augmentation(batch: Batch, draws: Sequence[AugmentationParams]) -> Bat
     return batch
 
 
-def _transform(batch: Batch, symmetries: Sequence[int]) -> Batch:
+def _transform(batch: TileBatch, symmetries: Sequence[int]) -> TileBatch:
     def each(change: Callable[[Tensor, int], Tensor], items_B: Tensor) -> Tensor:
         return torch.stack([change(item, symmetry) for item, symmetry in zip(items_B, symmetries, strict=True)])
 
-    return Batch(
+    return TileBatch(
         slices=each(transform_image, batch.slices),
         contexts=each(transform_image, batch.contexts),
         masks=each(transform_image, batch.masks),
@@ -182,7 +182,7 @@ def _transform(batch: Batch, symmetries: Sequence[int]) -> Batch:
     )
 
 
-def _crop(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
+def _crop(batch: TileBatch, draws: Sequence[AugmentationParams]) -> TileBatch:
     """Show slice and context magnified, each cut at a random place such that the slice stays inside the context."""
     device = batch.boxes.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -196,7 +196,7 @@ def _crop(batch: Batch, draws: Sequence[AugmentationParams]) -> Batch:
     lowest_B2 = torch.maximum(far_B2 - side_B1, (1 - side_B1).clamp(max=0))
     highest_B2 = torch.minimum(near_B2, (1 - side_B1).clamp(min=0))
     context_at_B2 = lowest_B2 + place_B4[:, 2:] * (highest_B2 - lowest_B2)
-    return Batch(
+    return TileBatch(
         slices=_window(batch.slices, slice_at_B2, side_B1, outside=WHITE),
         contexts=_window(batch.contexts, context_at_B2, side_B1, outside=WHITE),
         masks=_window(batch.masks[:, None], slice_at_B2, side_B1, outside=IGNORE, mode="nearest")[:, 0],

@@ -65,7 +65,7 @@ class ProcessGroup:
             # NCCL would guess the device, and warn.
             distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def of_main(self, value: float) -> float:
+    def value_of_main(self, value: float) -> float:
         """Return what the first process has, whatever this one has; a collective call.
 
         What decides which collective call comes next must be the same in all processes. Clocks, signals and files on
@@ -75,7 +75,7 @@ class ProcessGroup:
         return float(self.sum(tensor))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Do what may fail in one process alone; at the end, all go on or none; a collective call.
 
         Raises
@@ -154,7 +154,7 @@ def join_process_group(device: str) -> ProcessGroup:
 
     Returns
     -------
-    World
+    ProcessGroup
         Of one process where the environment names no others.
 
     Raises
@@ -171,12 +171,12 @@ def join_process_group(device: str) -> ProcessGroup:
         raise TrainingError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
     if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise TrainingError(f"Several processes cannot share {device}; with --device cuda each takes its own")
-    world = ProcessGroup(rank=rank, size=size, device=choose_device(device, local_rank=local_rank))
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    group = ProcessGroup(rank=rank, size=size, device=choose_device(device, local_rank=local_rank))
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
     if size > 1 and not distributed.is_initialized():
-        _join(world)
-    return world
+        _join(group)
+    return group
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -186,13 +186,13 @@ def _is_lost(error: BaseException) -> bool:
     )
 
 
-def _join(world: ProcessGroup) -> None:
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
+def _join(group: ProcessGroup) -> None:
+    backend = "nccl" if group.device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_COLLECTIVE_TIMEOUT)
+        distributed.init_process_group(backend, rank=group.rank, world_size=group.size, timeout=_COLLECTIVE_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
-            f"Process {world.rank} of {world.size} could not join the others ({error}); start with torchrun, or unset "
+            f"Process {group.rank} of {group.size} could not join the others ({error}); start with torchrun, or unset "
             f"WORLD_SIZE to train alone"
         ) from error
     # Joining a second time would meet the leftovers of the first: the group is left at the very end alone.

@@ -34,7 +34,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
-    world: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     before_batch: Callable[[], None] | None = None,
 ) -> ConfusionMatrix:
     """Count how a network labels every tile of a dataset.
@@ -45,7 +45,7 @@ def evaluate(
         Moved to `device` and put into evaluation mode; afterwards in the mode it was in.
     data : TileData
         Tiles with their masks.
-    normalisation : Normalisation, optional
+    normalization : Normalization, optional
         As the network was trained with; without it, the one its encoders ask for, each its own.
     device : torch.device or str
         Where to compute.
@@ -58,7 +58,7 @@ def evaluate(
         Processes that read tiles.
     dtype : torch.dtype
         Other than float32: convolutions compute in it.
-    world : World, optional
+    group : ProcessGroup, optional
         Each process takes a part, and all get the same matrix.
     before_batch : callable, optional
         Called before each batch; what it raises ends the count.
@@ -79,14 +79,14 @@ def evaluate(
         raise TrainingError("There are no tiles to evaluate; check the split and the annotations of its images")
     if context == "shuffled" and len(data) == 1:
         raise TrainingError("A single tile has no other tile to take a context from; evaluate at least two")
-    device, world = torch.device(device), world or ProcessGroup()
+    device, group = torch.device(device), group or ProcessGroup()
     normalization = normalization or Normalization.of(model.config)
     num_classes = model.config.num_classes
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
     model.expect(normalization)
-    planned, pin = _plan(len(data), context, batch_size, world), device.type == "cuda"
-    with world.together():
+    planned, pin = _plan(len(data), context, batch_size, group), device.type == "cuda"
+    with group.fail_together():
         for loaded in load_batches(data, planned, workers=workers, pin=pin):
             if before_batch is not None:
                 before_batch()
@@ -98,7 +98,7 @@ def evaluate(
             counts[:-1] += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
             counts[-1] += (~logits_BKHW.isfinite()).any(dim=1).sum()
     model.train(was_training)
-    counts = world.sum(counts)
+    counts = group.sum(counts)
     # Known to all processes alike, so that none waits for another that has given up.
     if counts[-1]:
         raise TrainingError(
@@ -107,7 +107,7 @@ def evaluate(
     return ConfusionMatrix(counts[:-1].reshape(num_classes, num_classes).cpu().numpy())
 
 
-def _plan(num_tiles: int, context: str, batch_size: int, world: ProcessGroup) -> Iterator[BatchPlan]:
+def _plan(num_tiles: int, context: str, batch_size: int, group: ProcessGroup) -> Iterator[BatchPlan]:
     """Batches of this process; in random order where contexts are exchanged, as neighbours may share theirs."""
     order = np.arange(num_tiles)
     if context == "shuffled":
@@ -116,7 +116,7 @@ def _plan(num_tiles: int, context: str, batch_size: int, world: ProcessGroup) ->
         batch_size = max(3, batch_size)
     num_batches = -(-num_tiles // batch_size)
     for step, rows in enumerate(np.array_split(order, num_batches)):
-        if step % world.size == world.rank:
+        if step % group.size == group.rank:
             tiles = tuple(int(row) for row in rows)
             yield BatchPlan(epoch=0, step=step, tiles=tiles, positions=tiles)
 

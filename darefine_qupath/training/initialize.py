@@ -20,7 +20,7 @@ from darefine_qupath.models import (
 )
 from darefine_qupath.training.config import TrainConfig
 
-__all__ = ["FrozenNorms", "check_start", "initial_network"]
+__all__ = ["FrozenLayers", "check_start", "initial_network"]
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
     return torch.stack([random[at] if row is None else given[row] for at, row in enumerate(rows)])
 
 
-class FrozenNorms:
+class FrozenLayers:
     """What does not learn: whole encoders at a learning rate of 0, else batch norm layers of encoders.
 
     Parameters
@@ -173,7 +173,7 @@ class FrozenNorms:
         held = {id(norm) for module in self.frozen for norm in _norms(module)}
         self.live = [norm for norm in _norms(network) if id(norm) not in held]
 
-    def hold(self) -> None:
+    def set_eval(self) -> None:
         """Put what is frozen back into evaluation mode; to be called after the network's ``train()``."""
         for module in self.frozen:
             module.eval()

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_on_signals"]
+__all__ = ["StopFlag", "stop_on_signals"]
 
 
 _log = logging.getLogger(__name__)
 
 
-class StopRequest:
+class StopFlag:
     """Whether somebody asked for an end, and how."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator[StopRequest]:
+def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator[StopFlag]:
     """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
@@ -46,7 +46,7 @@ def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator
     StopRequest
         True once a signal came.
     """
-    request = StopRequest()
+    request = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -26,7 +26,7 @@ from darefine_qupath.models import box_within
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.sampling import epoch_order
 from darefine_qupath.tiles.sources import SlideReader
-from darefine_qupath.training.augment import Batch
+from darefine_qupath.training.augment import TileBatch
 from darefine_qupath.training.config import TrainConfig
 from darefine_qupath.training.tile_dataset import TileItem
 
@@ -44,7 +44,7 @@ __all__ = [
 _MOST_WORKERS = 16
 
 _Boxed = tuple[TileItem, Tensor]
-_Collated = tuple[Batch, tuple[str, ...]] | DarefineError
+_Collated = tuple[TileBatch, tuple[str, ...]] | DarefineError
 
 
 class TileData(Protocol):
@@ -83,16 +83,16 @@ class LoadedBatch:
 
     Attributes
     ----------
-    placed : Placed
+    plan : BatchPlan
         What was planned.
-    batch : Batch
+    batch : TileBatch
         On the CPU; in pinned memory where a CUDA device is to have it.
     ids : tuple of str
         Tile ids.
     """
 
-    placed: BatchPlan
-    batch: Batch
+    plan: BatchPlan
+    batch: TileBatch
     ids: tuple[str, ...]
 
 
@@ -127,7 +127,7 @@ def plan_epoch(
 
     Returns
     -------
-    list of Placed
+    list of BatchPlan
         One per step.
     """
     order = epoch_order(tiles, weights, seed=config.seed, epoch=epoch, num_samples=config.samples_per_epoch or None)
@@ -173,7 +173,7 @@ def load_batches(
     ----------
     data : TileData
         Where the tiles are.
-    planned : iterable of Placed
+    planned : iterable of BatchPlan
         Which tiles; taken only as far ahead as the workers read.
     workers : int
         Worker processes; 0 reads in this one.
@@ -182,7 +182,7 @@ def load_batches(
 
     Yields
     ------
-    Loaded
+    LoadedBatch
         One per item of `planned`.
 
     Raises
@@ -208,7 +208,7 @@ def load_batches(
         while (found := _next(batches)) is not None:
             if isinstance(found, DarefineError):
                 raise found
-            yield LoadedBatch(placed=log.pop(0), batch=found[0], ids=found[1])
+            yield LoadedBatch(plan=log.pop(0), batch=found[0], ids=found[1])
     finally:
         # An error keeps hold of them until Python ends, which waits without end for workers that no signal reaches.
         if workers:
@@ -283,7 +283,7 @@ def _collate(items: list[_Boxed | DarefineError]) -> _Collated:
         if isinstance(item, DarefineError):
             return item
     tiles, boxes = zip(*cast("list[_Boxed]", items), strict=True)
-    batch = Batch(
+    batch = TileBatch(
         slices=default_collate([tile.slice for tile in tiles]),
         contexts=default_collate([tile.context for tile in tiles]),
         masks=default_collate([tile.mask for tile in tiles]),

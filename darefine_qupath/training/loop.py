@@ -35,11 +35,11 @@ from darefine_qupath.training.config import TrainConfig
 from darefine_qupath.training.curves import draw_confusion, draw_curves
 from darefine_qupath.training.distributed import ProcessGroup, join_process_group
 from darefine_qupath.training.evaluation import ContextMode, evaluate
-from darefine_qupath.training.initialize import FrozenNorms, initial_network
-from darefine_qupath.training.interrupt import StopRequest, stop_on_signals
+from darefine_qupath.training.initialize import FrozenLayers, initial_network
+from darefine_qupath.training.interrupt import StopFlag, stop_on_signals
 from darefine_qupath.training.loader import LoadedBatch, TileData, load_batches, num_workers, plan_run, steps_per_epoch
 from darefine_qupath.training.losses import inverse_frequency
-from darefine_qupath.training.progress import Progress, Reporter, Stopwatch
+from darefine_qupath.training.progress import Reporter, Stopwatch, TrainingProgress
 from darefine_qupath.training.runfolder import RunFolder, RunSettings, read_run
 from darefine_qupath.training.schedule import learning_rate_factor
 from darefine_qupath.training.state import Counters, load_state, read_trained, save_state
@@ -122,7 +122,7 @@ def train(
         What the labels mean; goes into the model file.
     tile_spec : TileSpec
         Geometry of the tiles; goes into the model file.
-    normalisation : Normalisation, optional
+    normalization : Normalization, optional
         How pixels become input; without it, as the run or the model it goes on from has it, else as the pretrained
         weights of each encoder want it.
     provenance : mapping, optional
@@ -159,22 +159,22 @@ def train(
     )
     _check_data(train_data, settings)
     folder = RunFolder(out)
-    world = join_process_group(config.device)
-    echo_s = 0.0 if world.size == 1 else _ECHO_S
-    with stop_on_signals(echo_s=echo_s, is_silent=not world.is_main) as stop, _own_randomness(world):
-        _check_batch(config, world)
-        with world.report_lost_peers(folder.path):
-            with world.together():
+    group = join_process_group(config.device)
+    echo_s = 0.0 if group.size == 1 else _ECHO_S
+    with stop_on_signals(echo_s=echo_s, is_silent=not group.is_main) as stop, _own_randomness(group):
+        _check_batch(config, group)
+        with group.report_lost_peers(folder.path):
+            with group.fail_together():
                 if resume:
                     folder.check(settings)
-                elif world.is_main:
+                elif group.is_main:
                     folder.begin(settings)
             run = _Run(
                 settings,
                 train_data,
                 val_data,
                 folder=folder,
-                world=world,
+                group=group,
                 init_from=init_from,
                 hard=hard,
                 resume=resume,
@@ -195,19 +195,19 @@ class _Run:
         val_data: TileData | None,
         *,
         folder: RunFolder,
-        world: ProcessGroup,
+        group: ProcessGroup,
         init_from: Path | None,
         hard: Mapping[str, float] | None,
         resume: bool,
     ) -> None:
-        self.settings, self.config, self.folder, self.world = settings, settings.train, folder, world
+        self.settings, self.config, self.folder, self.group = settings, settings.train, folder, group
         self.train_data = train_data
         self.val_data = val_data if val_data is not None and len(val_data) else None
         self.report: Reporter | None = None
-        self.stop = StopRequest()
+        self.stop = StopFlag()
         self.weights = _weights(train_data.tiles, self.config, hard)
         self.steps = steps_per_epoch(len(train_data), self.config)
-        with world.together():
+        with group.fail_together():
             network, trained = self._network(init_from, resume=resume)
         self.stepper = self._stepper(network, trained)
         self.counters = Counters()
@@ -230,23 +230,23 @@ class _Run:
 
     def _stepper(self, network: SegmentationNetwork, trained: tuple[str, ...]) -> Stepper:
         config, settings = self.config, self.settings
-        self.world.share_norms(network)
-        norms = FrozenNorms(network, config, trained)
-        if norms.live and self.world.is_main:
+        self.group.share_norms(network)
+        frozen = FrozenLayers(network, config, trained)
+        if frozen.live and self.group.is_main:
             self._warn_of_parts(network)
         return Stepper(
             network,
             config,
-            world=self.world,
+            group=self.group,
             normalization=settings.normalization,
-            norms=norms,
+            frozen=frozen,
             class_weights=_class_weights(self.train_data.tiles, config, self.weights),
             num_steps=config.epochs * self.steps,
         )
 
     def _warn_of_parts(self, network: SegmentationNetwork) -> None:
         """Say once that batch norm sees less than a batch, which changes what is learnt."""
-        shares = 1 if self.world.device.type == "cuda" else self.world.size
+        shares = 1 if self.group.device.type == "cuda" else self.group.size
         if shares * self.config.grad_accum_steps == 1:
             return
         by = [f"grad_accum_steps = {self.config.grad_accum_steps}"] * (self.config.grad_accum_steps > 1)
@@ -260,17 +260,17 @@ class _Run:
 
     def restore(self) -> None:
         """Go back to the state that was saved last."""
-        with self.world.together():
+        with self.group.fail_together():
             if self.folder.state.exists():
                 self.counters = load_state(self.folder.state, self.stepper)
-        step = int(self.world.of_main(self.stepper.step))
-        with self.world.together():
+        step = int(self.group.value_of_main(self.stepper.step))
+        with self.group.fail_together():
             if step != self.stepper.step:
                 raise TrainingError(
-                    f"Process {self.world.rank} of {self.world.size} finds step {self.stepper.step} in "
+                    f"Process {self.group.rank} of {self.group.size} finds step {self.stepper.step} in "
                     f"{self.folder.state}, the first one step {step}: all processes need one and the same folder"
                 )
-            if self.world.is_main:
+            if self.group.is_main:
                 self.folder.forget_after(step)
 
     def fit(self) -> TrainResult:
@@ -279,12 +279,12 @@ class _Run:
             self._end_epoch()
         start = (self.counters.epoch, self.counters.step)
         planned = plan_run(
-            self.train_data.tiles, self.config, self.weights, start, rank=self.world.rank, size=self.world.size
+            self.train_data.tiles, self.config, self.weights, start, rank=self.group.rank, size=self.group.size
         )
         # A finished or patient run takes nothing from the plan, and the workers never start.
         if not self._is_done():
-            pin = self.world.device.type == "cuda"
-            workers = num_workers(self.config, self.world.size)
+            pin = self.group.device.type == "cuda"
+            workers = num_workers(self.config, self.group.size)
             for loaded in load_batches(self.train_data, planned, workers=workers, pin=pin):
                 self._take(loaded)
                 if self._is_done():
@@ -294,7 +294,7 @@ class _Run:
     @property
     def is_alone(self) -> bool:
         """Whether there is nobody to agree with, so that a stop or a save need not wait for the next step."""
-        return self.world.size == 1
+        return self.group.size == 1
 
     def _is_done(self) -> bool:
         return self.counters.is_finished
@@ -302,18 +302,18 @@ class _Run:
     def _take(self, loaded: LoadedBatch) -> None:
         """Train on a batch; at the end of an epoch, validate and save."""
         draws = [
-            draw_augmentation(self.config, epoch=loaded.placed.epoch, position=position)
-            for position in loaded.placed.positions
+            draw_augmentation(self.config, epoch=loaded.plan.epoch, position=position)
+            for position in loaded.plan.positions
         ]
         factor = learning_rate_factor(self.config, self.stepper.step, self.stepper.num_steps)
         with self._memory_advice():
             outcome = self.stepper.train_on(
-                loaded.batch, draws, factor, stop=bool(self.stop), save=self.world.is_main and self._is_clock_due()
+                loaded.batch, draws, factor, stop=bool(self.stop), save=self.group.is_main and self._is_clock_due()
             )
             # Looking at the step before this one lets the device work while the next batch is prepared.
             self._look_back()
             self.pending = (outcome, loaded.ids)
-            is_last = loaded.placed.step + 1 == self.steps
+            is_last = loaded.plan.step + 1 == self.steps
             is_save_due = not is_last and self._is_save_due()
             if is_last or is_save_due:
                 self._look_back()
@@ -325,7 +325,7 @@ class _Run:
             self._save_state()
 
     def _memory_advice(self) -> AbstractContextManager[None]:
-        at_once = math.ceil(self.config.batch_size / self.world.size / self.config.grad_accum_steps)
+        at_once = math.ceil(self.config.batch_size / self.group.size / self.config.grad_accum_steps)
         return memory_advice(
             f"with {at_once} tiles of {self.settings.tiles.input_px} px at once: lower --batch-size (or raise "
             f"grad_accum_steps, which cuts a batch into parts), or lower the tile size, input_px"
@@ -377,29 +377,29 @@ class _Run:
         if is_last and matrix is not None and self.val_data is not None and self.settings.model.uses_context:
             record["miou_with_blank_contexts"] = self._validate(self.val_data, context="blank").to_json()["miou"]
         self.counters = replace(self.counters, epoch=epoch, step=0, loss_sum=0.0, is_finished=is_last)
-        with self.world.together():
-            if self.world.is_main:
+        with self.group.fail_together():
+            if self.group.is_main:
                 self._write(record, matrix, is_best=is_best)
         # A validation takes its time: the first process looks at its clock again.
-        is_clock_due = bool(self.world.of_main(self._is_clock_due()))
+        is_clock_due = bool(self.group.value_of_main(self._is_clock_due()))
         if is_last or self.config.checkpoint_minutes == 0 or is_clock_due or self._is_save_due():
             self._save_state()
         self.watch.skip()
         self._tell(record)
 
     def _validate(self, data: TileData, context: ContextMode = "normal") -> ConfusionMatrix:
-        self.world.share_buffers(self.stepper.best_network)
+        self.group.share_buffers(self.stepper.best_network)
         with self._memory_advice():
             return evaluate(
                 self.stepper.best_network,
                 data,
                 normalization=self.settings.normalization,
-                device=self.world.device,
+                device=self.group.device,
                 context=context,
-                batch_size=max(1, self.config.batch_size // self.world.size // self.config.grad_accum_steps),
-                workers=num_workers(self.config, self.world.size),
+                batch_size=max(1, self.config.batch_size // self.group.size // self.config.grad_accum_steps),
+                workers=num_workers(self.config, self.group.size),
                 dtype=self.stepper.dtype,
-                world=self.world,
+                group=self.group,
                 # The epoch is judged by the time contexts are blank: what is left of the run then is done.
                 before_batch=self._heed_stop if context == "normal" else None,
             )
@@ -492,8 +492,8 @@ class _Run:
 
     def _save_state(self) -> None:
         self._check_weights()
-        with self.world.together():
-            if self.world.is_main:
+        with self.group.fail_together():
+            if self.group.is_main:
                 save_state(self.folder.state, self.stepper, self.counters)
         self.saved_at, self.must_save = time.monotonic(), False
 
@@ -507,7 +507,7 @@ class _Run:
         )
 
     def _tell(self, record: Mapping[str, Any] | None = None) -> None:
-        if self.report is None or not self.world.is_main:
+        if self.report is None or not self.group.is_main:
             return
         counters, at_end = self.counters, record is not None
         loss = counters.loss_sum / max(counters.step, 1) if record is None else record["loss"]
@@ -515,7 +515,7 @@ class _Run:
             self.validated = record
         left = self.stepper.num_steps - (counters.epoch * self.steps + counters.step)
         self.report(
-            Progress(
+            TrainingProgress(
                 stage="epoch" if at_end else "step",
                 epoch=counters.epoch if at_end else counters.epoch + 1,
                 epochs=self.config.epochs,
@@ -543,7 +543,7 @@ class _Run:
             epochs=counters.epoch,
             is_early=counters.epoch < self.config.epochs,
             context_miou=_context_miou(records),
-            is_main=self.world.is_main,
+            is_main=self.group.is_main,
         )
 
 
@@ -557,9 +557,9 @@ _NOT_METRICS = ("epoch", "step", "images_per_second", "seconds", "learning_rate"
 
 
 @contextmanager
-def _own_randomness(world: ProcessGroup) -> Iterator[None]:
+def _own_randomness(group: ProcessGroup) -> Iterator[None]:
     """Leave torch's generators as they were, and let cuDNN look for the fastest convolutions of the one tile size."""
-    devices = [world.device.index or 0] if world.device.type == "cuda" else []
+    devices = [group.device.index or 0] if group.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield
 
@@ -580,11 +580,11 @@ def _check_data(data: TileData, settings: RunSettings) -> None:
         )
 
 
-def _check_batch(config: TrainConfig, world: ProcessGroup) -> None:
-    parts = world.size * config.grad_accum_steps
+def _check_batch(config: TrainConfig, group: ProcessGroup) -> None:
+    parts = group.size * config.grad_accum_steps
     if config.batch_size < parts:
         raise TrainingError(
-            f"A batch of {config.batch_size} tiles cannot be shared by {world.size} process(es) in "
+            f"A batch of {config.batch_size} tiles cannot be shared by {group.size} process(es) in "
             f"{config.grad_accum_steps} part(s) each; raise --batch-size to at least {parts}"
         )
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
-__all__ = ["Progress", "Reporter", "Stopwatch"]
+__all__ = ["Reporter", "Stopwatch", "TrainingProgress"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """Where a run is.
 
     Attributes
@@ -51,8 +51,8 @@ class Progress:
     iou: Mapping[str, float | None] = field(default_factory=dict)
 
 
-Reporter = Callable[[Progress], None]
-"""Called with each `Progress`, in the main process only."""
+Reporter = Callable[[TrainingProgress], None]
+"""Called with each `TrainingProgress`, in the main process only."""
 
 
 class Stopwatch:

@@ -54,7 +54,7 @@ class RunSettings:
         Geometry of the tiles.
     classes : ClassMap
         What the logits mean.
-    normalisation : Normalisation
+    normalization : Normalization
         How pixels become input.
     provenance : mapping
         Where the tiles come from, as JSON values.

@@ -104,7 +104,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
         "version": VERSION,
         "step": stepper.step,
         "counters": asdict(counters),
-        "trained": list(stepper.norms.trained),
+        "trained": list(stepper.frozen.trained),
         "scaler": stepper.scaler.state_dict(),
     }
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from darefine_qupath.devices import DTYPES, autocast, choose_precision, full_float32
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import Normalization, SegmentationNetwork
-from darefine_qupath.training.augment import AugmentationParams, Batch, apply_augmentation
+from darefine_qupath.training.augment import AugmentationParams, TileBatch, apply_augmentation
 from darefine_qupath.training.config import TrainConfig
 from darefine_qupath.training.distributed import ProcessGroup
-from darefine_qupath.training.initialize import FrozenNorms
+from darefine_qupath.training.initialize import FrozenLayers
 from darefine_qupath.training.losses import SegmentationLoss
 from darefine_qupath.training.schedule import build_optimizer, set_learning_rates
 
@@ -76,14 +76,14 @@ class Stepper:
     Parameters
     ----------
     network : SegmentationNetwork
-        On the CPU; moved to the world's device.
+        On the CPU; moved to the group's device.
     config : TrainConfig
         The recipe.
-    world : World
+    group : ProcessGroup
         This process among all.
-    normalisation : Normalisation
+    normalization : Normalization
         How pixels become input.
-    norms : FrozenNorms
+    frozen : FrozenLayers
         Layers that keep their statistics.
     class_weights : Tensor, optional
         Shape (K,).
@@ -105,24 +105,24 @@ class Stepper:
         network: SegmentationNetwork,
         config: TrainConfig,
         *,
-        world: ProcessGroup,
+        group: ProcessGroup,
         normalization: Normalization,
-        norms: FrozenNorms,
+        frozen: FrozenLayers,
         class_weights: Tensor | None = None,
         num_steps: int = 1,
     ) -> None:
-        self.config, self.world, self.normalization, self.norms = config, world, normalization, norms
+        self.config, self.group, self.normalization, self.frozen = config, group, normalization, frozen
         self.num_steps, self.step = num_steps, 0
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.network: SegmentationNetwork = network.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.network: SegmentationNetwork = network.to(group.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.network.expect(normalization)
-        self.dtype = DTYPES[choose_precision(config.precision, world.device, training=True)]
+        self.dtype = DTYPES[choose_precision(config.precision, group.device, training=True)]
         self.optimizer = build_optimizer(self.network, config)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
-        self.loss = SegmentationLoss(config, class_weights).to(world.device)
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=self.dtype == torch.float16)
+        self.loss = SegmentationLoss(config, class_weights).to(group.device)
         self.average: SegmentationNetwork | None = copy.deepcopy(self.network) if config.ema_decay else None
         self._parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self._forward = world.wrap(cast("nn.Module", torch.compile(self.network)) if config.compile else self.network)
+        self._forward = group.wrap(cast("nn.Module", torch.compile(self.network)) if config.compile else self.network)
 
     @property
     def best_network(self) -> SegmentationNetwork:
@@ -131,7 +131,7 @@ class Stepper:
 
     def train_on(
         self,
-        batch: Batch,
+        batch: TileBatch,
         draws: Sequence[AugmentationParams],
         factor: float,
         *,
@@ -144,7 +144,7 @@ class Stepper:
         ----------
         batch : Batch
             This process's tiles, on the CPU.
-        draws : sequence of Draw
+        draws : sequence of AugmentationParams
             How to change each.
         factor : float
             On the learning rates.
@@ -159,19 +159,19 @@ class Stepper:
             Not yet waited for.
         """
         self.network.train()
-        self.norms.hold()
+        self.frozen.set_eval()
         self._seed_dropout()
         set_learning_rates(self.optimizer, factor)
         learning_rate = self.config.decoder_lr * factor
-        batch = apply_augmentation(batch.to(self.world.device), draws)
+        batch = apply_augmentation(batch.to(self.group.device), draws)
         own = self.loss.count_labels(batch.masks)
-        shared = self.world.sum(torch.cat([own, own.new_tensor([float(stop), float(save)])]))
+        shared = self.group.sum(torch.cat([own, own.new_tensor([float(stop), float(save)])]))
         # Backward too, where autocast must not be.
         with compile_advice(), full_float32() if self.dtype == torch.float32 else nullcontext():
             own_loss = self._backward(batch, shared[:2])
         self._update()
         self.step += 1
-        return StepOutcome(self.world.sum(own_loss), own_loss, shared[2], shared[3], learning_rate)
+        return StepOutcome(self.group.sum(own_loss), own_loss, shared[2], shared[3], learning_rate)
 
     def not_learning(self) -> str | None:
         """Say what is wrong with the weights, or with what they learn from; None where nothing is.
@@ -187,19 +187,19 @@ class Stepper:
 
     def _seed_dropout(self) -> None:
         """Dropout follows from seed, step and process, so that a resumed run draws what an unbroken one does."""
-        entropy = np.random.SeedSequence([self.config.seed, self.step, self.world.rank])
+        entropy = np.random.SeedSequence([self.config.seed, self.step, self.group.rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
 
-    def _backward(self, batch: Batch, counts_2: Tensor) -> Tensor:
+    def _backward(self, batch: TileBatch, counts_2: Tensor) -> Tensor:
         """Add up the gradients of the batch's parts; return this process's share of the loss."""
         num_parts = self.config.grad_accum_steps
         edges = [math.floor(len(batch.masks) * part / num_parts) for part in range(num_parts + 1)]
-        total = torch.zeros((), device=self.world.device)
+        total = torch.zeros((), device=self.group.device)
         for part in range(num_parts):
             with self._synchronized(last=part == num_parts - 1):
                 loss = self.loss_of(batch.part(slice(edges[part], edges[part + 1])), counts_2)
                 # Gradients are averaged over the processes; the loss is a sum over them.
-                self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss * self.group.size).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
@@ -209,11 +209,11 @@ class Stepper:
             return self._forward.no_sync()
         return nullcontext()
 
-    def loss_of(self, batch: Batch, counts_2: Tensor) -> Tensor:
+    def loss_of(self, batch: TileBatch, counts_2: Tensor) -> Tensor:
         """Loss of tiles that are on the device; see `SegmentationLoss`."""
         slice_B3HW = self.normalization.apply(batch.slices).contiguous(memory_format=self.memory_format)
         context_B3HW = self.normalization.of_context.apply(batch.contexts).contiguous(memory_format=self.memory_format)
-        with autocast(self.world.device, self.dtype):
+        with autocast(self.group.device, self.dtype):
             logits_BKHW = self._forward(slice_B3HW, context_B3HW, batch.boxes)
         loss: Tensor = self.loss(logits_BKHW, batch.masks, counts_2)
         return loss

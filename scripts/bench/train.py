@@ -42,7 +42,7 @@ from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import draw_augmentation
 from darefine_qupath.training.distributed import ProcessGroup
-from darefine_qupath.training.initialize import FrozenNorms, initial_network
+from darefine_qupath.training.initialize import FrozenLayers, initial_network
 from darefine_qupath.training.loader import BatchPlan, LoadedBatch, load_batches, num_workers, plan_epoch
 from darefine_qupath.training.tile_dataset import TileDataset
 from darefine_qupath.training.train_step import Stepper
@@ -178,8 +178,8 @@ def bench_step(
     gc.collect()
     torch.backends.cudnn.benchmark = True
     network, trained = initial_network(model, config, CLASS_MAP, None)
-    norms = FrozenNorms(network, config, trained)
-    stepper = Stepper(network, config, world=ProcessGroup(device=device), normalization=Normalization(), norms=norms)
+    frozen = FrozenLayers(network, config, trained)
+    stepper = Stepper(network, config, group=ProcessGroup(device=device), normalization=Normalization(), frozen=frozen)
     draws = [draw_augmentation(config, epoch=0, position=position) for position in range(config.batch_size)]
     flops = (
         0 if config.compile else 3 * count_flops(lambda: stepper.loss_of(loaded.batch.to(device), ONES_2.to(device)))
