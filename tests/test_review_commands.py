@@ -176,17 +176,18 @@ def test_an_image_that_was_restored_is_said_to_be_overwritten(
     assert run("restore", folder, "2")[0] == 0
     code, out, err = run("review", folder)
     assert code == 0
-    assert "Warning: train-2.tif: overwritten, not rejected: run 000002-2 (1 objects)" in err
+    assert "Warning: train-2.tif: overwritten, not rejected: run 000002-2-" in err
     code, out, _ = run("review", folder, "--json")
     images = {image["name"]: image for image in json.loads(out)["images"]}
-    assert images["train-2.tif"]["overwritten"] == [{"run": "000002-2", "num_objects": 1}]
+    (lost,) = images["train-2.tif"]["overwritten"]
+    assert (lost["run"][:9], lost["num_objects"]) == ("000002-2-", 1)
     assert images["train-2.tif"]["counts"]["rejected"] == 0
     assert [item["state"] for item in json.loads(run("runs", folder, "--json")[1])["runs"]] == [
         "done", "overwritten", "done",
     ]  # fmt: skip
     code, out, _ = run("undo", folder, "--json")
     assert [item["image"] for item in json.loads(out)["undone"]] == ["1", "3"]
-    assert "train-2.tif: run 000002-2 is left out" in caplog.text
+    assert "train-2.tif: run 000002-2-" in caplog.text
 
 
 def test_overlay_passes_a_damaged_map(run: Run, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import DarefineError, ProjectChangedError, ReviewError
 from darefine_qupath.project import Project, open_project, paquo_engine
 from darefine_qupath.review import (
+    WriteOptions,
     apply_plan,
     compare,
     list_runs,
@@ -350,9 +352,9 @@ def test_an_edit_between_the_look_and_the_write_is_kept(project: FakeProject, mo
     plan = plan_write(project, SLIDE, grid(3), model="m1", classes=CLASSES)
     taken = writing.take_number
 
-    def meanwhile(of: FakeProject) -> int:
+    def meanwhile(of: FakeProject, *, after: str | None) -> int:
         project.draw(square(0, 5000), "Benign")
-        return taken(of)
+        return taken(of, after=after)
 
     monkeypatch.setattr(writing, "take_number", meanwhile)
     with pytest.raises(ProjectChangedError, match="changed since it was read"):
@@ -369,7 +371,8 @@ def test_runs_are_ordered_by_their_number_whatever_the_clock_says(
     for year in (2030, 2020, 2025):
         monkeypatch.setattr(writing, "now_utc", lambda year=year: f"{year}-01-01T00:00:00+00:00")
         found.append(write(project, grid(2, shift=year), model=f"m{year}").run)
-    assert [run.id for run in list_runs(project)] == found == ["000001-7", "000002-7", "000003-7"]
+    assert [run.id for run in list_runs(project)] == found
+    assert [run[:9] for run in found] == ["000001-7-", "000002-7-", "000003-7-"]
     assert [undo(project)[0].run for _ in found] == found[::-1]
     assert ours(project) == []
 
@@ -380,8 +383,9 @@ def test_a_number_is_given_once(project: FakeProject) -> None:
     assert next_number(project) == 2
     plans = [plan_write(project, image, grid(1), model="m", classes=CLASSES) for image in project.images]
     results = [apply_plan(project, *pair) for pair in zip(project.images, plans, strict=True)]
-    assert [result.run for result in results] == ["000002-7", "000003-8"]
-    assert [run.batch for run in list_runs(project)] == ["000002-7", "000003-8"]
+    names = [result.run for result in results]
+    assert [name[:9] for name in names] == ["000002-7-", "000003-8-"]
+    assert [run.batch for run in list_runs(project)] == names
     for image, result in zip(project.images, results, strict=True):
         assert project.properties[image.id]["darefine.run"] == result.run
         assert {record.metadata["darefine.run"] for record in project.stored[image.id]} == {result.run}
@@ -452,17 +456,168 @@ def test_wrong_types_in_a_run_are_one_line_or_harmless(project: FakeProject, dat
 
 def test_runs_below_one_whose_file_was_moved_away_are_not_overwritten(project: FakeProject) -> None:
     first = write(project, grid(3))
-    write(project, grid(3, shift=30))
+    second = write(project, grid(3, shift=30))
     run_files(project)[1].path.unlink()
-    assert states(project) == ["done"]
+    assert states(project) == ["done", "unrecorded"]
     assert statuses(project) == {"untouched": 3}
-    with pytest.raises(ReviewError, match="There is no run to undo"):
+    with pytest.raises(ReviewError, match=f"'slide.svs' was written last by run {second.run}, whose record is not in"):
         undo(project)
     with pytest.raises(ReviewError, match=f"'slide.svs' was not written by run {first.run} last"):
         undo(project, first.run)
     again = write(project, grid(3, shift=60))
     assert (again.added, again.removed) == (3, 3)
     assert states(project) == ["done", "done"]
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_run_without_its_record_is_undone_by_its_id(project: FakeProject, touched: bool) -> None:
+    write(project, grid(3))
+    second = write(project, grid(3, shift=30))
+    shutil.rmtree(runs_folder(project))
+    assert [(run.id, run.model, len(run.objects), state) for run, state in run_states(project)] == [
+        (second.run, "m1", 3, "unrecorded")
+    ]
+    if touched:
+        project.edit(ours(project)[0].id, locked=True)
+    (result,) = undo(project, second.run)
+    assert (result.removed, result.adopted, len(ours(project))) == ((2, 1, 1) if touched else (3, 0, 0))
+    assert states(project) == ["undone"]
+    if touched:
+        project.delete(ours(project)[0].id)
+        assert write(project, grid(3, shift=30)).suppressed == 1
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_undo_names_an_image_whose_record_is_missing(project: FakeProject, which: int) -> None:
+    call = None
+    for image in project.images:
+        result = write_back(project, image, grid(2), model="m", classes=CLASSES, batch=call)
+        call = call or result.run
+    missing = project.images[which]
+    run_files(project, missing)[-1].path.unlink()
+    errors: dict[str, DarefineError] = {}
+    if which:
+        # It may be of a later call.
+        with pytest.raises(ReviewError, match=f"The last run cannot be undone: '{missing.name}' was written last by"):
+            undo(project, on_error=errors.__setitem__)
+        assert [state for _, state in run_states(project)] == ["done", "unrecorded"]
+    else:
+        (other,) = undo(project, on_error=errors.__setitem__)
+        assert (other.image, list(errors)) == (project.images[1].id, [missing.name])
+        assert "000001-7" in str(errors[missing.name])
+
+
+# -- copies of a project, and records that are lost
+
+
+@pytest.mark.parametrize("left", ["nothing", "the number"])
+def test_numbers_that_begin_anew_are_those_of_other_runs(project: FakeProject, left: str) -> None:
+    write(project, grid(3))
+    opened = project.state(SLIDE)
+    shutil.rmtree(project.folder / "darefine")
+    if left == "nothing":
+        # As it was before a new run was numbered after what the image says.
+        project.properties[SLIDE.id].clear()
+    again = write(project, grid(4, shift=30))
+    assert again.run[:6] == ("000001" if left == "nothing" else "000002")
+    project.save_from(opened)
+    assert statuses(project) == {"untouched": 3}
+    assert {run.id: state for run, state in run_states(project)}[again.run] == "overwritten"
+    result = write(project, grid(4, shift=30))
+    assert (result.added, result.rejected, result.suppressed) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("records", [False, True])
+def test_data_of_another_copy_rejects_nothing(tmp_path: Path, more: int, records: bool) -> None:
+    first = FakeProject(tmp_path / "first")
+    first.folder.mkdir()
+    write(first, grid(2))
+    second = copy.deepcopy(first)
+    second.path = tmp_path / "second" / "project.qpproj"
+    shutil.copytree(first.folder, second.folder)
+    mine = write(first, grid(3, shift=30))
+    for number in range(1 + more):
+        write(second, grid(3, shift=60 + 100 * number))
+    if records:
+        shutil.copytree(runs_folder(second), runs_folder(first), dirs_exist_ok=True)
+    first.save_from(second.state(SLIDE))
+    assert statuses(first) == {"untouched": 3}
+    assert reviewed_annotations(first, SLIDE).rejected == ()
+    if records or not more:
+        assert {run.id: state for run, state in run_states(first)}[mine.run] == "overwritten"
+        assert more or f"overwritten, not rejected: run {mine.run} (3 objects)" in " ".join(compare(first).notes())
+    again = write(first, grid(3, shift=30))
+    assert (again.added, again.rejected, again.suppressed) == (3, 0, 0)
+
+
+def test_a_record_without_a_random_part_is_read(project: FakeProject) -> None:
+    run = write(project, grid(3)).run
+    (file,) = run_files(project)
+    text = file.path.read_text().replace(run, run[:8])
+    found = json.loads(text)
+    del found["survivors"], found["min_area_px2"]
+    file.path.unlink()
+    (runs_folder(project) / f"{run[:8]}.json").write_text(json.dumps(found))
+    project.properties[SLIDE.id]["darefine.run"] = run[:8]
+    assert (states(project), statuses(project)) == (["done"], {"untouched": 3})
+    project.delete(ours(project)[0].id)
+    assert statuses(project) == {"untouched": 2, "rejected": 1}
+    assert [result.removed for result in undo(project, "000001-7")] == [2]
+
+
+def test_a_run_is_named_without_its_random_part(project: FakeProject) -> None:
+    runs = [write(project, grid(2, shift=shift)).run for shift in (0.0, 30.0)]
+    assert [result.run for result in undo(project, "000002-7")] == runs[1:]
+    assert [result.run for result in undo(project, "000001-7")] == runs[:1]
+
+
+# -- what undo leaves
+
+
+@pytest.mark.parametrize("undone", [1, 2])
+def test_what_undo_left_and_was_deleted_then_does_not_come_back(project: FakeProject, undone: int) -> None:
+    before = project.state(SLIDE)
+    write(project, grid(3))
+    if undone == 2:
+        write(project, grid(3), model="m2")
+    mine = ours(project)[0]
+    project.edit(mine.id, locked=True)
+    for _ in range(undone):
+        undo(project)
+    left = project.state(SLIDE)
+    assert states(project) == ["undone"] * undone
+    assert statuses(project) == {"accepted": 1}
+    project.delete(mine.id)
+    assert statuses(project) == {"rejected": 1}
+    assert reviewed_annotations(project, SLIDE).rejected == (mine.id,)
+    again = write(project, grid(3), model="m2" if undone == 2 else "m1")
+    assert (again.added, again.suppressed) == (2, 1)
+    undo(project)
+    assert statuses(project) == {"rejected": 1}
+    # Data of before it was written, or while it was there, tells of no deletion.
+    for state, found in ((before, {"rejected": 1}), (left, {"accepted": 1})):
+        project.save_from(state)
+        assert statuses(project) == found
+
+
+def test_data_of_before_an_object_that_undo_left_rejects_nothing(project: FakeProject) -> None:
+    before = project.state(SLIDE)
+    write(project, grid(3))
+    project.edit(ours(project)[0].id, locked=True)
+    undo(project)
+    project.save_from(before)
+    assert statuses(project) == {}
+    assert write(project, grid(3)).added == 3
+
+
+def test_undo_clips_by_the_smallest_area_of_its_run(project: FakeProject) -> None:
+    options = WriteOptions(min_area_um2=10)
+    write(project, [polygon(1, square(0, 1000))], options=options)
+    write(project, [polygon(1, square(0, 990))], model="m2", options=options)
+    project.edit(ours(project)[0].id, locked=True)
+    assert [(result.added, result.removed) for result in undo(project)] == [(1, 0)]
+    assert {record.metadata["darefine.model"] for record in ours(project)} == {"m1", "m2"}
 
 
 # -- growth

@@ -24,7 +24,8 @@ __all__ = ["restore", "runs", "undo"]
 def runs(project: Path, images: tuple[str, ...], as_json: bool) -> None:
     """List the runs of PROJECT: what was predicted when, by which model, and whether it stands.
 
-    A run is done, undone, or overwritten: gone with data that was restored, or saved in QuPath, from a state before it.
+    A run is done, undone, overwritten (gone with data that was restored, saved in QuPath from a state before it, or
+    copied here), or unrecorded: the image tells of it, but its record is missing.
     """
     failures = Failures()
     with open_project(project, engine="embedded") as opened:

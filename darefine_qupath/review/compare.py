@@ -164,7 +164,7 @@ class ReviewReport:
             if image.overwritten:
                 runs = ", ".join(f"{lost.run} ({lost.num_objects} objects)" for lost in image.overwritten)
                 # Images bear the witness of a run that has a number; of an older one this is what is most likely.
-                why = "The image was restored, or saved in QuPath, from a state before it"
+                why = "The image's data was restored, saved in QuPath from a state before it, or copied here"
                 if any(number_of(lost.run) is None for lost in image.overwritten):
                     why = "All of its objects are gone at once, as after a restore, or QuPath's Save over them"
                 yield f"{image.image_name}: overwritten, not rejected: run {runs}. {why}; predict again writes it"

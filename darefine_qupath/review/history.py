@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from darefine_qupath.errors import ReviewError
-from darefine_qupath.review.runs import Run, number_of, read_run, run_files, save_run
+from darefine_qupath.review.runs import Run, RunObject, number_of, read_run, run_files, save_run
 
 if TYPE_CHECKING:
     from darefine_qupath.project import ImageEntry, ImageState, Project
 
-__all__ = ["WITNESS", "History", "history_of", "settle", "standing", "witness_of"]
+__all__ = ["UNDONE", "WITNESS", "History", "history_of", "settle", "standing", "witness_of"]
 
 _log = logging.getLogger(__name__)
 
 WITNESS = "darefine.run"
 """Image property that says which run its data was written by, or saved from."""
+
+UNDONE = "darefine.undone"
+"""Image property that says which run was undone last, where that left objects of ours in the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class History:
         The run that the data was written by, or saved from; None where there is none, or its file is gone.
     is_seen : bool
         Whether who saved the data saw the run's objects, so that what is missing was rejected.
+    survivors : tuple of RunObject
+        Objects of ours that the last undo left in the image; whoever saved its data since saw them.
     undone : tuple of Run
         Runs after it that were taken back, or never came into the project; oldest first.
     overwritten : tuple of Run
@@ -45,6 +50,7 @@ class History:
 
     current: Run | None = None
     is_seen: bool = False
+    survivors: tuple[RunObject, ...] = ()
     undone: tuple[Run, ...] = ()
     overwritten: tuple[Run, ...] = ()
 
@@ -78,10 +84,13 @@ def history_of(project: Project, image: ImageEntry, state: ImageState) -> Histor
         If the file of the run that may be the current one is damaged.
     """
     witness = witness_of(state)
+    undone = number_of(state.properties.get(UNDONE))
     present = {record.id for record in state.objects}
     since: list[Run] = []
-    for file in reversed(run_files(project, image)):
-        if witness is not None and file.id != witness and file.order[0] <= (number_of(witness) or 0):
+    # Another run of the witness's number is one of a copy of the project, or of before records were lost: not below it.
+    files = sorted(run_files(project, image), key=lambda file: (file.order[0], file.id != witness, file.id))
+    for file in reversed(files):
+        if witness is not None and file.id != witness and file.order[0] < (number_of(witness) or 0):
             break
         is_current = file.id == witness
         try:
@@ -94,17 +103,20 @@ def history_of(project: Project, image: ImageEntry, state: ImageState) -> Histor
             continue
         if run.image != image.id:
             continue
-        if is_current or (witness is None and _is_there(run, present)):
+        may_be = witness is None and (undone is None or run.number < undone)
+        if is_current or (may_be and _is_there(run, present)):
             seen = is_current or not run.number
-            return _history(since, run, is_seen=seen)
+            return _history(since, state, run, is_seen=seen)
         since.append(run)
-    return _history(since)
+    return _history(since, state)
 
 
-def _history(since: list[Run], current: Run | None = None, *, is_seen: bool = False) -> History:
+def _history(since: list[Run], state: ImageState, current: Run | None = None, *, is_seen: bool = False) -> History:
+    last_undone = state.properties.get(UNDONE)
     return History(
         current=current,
         is_seen=is_seen,
+        survivors=next((run.survivors for run in since if run.id == last_undone), ()),
         undone=tuple(run for run in reversed(since) if run.state != "done"),
         overwritten=tuple(run for run in reversed(since) if run.state == "done" and (run.added or run.replaced)),
     )

@@ -177,7 +177,7 @@ def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | Non
 
     Returns
     -------
-    Survey
+    ImageObjects
         With the state of every object of ours.
 
     Raises
@@ -190,10 +190,13 @@ def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | Non
     objects = state.objects
     now = {record.id: record for record in objects}
     used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
-    written = {} if run is None else {item.id: item for item in (*run.objects, *run.adopted)}
+    survivors = {item.id: item for item in past.survivors}
+    written = survivors if run is None else survivors | {item.id: item for item in (*run.objects, *run.adopted)}
     strangers = [record for record in objects if _is_ours(record) and record.id not in written]
-    written |= _Origins(project, past, now).of(strangers)
-    pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or past.is_seen]
+    # Whoever saved the image's data saw these: what is missing of them was deleted.
+    seen = written if past.is_seen else survivors
+    written = written | _Origins(project, past, now).of(strangers)
+    pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or item.id in seen]
     found = [
         Reviewed(item, current, status) for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
     ]

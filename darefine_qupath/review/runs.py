@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,9 @@ __all__ = [
     "call_number",
     "digest_of",
     "digests_of",
+    "is_named",
     "list_runs",
+    "new_token",
     "next_number",
     "now_utc",
     "number_of",
@@ -109,7 +112,8 @@ class Run:
     Attributes
     ----------
     id : str
-        Number and image; a date and the image in runs of before there were numbers.
+        Number, image, and a random part that no other project's run has, nor a copy's of this project; without it in
+        older runs, and a date instead of the number in the oldest.
     number : int
         Orders the runs of a project; 0 in runs of before there were numbers.
     batch : str
@@ -134,6 +138,10 @@ class Run:
         Objects of former runs, as they were written, that the pathologist deleted or rejected.
     replaced : tuple of RunObject
         Objects of the run before that this one removed.
+    survivors : tuple of RunObject
+        Of an undone run: objects of ours that stayed in the image, because they belong to the pathologist.
+    min_area_px2 : float or None
+        What was left of a clipped polygon was left out when it was smaller; None in older runs.
     known : tuple of UUID
         Annotations that were there before the first run.
     undoing : tuple of UUID
@@ -163,6 +171,8 @@ class Run:
     adopted: tuple[RunObject, ...] = ()
     rejected: tuple[RunObject, ...] = ()
     replaced: tuple[RunObject, ...] = ()
+    survivors: tuple[RunObject, ...] = ()
+    min_area_px2: float | None = None
     known: tuple[UUID, ...] = ()
     undoing: tuple[UUID, ...] = ()
     digest: str | None = None
@@ -240,7 +250,7 @@ class RunFile(NamedTuple):
 
 
 _COUNTER = "last-run"
-_NAME = re.compile(r"([0-9]{1,18})-([^_]+)(?:_([0-9]{1,18}))?", re.ASCII)
+_NAME = re.compile(r"([0-9]{1,18})-([^_]+?)(-[0-9a-f]{8})?(?:_([0-9]{1,18}))?", re.ASCII)
 _PATIENCE_S = 60.0
 """How long a run waits for its number or its record: another process may be writing a large image."""
 
@@ -250,9 +260,20 @@ def runs_folder(project: Project) -> Path:
     return project.folder / "darefine" / "runs"
 
 
-def run_name(number: int, image: ImageEntry) -> str:
+def new_token() -> str:
+    """Return the random part of a new run's id: numbers begin anew in a copy of a project, or without its records."""
+    return secrets.token_hex(4)
+
+
+def run_name(number: int, image: ImageEntry, token: str) -> str:
     """Id of a run."""
-    return f"{number:06d}-{image.id}"
+    return f"{number:06d}-{image.id}-{token}"
+
+
+def is_named(run_id: str, name: str) -> bool:
+    """Whether a name means a run: its id, which people may type without the random part."""
+    found = _NAME.fullmatch(run_id)
+    return name == run_id or (found is not None and name == f"{found[1]}-{found[2]}")
 
 
 def number_of(run_id: str | None) -> int | None:
@@ -301,22 +322,30 @@ def _run_file(path: Path) -> RunFile:
     parts = _NAME.fullmatch(path.stem)
     if parts is None:
         return RunFile((0, path.stem), path, None, None)
-    number, image, call = parts.groups()
-    return RunFile((int(number), f"{number}-{image}"), path, image, int(call or number))
+    number, image, token, call = parts.groups()
+    return RunFile((int(number), f"{number}-{image}{token or ''}"), path, image, int(call or number))
 
 
-def next_number(project: Project) -> int:
-    """Return the number that the next run would get; it is taken only by `take_number`."""
+def next_number(project: Project, *, after: str | None = None) -> int:
+    """Return the number that the next run would get; it is taken only by `take_number`.
+
+    Parameters
+    ----------
+    project : Project
+        Open project.
+    after : str, optional
+        Id of the run that the image's data was written by: records may be gone, or be those of another copy.
+    """
     numbers = [number_of(name.removesuffix(".json")) or 0 for name in _names(project)]
     counter = runs_folder(project).parent / _COUNTER
     with contextlib.suppress(OSError, ValueError):
         # A run's file that was moved away does not give its number free.
         numbers.append(int(counter.read_bytes()[:18]))
-    return max([0, *numbers]) + 1
+    return max([number_of(after) or 0, *numbers]) + 1
 
 
-def take_number(project: Project) -> int:
-    """Take the number of a new run; no other process gets the same.
+def take_number(project: Project, *, after: str | None = None) -> int:
+    """Take the number of a new run, as `next_number` gives it; no other process gets the same.
 
     Raises
     ------
@@ -326,7 +355,7 @@ def take_number(project: Project) -> int:
         If the project cannot be written to.
     """
     with write_lock(project.folder, patience_s=_PATIENCE_S):
-        number = next_number(project)
+        number = next_number(project, after=after)
         with Batch(project.folder) as batch:
             batch.stage(runs_folder(project).parent / _COUNTER, f"{number}\n".encode())
             batch.commit()
@@ -416,12 +445,14 @@ def read_run(path: Path) -> Run:
 
 
 def _run_from_json(data: Mapping[str, Any]) -> Run:
+    # Undone runs did not always say what they left in the image.
+    data = {"survivors": [], **data}
     lists: Mapping[str, Any] = _objects_from_json(data) if data["format"] == FORMAT else _first_objects_from_json(data)
     return Run(**_head_from_json(data), **lists)
 
 
 _TEXTS = ("id", "batch", "image", "image_name", "model", "date", "state")
-_OBJECT_LISTS = ("objects", "adopted", "rejected", "replaced")
+_OBJECT_LISTS = ("objects", "adopted", "rejected", "replaced", "survivors")
 
 
 def _head_to_json(run: Run) -> dict[str, Any]:
@@ -433,6 +464,7 @@ def _head_to_json(run: Run) -> dict[str, Any]:
         "digest": run.digest,
         "backup": run.backup,
         "mpp": run.mpp,
+        "min_area_px2": run.min_area_px2,
         "parameters": dict(run.parameters),
         "known": base64.b64encode(b"".join(value.bytes for value in run.known)).decode(),
         "undoing": [str(value) for value in run.undoing],
@@ -443,15 +475,18 @@ def _head_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: _checked(data, name, str) for name in _TEXTS}
     if texts["state"] not in get_args(State):
         raise ValueError(f"{texts['state']!r} is no state of a run")
-    mpp = _number(data, "mpp")
+    mpp, min_area = _number(data, "mpp"), _number({"min_area_px2": None, **data}, "min_area_px2")
     if mpp is not None and not 0 < mpp < math.inf:
         raise ValueError(f"{mpp} is no pixel size")
+    if min_area is not None and not 0 <= min_area < math.inf:
+        raise ValueError(f"{min_area} is no area")
     # Numbers came with the second format.
     more = {} if data["format"] == _FIRST_FORMAT else _counted(data)
     return {
         **texts,
         **more,
         "mpp": mpp,
+        "min_area_px2": min_area,
         "parameters": _checked(data, "parameters", dict),
         "known": _known(data["known"]),
         "undoing": tuple(UUID(value) for value in _checked(data, "undoing", list)),

@@ -15,15 +15,17 @@ from darefine_qupath.limits import DATA, read_file
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
 from darefine_qupath.review.clipping import areal, clip_predictions
-from darefine_qupath.review.history import History, history_of, settle, standing, witness_of
-from darefine_qupath.review.ownership import RUN, ImageObjects, for_images, sort_objects
+from darefine_qupath.review.history import UNDONE, History, history_of, settle, standing, witness_of
+from darefine_qupath.review.ownership import MODEL, RUN, ImageObjects, for_images, sort_objects
 from darefine_qupath.review.runs import (
     OnError,
     Run,
     RunFile,
     RunObject,
     call_number,
+    is_named,
     list_runs,
+    number_of,
     run_files,
     runs_folder,
     save_run,
@@ -34,14 +36,15 @@ from darefine_qupath.review.writeback import RunResult, cut_to, smallest_part
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
-    from darefine_qupath.annotations import Annotation
     from darefine_qupath.project import Applied, ImageEntry, Project
 
 __all__ = ["undo"]
 
 _log = logging.getLogger(__name__)
 
-_OVERWRITTEN = "is not in the image any more: it was restored, or saved in QuPath, from a state before that run"
+_OVERWRITTEN = (
+    "is not in the image any more: its data was restored, saved in QuPath from a state before that run, or copied here"
+)
 
 
 def undo(
@@ -80,11 +83,26 @@ def undo(
     damaged: dict[str, ReviewError] = {}
     runs = list_runs(project, on_error=None if on_error is None else damaged.__setitem__)  # type: ignore[arg-type]
     stand = _Standing(project, runs, on_error)
-    wanted = _last_call(project, stand, runs, damaged) if run_id is None else _named(project, stand, runs, run_id)
+    unrecorded = stand.unrecorded()
+    if run_id is not None:
+        wanted = _named(project, stand, (*runs, *unrecorded), run_id)
+    else:
+        lost = {run.image_name: _record_missing(project, run) for run in unrecorded}
+        wanted = _last_call(project, stand, runs, {**damaged, **lost})
+        first = min(call_number(run) or 0 for run in wanted)
+        last = max(run.number for run in wanted)
+        for missing in unrecorded:
+            error = lost[missing.image_name]
+            if missing.number > last:
+                raise ReviewError(f"The last run cannot be undone: {error}") from error
+            if missing.number >= first:
+                damaged[missing.image_name] = error
+        if on_error is None and damaged:
+            raise next(iter(damaged.values()))
     for run in wanted:
-        last = stand.current(run.image)
-        if last is not None and last.id != run.id:
-            raise ReviewError(f"Run {last.id} of {run.image_name!r} came after {run.id}; undo that one first")
+        current = stand.current(run.image)
+        if current is not None and current.id != run.id:
+            raise ReviewError(f"Run {current.id} of {run.image_name!r} came after {run.id}; undo that one first")
     if on_error is not None:
         for name, error in damaged.items():
             on_error(name, error)
@@ -92,6 +110,13 @@ def undo(
     images = [project.image(run.image) for run in wanted]
     done = for_images(images, lambda image: _undo_one(project, of_image[image.id], dry_run=dry_run), on_error)
     return tuple(result for _, result in done)
+
+
+def _record_missing(project: Project, run: Run) -> ReviewError:
+    return ReviewError(
+        f"{run.image_name!r} was written last by run {run.id}, whose record is not in {runs_folder(project)}; put it "
+        f"back, or undo {run.id} by its id: that removes its objects that nobody touched, but brings none back"
+    )
 
 
 def run_states(project: Project, *, on_error: OnError | None = None) -> tuple[tuple[Run, str], ...]:
@@ -107,8 +132,8 @@ def run_states(project: Project, *, on_error: OnError | None = None) -> tuple[tu
     Returns
     -------
     tuple of Run and str
-        Oldest first; ``"done"``, ``"undone"`` or ``"overwritten"``. Of an image that is not there, or damaged, what
-        the run's file says.
+        Oldest first; ``"done"``, ``"undone"``, ``"overwritten"``, or ``"unrecorded"`` where only the image tells of
+        the run. Of an image that is not there, or damaged, what the run's file says.
 
     Raises
     ------
@@ -117,7 +142,8 @@ def run_states(project: Project, *, on_error: OnError | None = None) -> tuple[tu
     """
     runs = list_runs(project, on_error=on_error)
     stand = _Standing(project, runs, on_error)
-    return tuple((run, stand.state(run)) for run in runs)
+    found = [(run, stand.state(run)) for run in runs] + [(run, "unrecorded") for run in stand.unrecorded()]
+    return tuple(sorted(found, key=lambda pair: pair[0].order))
 
 
 class _Standing:
@@ -127,6 +153,7 @@ class _Standing:
         self._project = project
         self._images = {image.id: image for image in project.images}
         self._on_error = on_error
+        self._recorded = {file.id for file in run_files(project)}
         self._runs: dict[str, list[Run]] = {}
         for run in runs:
             self._runs.setdefault(run.image, []).append(run)
@@ -157,6 +184,12 @@ class _Standing:
         """Id of the run that the image's data bears the witness of, whether or not its file is there."""
         return self._past(image_id)[1]
 
+    def unrecorded(self) -> tuple[Run, ...]:
+        """Return what the objects of images tell of the runs that wrote them last, where a run's file is missing."""
+        witnesses = [(image, self.witness(image.id)) for image in self._images.values()]
+        missing = [(image, witness) for image, witness in witnesses if witness and witness not in self._recorded]
+        return tuple(_recovered(self._project, *found) for found in missing)
+
     def state(self, run: Run) -> str:
         """Tell what became of a run: ``"done"`` where it stands, be it below others."""
         past, witness = self._past(run.image)
@@ -165,6 +198,25 @@ class _Standing:
         if run.id in standing(past, self._runs.get(run.image, ()), witness):
             return "done"
         return "overwritten" if run.state == "done" else "undone"
+
+
+def _recovered(project: Project, image: ImageEntry, run_id: str) -> Run:
+    """Make up the record of a run from the objects that say they are of it."""
+    found = sort_objects(project, image)
+    items = [item.written for item in (*found.containers, *found.ours)]
+    objects = [item for item in items if item.record.geometry is not None and item.record.metadata.get(RUN) == run_id]
+    return Run(
+        id=run_id,
+        batch=run_id,
+        image=image.id,
+        image_name=image.name,
+        model=next((item.record.metadata.get(MODEL, "") for item in objects), ""),
+        date="",
+        state="done",
+        number=number_of(run_id) or 0,
+        mpp=image.mpp,
+        objects=tuple(objects),
+    )
 
 
 def _last_call(
@@ -188,7 +240,7 @@ def _last_call(
             if other.order < run.order and stand.state(other) == "overwritten":
                 _log.warning("%s: run %s is left out, it %s", other.image_name, other.id, _OVERWRITTEN)
         return tuple(other for other in call if stand.state(other) == "done" and stand.current(other.image))
-    raise next(iter(damaged.values()), ReviewError(f"There is no run to undo in {project.path}"))
+    raise next(reversed([*damaged.values()]), ReviewError(f"There is no run to undo in {project.path}"))
 
 
 def _is_of_call(file: RunFile, run: Run) -> bool:
@@ -203,11 +255,12 @@ def _is_of_call(file: RunFile, run: Run) -> bool:
 
 def _named(project: Project, stand: _Standing, runs: Sequence[Run], run_id: str) -> tuple[Run, ...]:
     """Find the run of an id, or the runs of a batch of that id."""
-    known = [run for run in runs if run_id in (run.id, run.batch)]
+    known = [run for run in runs if is_named(run.id, run_id) or is_named(run.batch, run_id)]
     if not known:
         raise ReviewError(f"No run {run_id!r} in {runs_folder(project)}; `darefine runs` lists them")
     # The first run of a batch lends its id to it: then all of them are meant.
-    meant = {run.id for run in known if run.id == run_id and run.batch != run_id} or {run.id for run in known}
+    meant = {run.id for run in known if is_named(run.id, run_id) and not is_named(run.batch, run_id)}
+    meant = meant or {run.id for run in known}
     wanted = tuple(run for run in known if run.id in meant and stand.state(run) == "done")
     if not wanted:
         lost = any(stand.state(run) == "overwritten" for run in known)
@@ -218,7 +271,7 @@ def _named(project: Project, stand: _Standing, runs: Sequence[Run], run_id: str)
 def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     image = project.image(run.image)
     found = sort_objects(project, image)
-    if found.run is None or found.run.id != run.id:
+    if run.id != (witness_of(found.state) if found.run is None else found.run.id):
         raise ReviewError(
             f"{image.name!r} was not written by run {run.id} last, but by one whose record is not in "
             f"{runs_folder(project)}; put it back, or use `darefine restore`"
@@ -233,7 +286,7 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     present = {record.id for record in found.state.objects}
     missing = [item for item in run.replaced if item.id not in present]
     whole, parts = _making_way(missing, run, found)
-    restored = [*(item.record for item in whole), *parts]
+    restored = [item.record for item in (*whole, *parts)]
     result = RunResult(
         run=run.id,
         image=run.image,
@@ -248,21 +301,23 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     if dry_run:
         return result
     settle(project, found.past)
-    rejected = tuple(item.written for item in found.rejected)
     # What does not return whole is no object of the former run any more; otherwise it would count as deleted.
     _forget(project, image, run, {item.id for item in missing} - {item.id for item in whole})
     run = replace(
         run,
         state="undoing",
         undoing=tuple(removed),
-        rejected=rejected,
+        rejected=tuple(item.written for item in found.rejected),
+        survivors=(*(item.written for item in found.adopted), *parts),
         replaced=tuple(item for item in run.replaced if item.id in present or item in whole),
     )
     run = with_packed(run)
     save_run(project, run)
     applied = _taken_back(project, image, run)
     if applied is None:
-        properties = {} if witness_of(found.state) is None else {RUN: run.former}
+        properties: dict[str, str | None] = {} if witness_of(found.state) is None else {RUN: run.former}
+        if run.survivors or UNDONE in found.state.properties:
+            properties[UNDONE] = run.id if run.survivors else None
         changes = Changes(add=restored, remove=removed, properties=properties)
         applied = project.apply(image, changes, version=found.state.version)
     save_run(project, replace(run, state="undone", undoing=()))
@@ -283,9 +338,7 @@ def _taken_back(project: Project, image: ImageEntry, run: Run) -> Applied | None
         return None
 
 
-def _making_way(
-    missing: Sequence[RunObject], run: Run, found: ImageObjects
-) -> tuple[list[RunObject], list[Annotation]]:
+def _making_way(missing: Sequence[RunObject], run: Run, found: ImageObjects) -> tuple[list[RunObject], list[RunObject]]:
     """Objects that can return as they were, and what is left of those where the pathologist made up their mind since.
 
     Only objects of the run itself count: to all others the former run gave way already, or they were put over it.
@@ -293,27 +346,28 @@ def _making_way(
     added = {item.id for item in run.added}
     standing = [areal(item.current.geometry) for item in found.adopted if item.current and item.written.id in added]
     refused: dict[str, list[BaseGeometry]] = {}
-    for item in found.rejected:
-        place = areal(item.written.record.geometry)
-        if item.written.id in added and place is not None:
-            refused.setdefault(item.written.training_class, []).append(place)
+    for rejected in found.rejected:
+        place = areal(rejected.written.record.geometry)
+        if rejected.written.id in added and place is not None:
+            refused.setdefault(rejected.written.training_class, []).append(place)
     regions = {number: item for number, item in enumerate(missing) if item.role == "region"}
     yielded = clip_predictions(
         # The label says which object a part is of.
         [ClassPolygon(label=number, geometry=item.record.geometry) for number, item in regions.items()],
         standing=[shape for shape in standing if shape is not None],
         rejected={number: refused.get(item.training_class, []) for number, item in regions.items()},
-        min_area_px2=smallest_part(run.mpp),
+        min_area_px2=smallest_part(run.mpp) if run.min_area_px2 is None else run.min_area_px2,
         mpp=run.mpp,
     )
     returned = {number for number, item in enumerate(missing) if item.role != "region"}
-    parts: list[Annotation] = []
+    parts: list[RunObject] = []
     for polygon in yielded.polygons:
-        record = missing[polygon.label].record
-        if polygon.geometry is record.geometry:
+        item = missing[polygon.label]
+        if polygon.geometry is item.record.geometry:
             returned.add(polygon.label)
         else:
-            parts.append(cut_to(record, polygon, uuid5(record.id, f"{run.id}/{len(parts)}")))
+            record = cut_to(item.record, polygon, uuid5(item.id, f"{run.id}/{len(parts)}"))
+            parts.append(replace(item, record=record))
     return [missing[number] for number in sorted(returned)], parts
 
 

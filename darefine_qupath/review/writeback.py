@@ -22,7 +22,7 @@ from darefine_qupath.errors import ProjectChangedError, ReviewError
 from darefine_qupath.limits import require_finite
 from darefine_qupath.project import Changes
 from darefine_qupath.review.clipping import ClippedPolygons, areal, clip_predictions
-from darefine_qupath.review.history import History, settle, witness_of
+from darefine_qupath.review.history import UNDONE, History, settle, witness_of
 from darefine_qupath.review.ownership import (
     CLASS,
     MODEL,
@@ -37,6 +37,7 @@ from darefine_qupath.review.runs import (
     Run,
     RunObject,
     digests_of,
+    new_token,
     next_number,
     now_utc,
     run_name,
@@ -155,6 +156,8 @@ class WritePlan:
     ----------
     run : Run
         As it will be recorded.
+    token : str
+        Random part of its id.
     changes : Changes
         What the project will be asked to do.
     classes : tuple of PathClass
@@ -166,6 +169,7 @@ class WritePlan:
     """
 
     run: Run
+    token: str
     changes: Changes
     classes: tuple[PathClass, ...]
     result: RunResult
@@ -252,8 +256,9 @@ def plan_write(
     mpp = image.mpp if mpp is None else mpp
     found = sort_objects(project, image)
     yielded, warnings = _yielded(polygons, found, classes, options, mpp)
-    number = next_number(project)
-    run_id = run_name(number, image)
+    former = witness_of(found.state)
+    number, token = next_number(project, after=former), new_token()
+    run_id = run_name(number, image, token)
     maker = _Maker(run_id, image, model, classes, options)
     objects = maker.objects(yielded.polygons, found)
     untouched = {item.written.id: item.written for item in found.untouched}
@@ -275,13 +280,15 @@ def plan_write(
         adopted=tuple(item.written for item in _adopted(found)),
         rejected=tuple(item.written for item in found.rejected),
         replaced=tuple(gone),
+        min_area_px2=smallest_part(mpp, options),
         known=_known(found),
         basis=found.state.version,
-        former=witness_of(found.state),
+        former=former,
     )
     return WritePlan(
         run=run,
-        changes=_changes(run),
+        token=token,
+        changes=_changes(run, {UNDONE: None} if UNDONE in found.state.properties else {}),
         classes=_new_classes(project, objects, classes),
         result=_result(run, found, yielded, warnings),
         past=found.past,
@@ -321,7 +328,7 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
             f"nothing was written, run it again"
         )
     settle(project, plan.past)
-    plan = _numbered(plan, take_number(project), image)
+    plan = _numbered(plan, take_number(project, after=plan.run.former), image)
     run = with_packed(plan.run)
     save_run(project, run)
     if plan.classes:
@@ -332,11 +339,11 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
     return replace(plan.result, warnings=(*plan.result.warnings, *applied.warnings))
 
 
-def _changes(run: Run) -> Changes:
+def _changes(run: Run, properties: Mapping[str, str | None]) -> Changes:
     return Changes(
         add=[item.record for item in run.added],
         remove=[item.id for item in run.replaced],
-        properties={RUN: run.id},
+        properties={**properties, RUN: run.id},
     )
 
 
@@ -344,7 +351,7 @@ def _numbered(plan: WritePlan, number: int, image: ImageEntry) -> WritePlan:
     """Return the plan under the number that it got."""
     if number == plan.run.number:
         return plan
-    run_id, former = run_name(number, image), plan.run.id
+    run_id, former = run_name(number, image, plan.token), plan.run.id
 
     def renamed(item: RunObject) -> RunObject:
         record = item.record
@@ -357,7 +364,9 @@ def _numbered(plan: WritePlan, number: int, image: ImageEntry) -> WritePlan:
         batch=run_id if plan.run.batch == former else plan.run.batch,
         objects=tuple(renamed(item) for item in plan.run.objects),
     )
-    return replace(plan, run=run, changes=_changes(run), result=replace(plan.result, run=run_id))
+    return replace(
+        plan, run=run, changes=_changes(run, plan.changes.properties), result=replace(plan.result, run=run_id)
+    )
 
 
 def _known(found: ImageObjects) -> tuple[UUID, ...]:
