@@ -160,7 +160,7 @@ def _read_settings(path: Path) -> None:
         lambda: settings.mpp,
         lambda: settings.class_map((), {"Tumor": 1}),
         lambda: settings.tile_spec(TILES),
-        settings.screening,
+        settings.tile_filter,
         settings.split_spec,
         lambda: settings.model_config(ModelConfig()),
         lambda: TrainConfig.from_mapping(settings.train),

@@ -17,7 +17,8 @@ from darefine_qupath.checkpoint.model_file import load_checkpoint, rename_former
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline.train_request import TrainRequest
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, load_index
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader, load_index
 from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig, read_run

@@ -42,8 +42,9 @@ from darefine_qupath.pipeline.train import Folds, resume_training, train_on_proj
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.index import TileImage, TileIndex
-from darefine_qupath.tiles.scan import Screening, index_tiles
-from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
+from darefine_qupath.tiles.scan import TileFilter, index_tiles
+from darefine_qupath.tiles.slide_reader import SlideTileReader
+from darefine_qupath.tiles.sources import TileSource, open_source
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
 from darefine_qupath.training import RunSettings, TrainResult
@@ -188,7 +189,7 @@ def test_tables_of_splits_samples_and_storage(tmp_path: Path) -> None:
     assert settings.sampling_spec(max_per_image_class=3) == SamplingSpec(
         max_per_image=40, max_per_image_class=3, hard="runs/first"
     )
-    assert settings.screening() == Screening(min_labelled=0.2)
+    assert settings.tile_filter() == TileFilter(min_labelled=0.2)
     assert settings.storage(quality=80) == Storage(pixels="webp", quality=80)
     assert settings.tile_spec(TileSpec.paper()).slice_px == 100
 
@@ -212,7 +213,7 @@ def test_wrong_tables_are_refused(tmp_path: Path, text: str, message: str) -> No
     (tmp_path / "darefine.toml").write_text(text)
     settings = read_settings(tmp_path)
     with pytest.raises(DarefineError, match=message):
-        _ = (settings.split_spec(), settings.sampling_spec(), settings.screening(), settings.storage())
+        _ = (settings.split_spec(), settings.sampling_spec(), settings.tile_filter(), settings.storage())
 
 
 def test_limits_leave_the_same_tiles_for_the_same_seed() -> None:
@@ -631,7 +632,7 @@ def test_workers_open_their_own_handles(tmp_path: Path) -> None:
     origin = TileSource(id="1", name="a", path=path, annotations=(marked,), metadata={"log": str(log)})
     spec = TileSpec(input_px=20, slice_px=100, context_px=200, stride_px=100)
     tiles = index_tiles([origin], spec, CLASSES)
-    reader = SlideReader([origin], CLASSES, opener=noting_opener)
+    reader = SlideTileReader([origin], CLASSES, opener=noting_opener)
     here = [reader.read(tiles[position]) for position in range(4)]
     planned = [BatchPlan(epoch=0, step=n, tiles=(2 * n, 2 * n + 1), positions=(0, 1)) for n in range(2)]
     batches = [loaded.batch for loaded in load_batches(TileDataset(tiles, reader), planned, workers=2)]

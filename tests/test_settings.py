@@ -16,7 +16,7 @@ from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
 from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.review.writeback import WriteOptions
-from darefine_qupath.tiles.scan import Screening
+from darefine_qupath.tiles.scan import TileFilter
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 
@@ -195,7 +195,7 @@ KINDS = {
     TrainConfig: {},
     ModelConfig: {},
     TileSpec: {"slice_um": 100.0, "context_um": 500.0, "stride_um": 50.0},
-    Screening: {},
+    TileFilter: {},
     SplitSpec: {},
     SamplingSpec: {},
     PredictOptions: {},

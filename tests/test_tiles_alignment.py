@@ -16,7 +16,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.slides import open_slide
 from darefine_qupath.slides.sources import OpenSlideSource
 from darefine_qupath.tiles.plan import TilePair
-from darefine_qupath.tiles.sources import paint_mask
+from darefine_qupath.tiles.slide_reader import paint_mask
 from darefine_qupath.tiles.spec import PixelSpec
 from tests.tile_slides import area_means, centered, ramps, read_pair, write_pyramid
 

@@ -18,8 +18,9 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.plan import plan_tiles
-from darefine_qupath.tiles.scan import Screening, index_tiles
-from darefine_qupath.tiles.sources import TileSource, paint_mask
+from darefine_qupath.tiles.scan import TileFilter, index_tiles
+from darefine_qupath.tiles.slide_reader import paint_mask
+from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 from darefine_qupath.tiles.split import split_images
@@ -133,7 +134,7 @@ def test_without_ignored_areas_the_counts_are_those_of_the_files(
     sources: tuple[TileSource, ...], known: dict[str, NDArray[np.uint8]]
 ) -> None:
     spec = TileSpec(input_px=500, slice_px=1000, context_px=5000, stride_px=1000)
-    index = index_tiles(sources, spec, CLASSES, screening=Screening(min_labelled=0, min_tissue=0))
+    index = index_tiles(sources, spec, CLASSES, tile_filter=TileFilter(min_labelled=0, min_tissue=0))
     checked = 0
     for number, source in enumerate(sources):
         if any(note.path_class == "Ignore*" for note in source.annotations):

@@ -26,15 +26,16 @@ from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import MissingMppError, SlideError, SlideNotFoundError, TileError
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles import scan as screening_module
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, dataset_digest, load_index
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
 from darefine_qupath.tiles.plan import plan_tiles
 from darefine_qupath.tiles.reading import read_context
-from darefine_qupath.tiles.scan import Screening, index_tiles
-from darefine_qupath.tiles.sources import SlideReader, TileSource, open_source
+from darefine_qupath.tiles.scan import TileFilter, index_tiles
+from darefine_qupath.tiles.slide_reader import SlideTileReader
+from darefine_qupath.tiles.sources import TileSource, open_source
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.tiles.storage import Storage, encode_mask, palette
+from darefine_qupath.tiles.storage import PixelFolder, Storage, encode_mask, palette
 from darefine_qupath.training.tile_dataset import TileDataset
 from tests.tile_slides import ArraySlide, ramps, read_pair, write_pyramid
 
@@ -89,7 +90,7 @@ def test_counts_are_those_of_the_masks(sources: tuple[TileSource, ...]) -> None:
 
 def test_tiles_side_by_side_count_every_labelled_pixel_once(sources: tuple[TileSource, ...]) -> None:
     spec = TileSpec(input_px=50, slice_px=50, context_px=150, stride_px=50)
-    index = index_tiles(sources[:1], spec, CLASSES, screening=Screening(min_labelled=0))
+    index = index_tiles(sources[:1], spec, CLASSES, tile_filter=TileFilter(min_labelled=0))
     assert index.class_pixels.tolist() == [260 * 260 - 64 * 64, 64 * 64]
 
 
@@ -135,8 +136,8 @@ def test_a_case_is_found_under_its_usual_names(metadata: dict[str, str], case: s
 
 
 def test_only_tiles_with_enough_labels_stay(sources: tuple[TileSource, ...]) -> None:
-    every = index_tiles(sources, SPEC, CLASSES, screening=Screening(min_labelled=0))
-    half = index_tiles(sources, SPEC, CLASSES, screening=Screening(min_labelled=0.5))
+    every = index_tiles(sources, SPEC, CLASSES, tile_filter=TileFilter(min_labelled=0))
+    half = index_tiles(sources, SPEC, CLASSES, tile_filter=TileFilter(min_labelled=0.5))
     assert same(half, every.subset(every.labelled_fraction >= 0.5))
     assert 0 < len(half) < len(every)
 
@@ -155,7 +156,7 @@ def test_glass_is_left_out_unless_it_is_annotated() -> None:
     on_glass = {tuple(xy) for xy in index.slice_xy.tolist() if xy[0] + 64 < 280}
     assert on_glass == {(0, 0)}
     assert {xy[0] for xy in index.slice_xy.tolist()} >= {320, 384, 416}
-    every = index_tiles([source], SPEC, classes, opener=half_glass, screening=Screening(min_tissue=0))
+    every = index_tiles([source], SPEC, classes, opener=half_glass, tile_filter=TileFilter(min_tissue=0))
     assert len(every) > len(index)
     assert every.counts[:, -1].max() < 32 * 32
 
@@ -163,7 +164,7 @@ def test_glass_is_left_out_unless_it_is_annotated() -> None:
 @pytest.mark.parametrize("name", ["min_labelled", "min_tissue"])
 def test_a_share_lies_between_0_and_1(name: str) -> None:
     with pytest.raises(TileError, match=f"{name} is a share between 0 and 1, got 1.5"):
-        Screening(**{name: 1.5})
+        TileFilter(**{name: 1.5})
 
 
 def test_nothing_labelled_is_an_error_that_says_so(sources: tuple[TileSource, ...]) -> None:
@@ -217,7 +218,7 @@ def test_the_folder_holds_every_tile_and_each_context_once(sources: tuple[TileSo
 
 def test_pixels_are_what_prediction_reads_at_the_same_place(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
     index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=LOSSLESS)
-    stored, fresh = DatasetReader(tmp_path), SlideReader(sources, CLASSES)
+    stored, fresh = DatasetReader(tmp_path), SlideTileReader(sources, CLASSES)
     for image, source in zip(index.images, sources, strict=True):
         with open_source(source) as slide:
             planned = {pair.slice: pair for pair in plan_tiles(slide.size, SPEC.at(image.mpp))}
@@ -233,7 +234,7 @@ def test_pixels_are_what_prediction_reads_at_the_same_place(sources: tuple[TileS
 def test_jpeg_is_near_and_says_so(sources: tuple[TileSource, ...], tmp_path: Path) -> None:
     index = build_dataset(sources, SPEC, CLASSES, tmp_path)
     assert json.loads((tmp_path / "dataset.json").read_text())["storage"] == {"pixels": "jpeg", "quality": 95}
-    with SlideReader(sources, CLASSES) as fresh:
+    with SlideTileReader(sources, CLASSES) as fresh:
         for record in index:
             stored, pixels = DatasetReader(tmp_path).read(record), fresh.read(record)
             assert np.abs(stored.slice.astype(int) - pixels.slice).mean() < 2
@@ -266,9 +267,9 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     """Let a build die while it writes its n-th slice, half written; or count the slices it writes."""
     written: list[str] = []
     limit = [10**9]
-    real = screening_module.PixelFolder.write
+    real = PixelFolder.write
 
-    def write(self: screening_module.PixelFolder, image_id: str, kind: str, box: Box, pixels: np.ndarray) -> bytes:
+    def write(self: PixelFolder, image_id: str, kind: str, box: Box, pixels: np.ndarray) -> bytes:
         if kind == "slice":
             written.append(f"{image_id}/{box.x}_{box.y}")
             if len(written) > limit[0]:
@@ -281,7 +282,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
         written.clear()
         return written
 
-    monkeypatch.setattr(screening_module.PixelFolder, "write", write)
+    monkeypatch.setattr(PixelFolder, "write", write)
     return arm
 
 
@@ -503,7 +504,7 @@ def test_slides_read_on_the_fly_lose_to_damage_what_stored_tiles_lose(
     whole = index_tiles(sources[:1], SPEC, CLASSES)
     stored = build_dataset(sources[:1], SPEC, CLASSES, tmp_path, opener=opener, storage=LOSSLESS)
     from_disk, kept = DatasetReader(tmp_path), {record.id for record in stored}
-    with SlideReader(sources[:1], CLASSES, opener=opener) as reader:
+    with SlideTileReader(sources[:1], CLASSES, opener=opener) as reader:
         for record in [*whole, *whole]:
             found = reader.read(record)
             if record.id in kept:
@@ -552,7 +553,7 @@ def test_a_reader_shares_contexts_and_closes_its_slides(sources: tuple[TileSourc
         return opened[-1]
 
     index = index_tiles(sources[:1], SPEC, CLASSES, opener=opener)
-    reader = SlideReader(sources, CLASSES, opener=opener)
+    reader = SlideTileReader(sources, CLASSES, opener=opener)
     opened.clear()
     for record in index:
         reader.read(record)
@@ -566,7 +567,7 @@ def test_a_reader_shares_contexts_and_closes_its_slides(sources: tuple[TileSourc
 def test_a_reader_keeps_few_slides_open(sources: tuple[TileSource, ...]) -> None:
     opened: dict[str, ArraySlide] = {}
     many = [replace(sources[0], id=str(number)) for number in range(12)]
-    reader = SlideReader(many, CLASSES, opener=lambda s: opened.setdefault(s.id, ArraySlide(ramps(64, 64))))
+    reader = SlideTileReader(many, CLASSES, opener=lambda s: opened.setdefault(s.id, ArraySlide(ramps(64, 64))))
     for source in many:
         reader.open(source.id)
     assert [slide.is_closed for slide in opened.values()] == [True] * 4 + [False] * 8
@@ -576,7 +577,7 @@ def test_a_reader_keeps_few_slides_open(sources: tuple[TileSource, ...]) -> None
 
 def test_a_reader_pickles_without_its_handles(sources: tuple[TileSource, ...]) -> None:
     index = index_tiles(sources, SPEC, CLASSES)
-    with SlideReader(sources, CLASSES) as reader:
+    with SlideTileReader(sources, CLASSES) as reader:
         before = reader.read(index[0])
         with pickle.loads(pickle.dumps(reader)) as copy:
             assert all((a == b).all() for a, b in zip(before, copy.read(index[0]), strict=True))
@@ -585,7 +586,7 @@ def test_a_reader_pickles_without_its_handles(sources: tuple[TileSource, ...]) -
 def test_a_forked_process_opens_its_own_slides(
     sources: tuple[TileSource, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with SlideReader(sources, CLASSES) as reader:
+    with SlideTileReader(sources, CLASSES) as reader:
         mine, _ = reader.open("1")
         monkeypatch.setattr("os.getpid", lambda: -5)
         other, _ = reader.open("1")
@@ -599,7 +600,7 @@ def test_tensors_and_batches(sources: tuple[TileSource, ...], tmp_path: Path, fr
         index = build_dataset(sources, SPEC, CLASSES, tmp_path, storage=LOSSLESS)
     else:
         index = index_tiles(sources, SPEC, CLASSES)
-    reader = DatasetReader(tmp_path) if from_disk else SlideReader(sources, CLASSES)
+    reader = DatasetReader(tmp_path) if from_disk else SlideTileReader(sources, CLASSES)
     dataset = TileDataset(index, reader)
     batch = next(iter(DataLoader(dataset, batch_size=4)))
     assert (batch.slice.shape, batch.context.shape, batch.mask.shape) == ((4, 3, 32, 32), (4, 3, 32, 32), (4, 32, 32))
@@ -614,7 +615,7 @@ def test_tensors_and_batches(sources: tuple[TileSource, ...], tmp_path: Path, fr
 
 
 def test_what_a_transform_writes_stays_in_its_tile(sources: tuple[TileSource, ...]) -> None:
-    dataset = TileDataset(index_tiles(sources, SPEC, CLASSES), SlideReader(sources, CLASSES))
+    dataset = TileDataset(index_tiles(sources, SPEC, CLASSES), SlideTileReader(sources, CLASSES))
     before = dataset[1].context.clone()
     dataset[0].context.zero_()
     assert (dataset[1].context == before).all()

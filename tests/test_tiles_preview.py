@@ -15,7 +15,8 @@ from darefine_qupath.errors import TileError
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.preview import check_sheet, choose_examples, contact_sheet
 from darefine_qupath.tiles.scan import index_tiles
-from darefine_qupath.tiles.sources import SlideReader, TileSource
+from darefine_qupath.tiles.slide_reader import SlideTileReader
+from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
 from tests.tile_slides import ArraySlide
 
@@ -60,7 +61,7 @@ def index_of_everything(tiles: TileIndex) -> TileIndex:
 )
 def test_a_sheet_holds_slices_masks_contexts_and_the_table(source: TileSource, tmp_path: Path, spec: TileSpec) -> None:
     tiles = tiles_of(source, spec)
-    path = contact_sheet(tiles, SlideReader([source], CLASSES, opener=opener), tmp_path / "sheet.png", number=4)
+    path = contact_sheet(tiles, SlideTileReader([source], CLASSES, opener=opener), tmp_path / "sheet.png", number=4)
     with Image.open(path) as image:
         colors = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
     assert colors[(240, 180, 210)] > 4 * 220 * 220
@@ -72,7 +73,7 @@ def test_a_sheet_holds_slices_masks_contexts_and_the_table(source: TileSource, t
 def test_no_tiles_give_no_sheet(source: TileSource, tmp_path: Path) -> None:
     tiles = tiles_of(source, SPEC).subset(np.zeros(0, int))
     with pytest.raises(TileError, match="There are no tiles to show"):
-        contact_sheet(tiles, SlideReader([source], CLASSES), tmp_path / "sheet.png")
+        contact_sheet(tiles, SlideTileReader([source], CLASSES), tmp_path / "sheet.png")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,9 @@ def test_a_sheet_that_cannot_be_drawn_is_refused(tmp_path: Path, name: str, mess
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg"])
 def test_the_suffix_is_the_format(source: TileSource, tmp_path: Path, suffix: str) -> None:
     tiles = tiles_of(source, SPEC)
-    path = contact_sheet(tiles, SlideReader([source], CLASSES, opener=opener), tmp_path / f"sheet{suffix}", number=1)
+    path = contact_sheet(
+        tiles, SlideTileReader([source], CLASSES, opener=opener), tmp_path / f"sheet{suffix}", number=1
+    )
     with Image.open(path) as image:
         assert image.format == ("PNG" if suffix == ".png" else "JPEG")
 
@@ -98,7 +101,7 @@ def test_the_suffix_is_the_format(source: TileSource, tmp_path: Path, suffix: st
 def test_a_slice_shows_the_outlines_of_its_mask(source: TileSource, tmp_path: Path) -> None:
     tiles = tiles_of(source, SPEC)
     with_rare = tiles.subset(tiles.counts[:, 1] > 0)
-    path = contact_sheet(with_rare, SlideReader([source], CLASSES, opener=opener), tmp_path / "a.png", number=1)
+    path = contact_sheet(with_rare, SlideTileReader([source], CLASSES, opener=opener), tmp_path / "a.png", number=1)
     with Image.open(path) as image:
         slice_shown = np.asarray(image.convert("RGB"))[42:262, 24:244]
     pink, rare = (slice_shown == (240, 180, 210)).all(axis=2), (slice_shown == (200, 10, 220)).all(axis=2)

@@ -39,10 +39,12 @@ from darefine_qupath.errors import (
 )
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import ModelConfig, build_model
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader
 from darefine_qupath.tiles.index import TileRecord
 from darefine_qupath.tiles.sampling import expected_shares
-from darefine_qupath.tiles.sources import TilePixels, TileSource
+from darefine_qupath.tiles.slide_reader import TilePixels
+from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import RunFolder, TrainConfig, TrainingProgress, read_run
 from darefine_qupath.training import loader as batches_module

@@ -10,7 +10,7 @@ from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Size
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.tiles.index import TileImage, TileIndex, TileRecord
-from darefine_qupath.tiles.sources import TilePixels
+from darefine_qupath.tiles.slide_reader import TilePixels
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig, TrainResult, train
 from darefine_qupath.training.tile_dataset import TileDataset

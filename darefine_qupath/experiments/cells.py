@@ -31,7 +31,8 @@ from darefine_qupath.experiments.tables import write_json
 from darefine_qupath.filesystem import open_lock, try_lock
 from darefine_qupath.models import ModelConfig, num_parameters
 from darefine_qupath.pipeline.tiles import TileRequest, make_tiles
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset, load_index
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader, load_index
 from darefine_qupath.tiles.roles import Split, explicit_roles
 from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spatial_split import spatial_split

@@ -25,7 +25,7 @@ from darefine_qupath.prediction import stain_statistics
 from darefine_qupath.tiles.dataset import dataset_digest
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.roles import Role, Split, TilePart
-from darefine_qupath.tiles.sources import TileReader
+from darefine_qupath.tiles.slide_reader import TileReader
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.runfolder import RunSettings
 from darefine_qupath.training.tile_dataset import TileDataset

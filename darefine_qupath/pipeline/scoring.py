@@ -25,7 +25,7 @@ from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.scan import index_tiles
-from darefine_qupath.tiles.sources import SlideReader
+from darefine_qupath.tiles.slide_reader import SlideTileReader
 from darefine_qupath.training import ContextMode, evaluate
 from darefine_qupath.training.tile_dataset import TileDataset
 
@@ -216,7 +216,7 @@ def score_context(
     if not sources:
         raise TileError("None of the images has annotations to compare with")
     tiles = index_tiles(sources, checkpoint.tiles, checkpoint.classes)
-    data = TileDataset(tiles, SlideReader(sources, checkpoint.classes))
+    data = TileDataset(tiles, SlideTileReader(sources, checkpoint.classes))
     network = checkpoint.build()
     return {
         mode: evaluate(network, data, normalization=checkpoint.normalization, device=device, context=mode)

@@ -11,7 +11,7 @@
     [classes.colours]
     Invasive = "#c81e28"
 
-    [tiles]      # fields of TileSpec (input_px, slice_um ...), of Screening (min_labelled ...) and Storage (pixels ...)
+    [tiles]      # fields of TileSpec (input_px, slice_um ...), TileFilter (min_labelled ...), Storage (pixels ...)
     [split]      # fields of SplitSpec: validation, test, validation_images, test_images, folds
     [sampling]   # fields of SamplingSpec: max_per_image, max_per_image_class, hard ...
     [model]      # fields of ModelConfig: slice_encoder, context_encoder, fusion, width ...
@@ -35,7 +35,7 @@ from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
-from darefine_qupath.tiles.scan import Screening
+from darefine_qupath.tiles.scan import TileFilter
 from darefine_qupath.tiles.spec import FORMER_NAMES, TileSpec
 from darefine_qupath.tiles.storage import Storage
 
@@ -171,7 +171,7 @@ class Settings:
         return TileSpec.from_json(merged)
 
     def _check_tile_keys(self) -> None:
-        _refuse_unknown(self.tiles, [*_names(TileSpec), *_names(Screening), *_names(Storage)], "tiles", self.path)
+        _refuse_unknown(self.tiles, [*_names(TileSpec), *_names(TileFilter), *_names(Storage)], "tiles", self.path)
         for key, value in self.tiles.items():
             if key == "placement" or key not in _names(TileSpec):
                 continue
@@ -180,10 +180,10 @@ class Settings:
                 kind = "a whole number of pixels" if whole else "a number of micrometres"
                 raise ConfigError(f"{self.path}: [tiles] {key} = {value!r} must be {kind}")
 
-    def screening(self, **changes: Any) -> Screening:  # noqa: ANN401 - any field
+    def tile_filter(self, **changes: Any) -> TileFilter:  # noqa: ANN401 - any field
         """Which tiles are worth having, by the ``[tiles]`` table; `changes` that are not None go over it."""
         self._check_tile_keys()
-        return self._made(Screening, "tiles", changes)
+        return self._made(TileFilter, "tiles", changes)
 
     def storage(self, **changes: Any) -> Storage:  # noqa: ANN401 - any field
         """How tiles are stored, by the ``[tiles]`` table; `changes` that are not None go over it."""

@@ -19,11 +19,12 @@ from darefine_qupath.pipeline.selection import TrainingSet, check_annotators, co
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.splitting import divide, hold_back
 from darefine_qupath.project import Project, open_project
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader
 from darefine_qupath.tiles.index import TileIndex, case_of
 from darefine_qupath.tiles.roles import Split
 from darefine_qupath.tiles.scan import index_tiles
-from darefine_qupath.tiles.sources import SlideReader, TileReader
+from darefine_qupath.tiles.slide_reader import SlideTileReader, TileReader
 from darefine_qupath.tiles.spec import TileSpec
 
 __all__ = ["TileRequest", "Tiles", "divide_tiles", "make_tiles"]
@@ -44,7 +45,7 @@ class TileRequest(ProjectRequest):
     tiles : mapping
         Fields of `TileSpec` over the settings.
     screening, storage : mapping
-        Fields of `Screening` and `Storage` over the settings.
+        Fields of `TileFilter` and `Storage` over the settings.
     workers : int
         Processes that cut tiles.
     """
@@ -128,7 +129,7 @@ def make_tiles(
     """
     settings = request.read_settings()
     spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)
-    screening, storage = settings.screening(**request.screening), settings.storage(**request.storage)
+    tile_filter, storage = settings.tile_filter(**request.screening), settings.storage(**request.storage)
     labels = LabelCollector(request.labels, request.annotators)
     # Reading needs no QuPath, and a JVM must never run in a process that forks workers.
     with open_project(request.project, engine="embedded") as project:
@@ -140,15 +141,15 @@ def make_tiles(
     on_tiles = partial(listener.on_items, "Cutting tiles")
     reader: TileReader
     if out is None:
-        index = index_tiles(sources, spec, classes, screening=screening, workers=workers, progress=on_tiles)
-        reader = SlideReader(sources, classes)
+        index = index_tiles(sources, spec, classes, tile_filter=tile_filter, workers=workers, progress=on_tiles)
+        reader = SlideTileReader(sources, classes)
     else:
         index = build_dataset(
             sources,
             spec,
             classes,
             out,
-            screening=screening,
+            tile_filter=tile_filter,
             storage=storage,
             workers=workers,
             overwrite=overwrite,

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from darefine_qupath.errors import TileError
 from darefine_qupath.tiles.index import TileIndex, TileRecord
-from darefine_qupath.tiles.sources import TilePixels, TileReader
+from darefine_qupath.tiles.slide_reader import TilePixels, TileReader
 from darefine_qupath.tiles.storage import IGNORE_COLOR, palette
 
 if TYPE_CHECKING:

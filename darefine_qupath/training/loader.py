@@ -25,7 +25,7 @@ from darefine_qupath.errors import DarefineError, TrainingError
 from darefine_qupath.models import box_within
 from darefine_qupath.tiles.index import TileIndex
 from darefine_qupath.tiles.sampling import epoch_order
-from darefine_qupath.tiles.sources import SlideReader
+from darefine_qupath.tiles.slide_reader import SlideTileReader
 from darefine_qupath.training.augment import TileBatch
 from darefine_qupath.training.config import TrainConfig
 from darefine_qupath.training.tile_dataset import TileItem
@@ -234,11 +234,11 @@ def _workers_like(data: TileData) -> BaseContext | None:
     here, must not follow. Nor do those of one process among several, whatever they read: NCCL and gloo have threads and
     locks that do not outlive a fork. They fork from a server that has loaded the libraries and nothing else.
     """
-    must_not_fork = isinstance(getattr(data, "reader", None), SlideReader) or _is_among_several()
+    must_not_fork = isinstance(getattr(data, "reader", None), SlideTileReader) or _is_among_several()
     if not must_not_fork or "forkserver" not in get_all_start_methods():
         return None
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, SlideReader.__module__])
+    context.set_forkserver_preload([__name__, SlideTileReader.__module__])
     return context
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from darefine_qupath.tiles.index import TileIndex
-from darefine_qupath.tiles.sources import TileReader
+from darefine_qupath.tiles.slide_reader import TileReader
 
 if TYPE_CHECKING:
     import numpy as np

@@ -36,11 +36,12 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import Slide, open_slide
-from darefine_qupath.tiles.dataset import build_dataset
+from darefine_qupath.tiles.build import build_dataset
 from darefine_qupath.tiles.plan import TilePair, plan_tiles
 from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
-from darefine_qupath.tiles.scan import Screening
-from darefine_qupath.tiles.sources import TileSource, open_source, paint_mask
+from darefine_qupath.tiles.scan import TileFilter
+from darefine_qupath.tiles.slide_reader import paint_mask
+from darefine_qupath.tiles.sources import TileSource, open_source
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
 
@@ -58,7 +59,7 @@ print(read / (clock() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxr
 
 SPEC = TileSpec.paper()
 PIXELS = SPEC.at(None)
-EVERYTHING = Screening(min_labelled=0, min_tissue=0)
+EVERYTHING = TileFilter(min_labelled=0, min_tissue=0)
 
 
 def source_of(slide: Path, project: Path | None) -> tuple[TileSource, ClassMap]:
@@ -111,7 +112,7 @@ def context_each(slide: Slide, painter: LabelPainter, pairs: list[TilePair]) -> 
 def to_disk(source: TileSource, classes: ClassMap, spec: TileSpec, storage: Storage) -> int:
     """Build a dataset of the whole slide in a folder that goes away; gives the number of tiles."""
     with tempfile.TemporaryDirectory() as folder:
-        return len(build_dataset([source], spec, classes, Path(folder), screening=EVERYTHING, storage=storage))
+        return len(build_dataset([source], spec, classes, Path(folder), tile_filter=EVERYTHING, storage=storage))
 
 
 def peak_mb(source: TileSource, classes: ClassMap, stride_px: int) -> tuple[int, float, bool]:

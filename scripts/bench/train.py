@@ -36,8 +36,10 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.demo import CLASSES, draw_slide
 from darefine_qupath.devices import DTYPES, choose_device, choose_precision, full_float32
 from darefine_qupath.models import ModelConfig, Normalization
-from darefine_qupath.tiles.dataset import DatasetReader, build_dataset
-from darefine_qupath.tiles.sources import SlideReader, TileReader, TileSource
+from darefine_qupath.tiles.build import build_dataset
+from darefine_qupath.tiles.dataset import DatasetReader
+from darefine_qupath.tiles.slide_reader import SlideTileReader, TileReader
+from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig
 from darefine_qupath.training.augment import draw_augmentation
@@ -136,7 +138,7 @@ def make_tiles(folder: Path, size: int) -> tuple[dict[str, TileReader], TileData
     spec = TileSpec(input_px=size, slice_px=2 * size, context_px=10 * size, stride_px=size)
     index = build_dataset(sources, spec, CLASS_MAP, folder / "tiles")
     reader = DatasetReader(folder / "tiles")
-    return {"dataset": reader, "slides": SlideReader(sources, CLASS_MAP)}, TileDataset(index, reader)
+    return {"dataset": reader, "slides": SlideTileReader(sources, CLASS_MAP)}, TileDataset(index, reader)
 
 
 def bench_data(data: TileDataset, config: TrainConfig, seconds: float) -> float:
