@@ -26,14 +26,14 @@ _OLDEST_GEOS = (3, 12)
 _PAQUO_PATIENCE_S = 90.0
 _LITTLE_SPACE_GIB = 5.0
 _NAME_QUPATH = "set PAQUO_QUPATH_DIR to what `paquo get_qupath --install-path DIR` prints, or unset it"
-_GET_QUPATH = "only where you want QuPath itself to write: `paquo get_qupath --install-path DIR`, set PAQUO_QUPATH_DIR"
+_GET_QUPATH = "only if you want QuPath itself to write: `paquo get_qupath --install-path DIR`, set PAQUO_QUPATH_DIR"
 _MARK = "QuPath is "
 _START_QUPATH = f"""
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import paquo
+from darefine_qupath.project import paquo_engine
 try:
-    found = paquo.find_qupath()
-    print("{_MARK}" + (paquo.start_qupath() if found else "missing"), flush=True)
+    found = paquo_engine.find_qupath()
+    print("{_MARK}" + (paquo_engine.start_qupath() if found else "missing"), flush=True)
 except EngineError as error:
     print("{_MARK}broken: " + str(error), flush=True)
 """
@@ -146,7 +146,7 @@ def _cores() -> int:
 def _cpu_advice(torch: Any) -> str:  # noqa: ANN401
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         return "there is an NVIDIA driver, but this torch is built without CUDA: install the CUDA build of torch"
-    return "prediction and small trainings work; a whole training wants a CUDA GPU, or a light encoder"
+    return "prediction and small trainings work; full training needs a CUDA GPU, or a light encoder"
 
 
 def _openslide() -> Finding:
@@ -225,7 +225,7 @@ def _paquo() -> Finding:
     if said and not said[-1].startswith("broken"):
         return Finding(name=name, state="ok", found=f"QuPath {said[-1]}, paquo {importlib.metadata.version('paquo')}")
     lines = [line for line in output.splitlines() if line.strip()]
-    reason = said[-1] if said else (lines[-1].strip() if lines else "the process ended without a word")
+    reason = said[-1] if said else (lines[-1].strip() if lines else "the process ended without any output")
     return Finding(name=name, state="warn", found=reason[:300], advice="give `--engine embedded`, or " + _GET_QUPATH)
 
 

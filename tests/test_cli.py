@@ -121,7 +121,7 @@ def test_slide_without_mpp(run: Run, tmp_path: Path) -> None:
 
 
 def test_resume_without_a_run(run: Run, tmp_path: Path) -> None:
-    _assert_one_line(run("train", "--resume", tmp_path), "no run to go on with")
+    _assert_one_line(run("train", "--resume", tmp_path), "is not a run folder")
 
 
 def test_disk_full_while_writing_leaves_the_project_as_it_was(

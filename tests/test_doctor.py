@@ -125,6 +125,14 @@ def test_a_cpu_build_beside_an_nvidia_driver_is_told(monkeypatch: pytest.MonkeyP
     assert "install the CUDA build" in doctor._cpu_advice(fake)
 
 
+def test_the_process_that_tries_paquo_finds_its_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("darefine_qupath.project.paquo_engine.find_qupath", lambda: None)
+    exec(doctor._START_QUPATH, {})
+    assert capsys.readouterr().out == "QuPath is missing\n"
+
+
 @pytest.mark.parametrize(
     ("script", "state", "found"),
     [
@@ -132,7 +140,7 @@ def test_a_cpu_build_beside_an_nvidia_driver_is_told(monkeypatch: pytest.MonkeyP
         ("print('QuPath is missing')", "ok", "no QuPath that paquo could use"),
         ("print('QuPath is broken: Java does not start')", "warn", "broken: Java does not start"),
         ("raise SystemExit('Segmentation fault')", "warn", "Segmentation fault"),
-        ("import os; os.abort()", "warn", "the process ended without a word"),
+        ("import os; os.abort()", "warn", "the process ended without any output"),
     ],
     ids=["works", "missing", "broken", "dies", "crashes"],
 )

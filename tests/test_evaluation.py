@@ -248,10 +248,10 @@ def test_models_without_an_identity_are_told_by_path_or_names_in_words(
     del provenance[IDENTITY]
     model = model_of(**provenance)
     assert seen_in(project, model) == {"1", "2"}
-    assert "is told by its path" in caplog.text
+    assert "is decided by its path" in caplog.text
     other = Path(shutil.copytree(project, tmp_path / "elsewhere" / "project"))
     assert seen_in(other, model) == {"1", "2"}
-    assert "is told by the ids and names of the images" in caplog.text
+    assert "is decided by the ids and names of the images" in caplog.text
     listed = (other / "project.qpproj").read_text(encoding="utf-8")
     (other / "project.qpproj").write_text(listed.replace('"imageName": "train-', '"imageName": "x-'), encoding="utf-8")
     assert seen_in(other, model) == set()
@@ -377,6 +377,6 @@ def test_a_truth_that_may_be_of_two_images_is_refused(twins: Path, model_of: Mod
     found = evaluate_project(evaluation_of(twins, model_of()))
     assert [slide.id for slide in found.slides] == ["3"]
     assert [image.id for image in found.failed] == ["1", "2"]
-    assert all("train-1.geojson may be the truth of any of the images 1, 2" in image.why for image in found.failed)
-    with pytest.raises(PredictionError, match=r"train-1\.tif: .*may be the truth of any of the images 1, 2"):
+    assert all("train-1.geojson could belong to any of the images 1, 2" in image.why for image in found.failed)
+    with pytest.raises(PredictionError, match=r"train-1\.tif: .*could belong to any of the images 1, 2"):
         evaluate_project(evaluation_of(twins, model_of(), images=("1",)))

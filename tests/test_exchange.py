@@ -761,7 +761,7 @@ def test_slides_beside_their_annotations_become_a_project_by_one_command(
     with project:
         assert drawn(project) == {"1": 1}
     assert [item.file.path.name for item in imports] == ["slide.xml"]
-    assert "1 annotation files have the name of no slide: other.xml" in caplog.text
+    assert "1 annotation files match no slide by their name: other.xml" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_export_chooses_by_annotator_and_keeps_it(project: Project, tmp_path: Pa
         records = read_annotations(tmp_path / "out/1.geojson").annotations
         assert sorted(record.geometry.bounds for record in records) == [shape.bounds for shape in expected]
     assert len(by_annotators(records, ["Anna"])) == 1
-    with pytest.raises(ProjectError, match=r"No annotation is by 'Ana'; there are -, Anna, Bert"):
+    with pytest.raises(ProjectError, match=r"There are no annotations by 'Ana'; annotators are -, Anna, Bert"):
         export_labels(project, Settings(), tmp_path / "labels", downsample=4, annotators=["Ana"])
 
 
@@ -310,7 +310,7 @@ def test_training_learns_from_the_chosen_annotators(project: Project, tmp_path: 
     (record,) = learnt(project, project.images[0])
     assert record.geometry.bounds == B.bounds
     assert learnt.objects["1"]["drawn"] == (str(record.id),)
-    with pytest.raises(ProjectError, match="No annotation is by 'Cara'"):
+    with pytest.raises(ProjectError, match="There are no annotations by 'Cara'"):
         make_tiles(TileRequest(project=project.path, annotators=("Cara",)), None)
 
 
@@ -700,7 +700,7 @@ def test_files_that_no_image_claims_are_all_named(
     mask(tmp_path / "slide.tif_mask.png", 1)
     _, imports = create_from_slides(tmp_path / "q", [template / "slide.tif"], annotations=tmp_path, engine="embedded")
     assert [item.file.path.name for item in imports] == ["slide.tif_mask.png"]
-    assert "2 annotation files have the name of no slide: x.xml, y_mask.png" in caplog.text
+    assert "2 annotation files match no slide by their name: x.xml, y_mask.png" in caplog.text
 
 
 # What cannot train

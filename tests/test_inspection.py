@@ -168,7 +168,7 @@ def test_a_slide_without_pixel_size_and_one_of_another_size(tmp_path: Path) -> N
     project = ProjectOfFiles(tmp_path, [entry(path), entry(path, 2, width=99, name="b")])
     found = check_project(project, Settings())
     assert "neither the project nor the file knows the pixel size" in found[0].message
-    assert "QuPath has it as 99 x 1200 px" in found[1].message
+    assert "QuPath lists it as 99 x 1200 px" in found[1].message
     assert not [item for item in check_project(project, Settings(), mpp=0.5) if "pixel size" in item.message]
 
 
@@ -187,7 +187,7 @@ def findings(image: ImageEntry, tmp_path: Path, **options: float) -> list[str]:
 def test_pixels_that_are_not_square_are_refused_and_not_averaged(tmp_path: Path) -> None:
     image = entry(stated(tmp_path / "a.tif", (40_000, 20_000)))
     (found,) = [line for line in findings(image, tmp_path) if line.startswith("error")]
-    assert "its pixels are 0.25 x 0.5 um by its file, not square" in found
+    assert "its pixels are not square (0.25 x 0.5 um by its file)" in found
     assert findings(image, tmp_path, mpp=0.25) == []
     assert findings(replace(image, pixel_size=PixelSize(0.25, 0.25), mpp=0.25), tmp_path) == []
 
@@ -195,7 +195,7 @@ def test_pixels_that_are_not_square_are_refused_and_not_averaged(tmp_path: Path)
 def test_pixels_that_qupath_has_as_not_square_are_refused(tmp_path: Path) -> None:
     image = entry(stated(tmp_path / "a.tif", (40_000, 40_000)), pixel_size=PixelSize(0.25, 0.5))
     (found,) = [line for line in findings(image, tmp_path) if line.startswith("error")]
-    assert "its pixels are 0.25 x 0.5 um by QuPath's calibration, not square" in found
+    assert "its pixels are not square (0.25 x 0.5 um by QuPath's calibration)" in found
 
 
 @pytest.mark.parametrize("size", [(0, 0.25), (-1, -1), (math.nan, 0.25), (1e300, 1e300)])

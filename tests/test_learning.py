@@ -1,4 +1,4 @@
-"""From a project to the tiles that train: who is held back, what is drawn, which model it goes on from."""
+"""From a project to the tiles that train: who is held back, what is drawn, which model it starts from."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_the_model_that_was_reviewed_is_found(
     assert former_model(project) is None
     write(project, grid(2), model="older")
     assert former_model(project) is None
-    assert "The model older, whose predictions were reviewed, is not at a place that is known" in caplog.text
+    assert "The model older, whose predictions were reviewed, cannot be found; give it with --from" in caplog.text
     write(project, grid(2, shift=50.0), model=model, parameters={MODEL_FILE: str(always_normal)})
     assert former_model(project) == always_normal
     always_normal.unlink()
@@ -453,7 +453,7 @@ def test_folds_share_their_tiles_and_train_one_after_the_other(tiny: Path, tmp_p
         train_on_project(wanted)
     assert isinstance(resume_training(tmp_path / "run"), Folds)
     assert [call[2]["resume"] for call in trained.calls] == [False, False, True, True]
-    with pytest.raises(ConfigError, match="there are no roles to save"):
+    with pytest.raises(ConfigError, match="so images have no roles to save"):
         train_on_project(replace(wanted, out=tmp_path / "other", save_roles=True))
 
 
@@ -519,7 +519,7 @@ def test_tiles_that_are_others_by_now_are_refused(tiny: Path, tmp_path: Path, tr
     train_on_project(replace(request(tiny, tmp_path / "run"), on_the_fly=False))
     file = tmp_path / "run" / "tiles" / "dataset.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "digest": "other"}))
-    with pytest.raises(TrainingError, match=r"are others than .* began with; start a new run"):
+    with pytest.raises(TrainingError, match=r"are not those that .* began with; start a new run"):
         resume_training(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "tiles")
     with pytest.raises(TileError, match="holds no finished dataset"):
@@ -581,7 +581,7 @@ def test_the_network_is_that_of_the_model_that_is_started_from(
     assert trained.calls[0][2]["model"] == toy_model(num_classes=4)
     # The settings of the project name resnet18, the model another network.
     assert "slice_encoder" in caplog.text
-    assert "only counts for new models" in caplog.text
+    assert "apply to new models only" in caplog.text
     other = replace(started, out=tmp_path / "b", model={"width": 48})
     with pytest.raises(TrainingError, match="it cannot start"):
         train_on_project(other)

@@ -92,7 +92,7 @@ def test_a_map_that_is_written_anew_while_it_is_read_gives_no_polygons(
     monkeypatch.setattr(predict, "vectorize", meanwhile)
     (found,) = predict_project(request_of(images=("test-3.tif",))).outcomes
     assert found.written is None
-    assert "was written anew by another process while it was read; predict again" in (found.error or "")
+    assert "was rewritten by another process while it was being read; predict again" in (found.error or "")
 
 
 def test_progress_tells_how_far_all_slides_are(request_of: Request) -> None:

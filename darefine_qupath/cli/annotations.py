@@ -78,7 +78,7 @@ def import_options(
     "--replace",
     "replaces",
     is_flag=True,
-    help="Take out what an earlier import of a file of this name (and annotator) brought and this one does not hold.",
+    help="Remove what an earlier import of a file of this name (and annotator) added and this one no longer holds.",
 )
 @click.option("--dry-run", is_flag=True, help="Only read the files, and say what would be done.")
 @engine_option
@@ -95,11 +95,12 @@ def import_(
 ) -> None:
     """Add the annotations of FILES to PROJECT.
 
-    Read are XML of Aperio ImageScope, HALO and ASAP, Hamamatsu NDPA, GeoJSON and COCO JSON, each also in gzip or zip,
-    and label masks (PNG, TIFF).
+    Formats are XML of Aperio ImageScope, HALO and ASAP, Hamamatsu NDPA, GeoJSON and COCO JSON, each also in gzip or
+    zip, and label masks (PNG, TIFF).
 
-    What is there already, by class and outline, stays as it is. What the file has changed is updated where only one
-    object can be meant; all else is added. What was edited in QuPath since it was imported is never changed.
+    Objects that are there already, with the same class and outline, stay as they are. Objects that changed in the file
+    are updated where it is clear which one is meant; all others are added. Objects that were edited in QuPath since
+    their import are never changed.
     """
     options = import_options(**reading, replaces=replaces)
     with open_project(project, engine=engine) as opened:
@@ -148,7 +149,7 @@ def show_imports(imports: tuple[Import, ...]) -> None:
     """Say what became of annotation files."""
     for item in imports:
         counts = [f"{item.added} added", f"{item.updated} updated" if item.updated else ""]
-        counts += [f"{item.removed} taken out" if item.removed else "", f"{item.already} there already"]
+        counts += [f"{item.removed} removed" if item.removed else "", f"{item.already} there already"]
         say(f"{item.file} -> {item.image.name}: {', '.join(count for count in counts if count)}")
         named = (*item.file.repaired, *item.file.refused, *item.notes)
         for each in named[:_NAMED]:

@@ -35,7 +35,7 @@ def onnx(model: Path, out: Path, as_json: bool) -> None:
     """Write the model file MODEL as ONNX, for programs that do not have torch.
 
     Inputs are slice and, where the network has a context, context: normalised RGB of the model's tile size, any batch.
-    The output is logits. What `darefine show` prints stands in the file's metadata.
+    The output is logits. The file's metadata holds what `darefine show` prints.
     """
     checkpoint = load_checkpoint(model)
     export_onnx(checkpoint, out)

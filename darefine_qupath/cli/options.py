@@ -106,14 +106,14 @@ image_option = click.option(
 mpp_option = click.option(
     "--mpp",
     type=FiniteRange(*MPP_LIMITS),
-    help="Micrometres per pixel of every slide, over project and file.",
+    help="Micrometres per pixel of every slide; overrides project and file.",
 )
 annotators_option = click.option(
     "--annotator",
     "annotators",
     multiple=True,
     metavar="NAME",
-    help="Only annotations imported as this annotator's, - for those of none; may be repeated.",
+    help="Only annotations by this annotator, or - for those without one; may be repeated.",
 )
 settings_option = click.option(
     "--settings", type=click.Path(path_type=Path), help="Settings file; darefine.toml beside the project by default."

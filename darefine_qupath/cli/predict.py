@@ -242,7 +242,7 @@ def _written(result: RunResult | None) -> str:
         "added": result.added,
         "removed": result.removed,
         "kept": result.kept,
-        "hidden by yours": result.hidden,
+        "covered by yours": result.hidden,
         "taken over": result.adopted,
         "rejected": result.rejected,
     }

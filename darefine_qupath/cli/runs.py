@@ -24,8 +24,8 @@ __all__ = ["restore", "runs", "undo"]
 def runs(project: Path, images: tuple[str, ...], as_json: bool) -> None:
     """List the runs of PROJECT: what was predicted when, by which model, and whether it stands.
 
-    A run is done, undone, overwritten (gone with data that was restored, saved in QuPath from a state before it, or
-    copied here), or unrecorded: the image tells of it, but its record is missing.
+    A run is done, undone, overwritten (its objects are gone because older data was restored, saved in QuPath or copied
+    here), or unrecorded: the image has its objects, but its record is missing.
     """
     failures = Failures()
     with open_project(project, engine="embedded") as opened:
@@ -56,7 +56,7 @@ def runs(project: Path, images: tuple[str, ...], as_json: bool) -> None:
 def undo(project: Path, run: str | None, dry_run: bool, engine: Engine, as_json: bool) -> None:
     """Take a RUN of PROJECT back, by default the last call of predict.
 
-    What it wrote and nobody touched goes; what it replaced comes back.
+    Objects that it wrote and nobody touched are removed; what it replaced comes back.
     """
     failures = Failures()
     with open_project(project, engine=engine) as opened:
@@ -80,7 +80,7 @@ def undo(project: Path, run: str | None, dry_run: bool, engine: Engine, as_json:
 def restore(project: Path, image: str, list_only: bool, which: str, as_json: bool) -> None:
     """Bring back an earlier state of the objects of IMAGE (name or entry id) in PROJECT.
 
-    Every write keeps the former file; the last five are kept. What is replaced now becomes a backup itself.
+    Every write keeps the former file; the last five are kept. The present state becomes a backup too.
     """
     if list_only:
         names = [backup.path.name for backup in list_backups(project, image)]

@@ -55,7 +55,7 @@ class Place:
         Grey values between its mean at level 0 and at the coarse level; 0 where there is one level only, or it is too
         small to be seen there.
     shift : tuple of int
-        By how many level-0 pixels the coarse level lies beside level 0 in this block, in x and y.
+        By how many level-0 pixels the coarse level is shifted against level 0 in this block, in x and y.
     """
 
     index: int

@@ -112,13 +112,13 @@ def match_files(project: Project, files: Sequence[Path], image: str | None) -> l
     if unclaimed:
         names = ", ".join(repr(entry.name) for entry in project.images) or "none"
         raise ExchangeError(
-            f"{', '.join(unclaimed)}: no image of the project has this file's name; give --image, one of {names}"
+            f"{', '.join(unclaimed)}: no image of the project has this file's name; give --image with one of {names}"
         )
     for file, found in matched:
         if len(found) > 1:
             ids = ", ".join(f"{entry.id} ({entry.path or entry.name})" for entry in found)
             raise ExchangeError(
-                f"{file}: {len(found)} images of the project have this file's name; give --image an id, one of {ids}"
+                f"{file}: {len(found)} images of the project have this file's name; give --image with an id: {ids}"
             )
         check_members(file, found[0], index, found[0].name)
     return [(file, found[0]) for file, found in matched]

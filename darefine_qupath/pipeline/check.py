@@ -105,7 +105,7 @@ def check_project(
                 Finding(
                     level="warning",
                     image="",
-                    message=f"Class {name!r} has {area:.0f} level-0 pixels in all, little to learn from",
+                    message=f"Class {name!r} has only {area:.0f} level-0 pixels in all: little to learn from",
                 )
             )
     try:
@@ -120,7 +120,7 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
     uris = Counter((image.uri, image.server_args) for image in images)
     for name, number in names.items():
         if number > 1:
-            message = f"{number} images have the name {name!r}; name them apart, or address them by entry id"
+            message = f"{number} images have the name {name!r}; give them different names, or use their entry ids"
             yield Finding(level="warning", image=name, message=message)
     for (uri, _), number in uris.items():
         if number > 1 and uri is not None:
@@ -130,13 +130,13 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
     for same in _copies(images):
         names_of = ", ".join(repr(image.name) for image in same)
         message = (
-            f"{len(same)} files hold the same bytes: {names_of}; a split could put them on both sides, drop all but one"
+            f"{len(same)} files have the same content: {names_of}; keep one, or a split may put them on both sides"
         )
         yield Finding(level="error", image="", message=message)
 
 
 def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
-    """Images of different files that hold the same, told by their size and three of their megabytes."""
+    """Images of different files that hold the same, compared by their size and three of their megabytes."""
     by_size: dict[int, dict[Path, ImageEntry]] = {}
     for image in images:
         with contextlib.suppress(OSError):
@@ -146,7 +146,7 @@ def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
     found: dict[tuple[int, str], list[ImageEntry]] = {}
     for size, same in by_size.items():
         for path, image in same.items() if len(same) > 1 else ():
-            with contextlib.suppress(OSError):  # said where the image is checked
+            with contextlib.suppress(OSError):  # reported where the image is checked
                 found.setdefault((size, _fingerprint(path, size)), []).append(image)
     return [same for same in found.values() if len(same) > 1]
 
@@ -193,7 +193,7 @@ def _check_slide(entry: ImageEntry, slide: PyramidSlide, mpp: float | None) -> I
         yield Finding(
             level="warning",
             image=entry.name,
-            message=f"{known:.4f} um per pixel by the project or --mpp, {slide.mpp:.4f} by the file",
+            message=f"the project or --mpp says {known:.4f} um per pixel, the file {slide.mpp:.4f}",
         )
 
 
@@ -201,10 +201,10 @@ def _check_pixel_sizes(entry: ImageEntry, slide: PyramidSlide) -> Iterator[Findi
     """Pixel sizes that are stated and not used."""
     by_project, by_file = entry.pixel_size, slide.stated_pixel_size
     if by_project is not None and not by_project.is_possible:
-        message = f"QuPath's calibration says pixels of {by_project}, which is not possible; it is not used"
+        message = f"QuPath's calibration says pixels of {by_project}, which is impossible; it is ignored"
         yield Finding(level="warning", image=entry.name, message=message)
     if by_file is not None and slide.pixel_size is None:
-        message = f"the file says pixels of {by_file}, which no microscope has; it is not used"
+        message = f"the file says pixels of {by_file}, which no microscope has; it is ignored"
         yield Finding(level="warning", image=entry.name, message=message)
 
 
@@ -267,7 +267,7 @@ def _problem(record: Annotation, outside: float) -> tuple[str, str]:
     if record.plane[1:] != Plane()[1:]:
         return (
             "another plane",
-            f"lies on the plane z = {record.plane.z}, t = {record.plane.t}; only z = 0, t = 0 trains",
+            f"lies on the plane z = {record.plane.z}, t = {record.plane.t}; only z = 0, t = 0 is used for training",
         )
     if outside > _OVERHANG:
         return "outside the image", f"lies {100 * outside:.0f} % outside the image"
@@ -286,7 +286,7 @@ def _check_pixels(entry: ImageEntry, annotations: Sequence[Annotation], slide: S
     if beside:
         first = beside[0]
         what = (
-            f"the coarse level lies {first.shift} px beside level 0"
+            f"the coarse level is shifted by {first.shift} px against level 0"
             if first.shift != (0, 0)
             else f"the levels differ by {first.difference:.0f} grey values"
         )

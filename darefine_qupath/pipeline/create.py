@@ -227,5 +227,5 @@ def _annotation_files(folder: Path | None, slides: Sequence[Path]) -> dict[Path,
         else:
             left_over.append(file.name)
     if left_over:
-        _log.warning("%d annotation files have the name of no slide: %s", len(left_over), ", ".join(left_over))
+        _log.warning("%d annotation files match no slide by their name: %s", len(left_over), ", ".join(left_over))
     return found

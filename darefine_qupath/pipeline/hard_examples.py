@@ -79,5 +79,6 @@ def _check_fit(path: Path, former: Checkpoint, classes: ClassMap, spec: TileSpec
     for what, (had, has) in differences.items():
         if had != has:
             raise TrainingError(
-                f"{path} was trained on other {what} ({had}, not {has}); hard tiles are told by a model of the same"
+                f"{path} was trained on other {what} ({had}, not {has}); --hard-examples needs a model of the same "
+                f"classes and tiles"
             )

@@ -51,7 +51,7 @@ def project_id(project: Project) -> str | None:
         with atomic_write(path, ProjectError) as temporary:
             temporary.write_text(json.dumps({"id": str(uuid4())}) + "\n", encoding="utf-8")
     except (OSError, ProjectError) as error:
-        _log.info("The project gets no id: %s", error)
+        _log.info("The project is given no id: %s", error)
         return None
     return _stored_id(path)
 
@@ -130,7 +130,7 @@ def _by_path(
     trained: Collection[str],
     names: Mapping[str, Any],
 ) -> frozenset[str]:
-    """Tell by what a model file of before says: where its project lay, and the names of its images."""
+    """Find them by what older model files say: where the project was, and the names of its images."""
     source = header.provenance.get("project")
     if source is None:
         return frozenset()
@@ -140,8 +140,8 @@ def _by_path(
     )
     how = "by its path" if is_there else "by the ids and names of the images"
     _log.warning(
-        "The model %s says only where its project lay (%s), as models did before projects had an id: whether it was "
-        "trained on an image here is told %s",
+        "The model %s only says where its project was (%s), as models did before projects had an id; whether it was "
+        "trained on an image here is decided %s",
         header.model_id, source, how,
     )  # fmt: skip
     return found

@@ -286,7 +286,7 @@ def _check_overlapped_classes(project: Project, images: Sequence[ImageEntry], na
             known.update(record.path_class for record in project.annotations(image) if record.path_class)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ClassMapError(f"{project.path} has no classes {unknown} (over); it has {sorted(known)}")
+        raise ClassMapError(f"{project.path} has no classes {unknown} (--allow-overlap); it has {sorted(known)}")
 
 
 def _finish(
@@ -327,7 +327,7 @@ def _written(
             parameters={
                 "prediction": dict(score_map.settings),
                 "fingerprint": score_map.fingerprint,
-                # Where a training on the reviewed labels finds the model that it goes on from.
+                # Training on the reviewed labels finds here the model to start from.
                 MODEL_FILE: str(request.model.resolve()),
                 # What the model was trained on, so that a review can say what is unlike it.
                 "stain": read_header(request.model).provenance.get("stain"),
@@ -371,12 +371,12 @@ def _polygons(
 
 
 def _check_unchanged(score_map: ScoreMap) -> None:
-    """Refuse polygons of a map that another process wrote anew while it was read: they may be of two models."""
+    """Refuse polygons of a map that another process rewrote while it was read: they may be of two models."""
     try:
         found = read_score_map(score_map.folder).fingerprint
     except PredictionError:
         found = None
     if found != score_map.fingerprint:
         raise PredictionError(
-            f"{score_map.folder} was written anew by another process while it was read; predict again"
+            f"{score_map.folder} was rewritten by another process while it was being read; predict again"
         )

@@ -106,10 +106,10 @@ def former_model(project: Project) -> Path | None:
         found = None
     if found != newest.model:
         _log.warning(
-            "The model %s, whose predictions were reviewed, is not at %s; give it with --from, or the new one starts "
-            "without it",
+            "The model %s, whose predictions were reviewed, cannot be found%s; give it with --from, or the new one "
+            "starts without it",
             newest.model,
-            path if path.name else "a place that is known",
+            f" at {path}" if path.name else "",
         )
         return None
     return path

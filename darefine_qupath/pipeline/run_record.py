@@ -54,7 +54,7 @@ _STAIN_TILES = 64
 
 
 def record_request(request: TrainRequest, settings: Settings) -> None:
-    """Note in the run folder all that a later --resume needs to know, the settings of the project among it."""
+    """Record in the run folder all that a later --resume needs, the settings of the project too."""
     request.out.mkdir(parents=True, exist_ok=True)
     text = "# The project had no darefine.toml.\n" if settings.path is None else settings.path.read_text("utf-8")
     with atomic_write(request.out / SETTINGS_FILE, TrainingError) as temporary:
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def record_labels_of_folds(file: Path, tiles: Tiles, begun: RunSettings | None) -> Tiles:
-    """Tiles with the objects that gave their labels, noted for later folds: the project may be another by then."""
+    """Record which objects gave the labels, for later folds: the project may have changed by then."""
     if tiles.training_set is None:
         noted = read_json(file)
         held_back, identity = tuple(noted["held_back"]), noted.get(IDENTITY, {})
@@ -88,7 +88,7 @@ def record_labels_of_folds(file: Path, tiles: Tiles, begun: RunSettings | None) 
 
 
 def record_origin(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> None:
-    """Note in the run folder, and in the project if asked, what is learnt from."""
+    """Record in the run folder, and in the project if asked, what the run learns from."""
     roles: dict[str, Role] = {**split.images, **dict.fromkeys(tiles.held_back, "test")}
     _write_json(request.out / SPLIT_FILE, {**split.to_json(), "images": roles})
     trained = {training.tiles.images[number].id for number in np.unique(training.tiles.image).tolist()}
@@ -97,9 +97,9 @@ def record_origin(request: TrainRequest, tiles: Tiles, split: Split, training: T
     if not request.save_roles:
         return
     if split.is_spatial:
-        _log.warning("The split runs through a slide, so there are no roles of images to note in the project")
+        _log.warning("The split runs through a slide, so its images have no roles to save in the project")
     else:
-        _log.info("%d images have their role in the project now", save_roles(request.tiles.project, roles))
+        _log.info("The roles of %d images are saved in the project", save_roles(request.tiles.project, roles))
 
 
 def record_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileDataset, group: ProcessGroup) -> None:

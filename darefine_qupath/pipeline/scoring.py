@@ -76,7 +76,7 @@ def truth_of(project: Project, image: ImageEntry, folder: Path | None) -> tuple[
         One of its images.
     folder : Path or None
         Folder with ``<entry id>.geojson`` or ``<image name>.geojson``; None = what a person drew in the project;
-        accepted predictions do not count, they would flatter.
+        accepted predictions do not count, since they would raise the score.
 
     Returns
     -------
@@ -96,8 +96,8 @@ def truth_of(project: Project, image: ImageEntry, folder: Path | None) -> tuple[
             same = [other.id for other in project.images if name in (other.name, Path(other.name).stem)]
             if name != image.id and len(same) > 1:
                 raise PredictionError(
-                    f"{file} may be the truth of any of the images {', '.join(same)}, which have one name; call it "
-                    f"<entry id>.geojson"
+                    f"{file} could belong to any of the images {', '.join(same)}, which have the same name; rename "
+                    f"it to <entry id>.geojson"
                 )
             return read_annotations(file).annotations
     return ()

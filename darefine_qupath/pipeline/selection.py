@@ -90,7 +90,7 @@ class TrainingSet:
 
 
 def check_annotators(annotations: Iterable[Annotation], annotators: Sequence[str]) -> None:
-    """Refuse an annotator who drew nothing: a slip of the pen would choose nothing.
+    """Refuse an annotator who drew nothing: a misspelt name would choose nothing.
 
     Parameters
     ----------
@@ -110,8 +110,9 @@ def check_annotators(annotations: Iterable[Annotation], annotators: Sequence[str
     unknown = [name for name in annotators if name not in known]
     if unknown:
         raise ProjectError(
-            f"No annotation is by {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known)) or 'none'} "
-            f"({NOBODY} = without an annotator)"
+            f"There are no annotations by {', '.join(map(repr, unknown))}; annotators are "
+            f"{', '.join(sorted(known)) or 'none'} "
+            f"({NOBODY} stands for annotations without one)"
         )
 
 
@@ -184,8 +185,8 @@ def size_mismatch(image: ImageEntry, mpp: float | None = None) -> str | None:
     if image.width is None or image.height is None or (image.width, image.height) == tuple(size):
         return _not_square(image, by_file) if mpp is None else None
     return (
-        f"QuPath has it as {image.width} x {image.height} px, its file opens as {size.width} x {size.height}; "
-        f"coordinates would be misplaced"
+        f"QuPath lists it as {image.width} x {image.height} px, but its file has {size.width} x {size.height}; "
+        f"annotations would be misplaced"
     )
 
 
@@ -196,8 +197,8 @@ def _not_square(image: ImageEntry, by_file: PixelSize | None) -> str | None:
         return None
     who = "QuPath's calibration" if by_project else "its file"
     return (
-        f"its pixels are {pixel} by {who}, not square; resample the image to square pixels, correct the pixel size in "
-        f"QuPath (Image tab), or give --mpp to take them as square"
+        f"its pixels are not square ({pixel} by {who}); resample the image to square pixels, correct the pixel size in "
+        f"QuPath (Image tab), or give --mpp to treat them as square"
     )
 
 
@@ -234,7 +235,7 @@ def collect_training_images(
     names: Sequence[str] = (),
     mpp: float | None = None,
 ) -> TrainingSet:
-    """Collect everything in a project that can be learnt from.
+    """Collect everything in a project that a network can learn from.
 
     Parameters
     ----------
@@ -251,7 +252,7 @@ def collect_training_images(
 
     Returns
     -------
-    Corpus
+    TrainingSet
 
     Raises
     ------
@@ -323,7 +324,7 @@ def say_several_annotators(drawn: Iterable[Sequence[Annotation]]) -> None:
 
 
 def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:
-    """Give entries of one file one case: the same pixels must not train and validate."""
+    """Give entries of the same file the same case: pixels must not both train and validate."""
     by_file: dict[Path, list[TileSource]] = {}
     for source in sources:
         by_file.setdefault(source.path.resolve(), []).append(source)

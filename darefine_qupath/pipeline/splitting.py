@@ -108,7 +108,7 @@ class SamplingSpec:
             seed=seed,
         )
         if len(kept) < len(tiles):
-            _log.info("%d of %d tiles are left by the limits per image and class", len(kept), len(tiles))
+            _log.info("The limits per image and class leave %d of %d tiles", len(kept), len(tiles))
         return kept
 
 

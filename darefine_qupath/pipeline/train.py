@@ -132,7 +132,7 @@ def resume_training(
     file = folder / REQUEST_FILE
     if not file.is_file():
         raise TrainingError(
-            f"{folder} holds no run to go on with (no {REQUEST_FILE}); give the folder of darefine train"
+            f"{folder} is not a run folder (it has no {REQUEST_FILE}); give the folder that darefine train made"
         )
     data = read_json(file)
     with naming(f"{file} is damaged; the run cannot go on", TrainingError):
@@ -144,18 +144,20 @@ def resume_training(
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run folder holds more than what precedes the first step."""
+    """Whether a run folder holds more than what is written before the first step."""
     return any((folder / name).exists() for name in ("config.json", "state.safetensors"))
 
 
 def _with_former_model(request: TrainRequest) -> TrainRequest:
-    """Settle which model the run starts from, once and for all."""
+    """Decide which model the run starts from, so that a later --resume need not."""
     if request.init_from is not None or not request.fine_tune or request.tiles.labels != "reviewed":
         return replace(request, fine_tune=False)
     with open_project(request.tiles.project, engine="embedded") as project:
         former = former_model(project)
     if former is not None:
-        _log.warning("Fine-tuning goes on from %s, whose predictions were reviewed; --from none starts anew", former)
+        _log.warning(
+            "Fine-tuning starts from %s, whose predictions were reviewed; --from none starts from scratch", former
+        )
     return replace(request, init_from=former, fine_tune=False)
 
 
@@ -165,7 +167,7 @@ def _train_or_cross_validate(request: TrainRequest, listener: Listener, *, resum
     if not spec.folds or spec.fold:
         return _train_once(request, listener, resume=resume)[0]
     if request.save_roles:
-        raise ConfigError("In a cross-validation every case validates once: there are no roles to save in the project")
+        raise ConfigError("In a cross-validation every case validates once, so images have no roles to save")
     if join_process_group(TrainConfig.from_mapping(given_train_fields(settings, request)).device).is_main:
         record_request(request, settings)
     results = []
@@ -261,7 +263,7 @@ def _tiles_of_run(
     if is_cut and folder is not None:
         # The run goes on with the tiles it began with, whatever has been drawn in QuPath since.
         if begun is not None and dataset_digest(folder) != begun.provenance.get("data"):
-            raise TrainingError(f"The tiles in {folder} are others than {request.out} began with; start a new run")
+            raise TrainingError(f"The tiles in {folder} are not those that {request.out} began with; start a new run")
         return Tiles(index=load_index(folder), reader=DatasetReader(folder), training_set=None)
     tiles = make_tiles(
         request.tiles,

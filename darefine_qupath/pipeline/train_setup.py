@@ -61,7 +61,7 @@ def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointH
     other = sorted(key for key, value in named.to_json().items() if kept.to_json()[key] != value)
     if other:
         _log.warning(
-            "The network is that of %s: %s of [model] in %s only counts for new models",
+            "The network is that of %s; %s under [model] in %s apply to new models only",
             request.init_from, ", ".join(other), settings.path,
         )  # fmt: skip
     return kept
