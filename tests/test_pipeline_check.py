@@ -95,7 +95,7 @@ def test_a_level_beside_the_other_is_an_error(check: Check, tmp_path: Path, move
     assert [item.level for item in found] == ["error"]
     shift = f"({4 * moved[0]}, {4 * moved[1]})"
     assert "Under 2 of 2 annotations the levels of the pyramid differ" in found[0].message
-    assert f"the coarse level lies {shift} px beside level 0" in found[0].message
+    assert f"the coarse level is shifted by {shift} px against level 0" in found[0].message
 
 
 def test_a_level_of_other_colours_is_an_error(check: Check, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_many_bad_shapes_are_counted(check: Check, tmp_path: Path) -> None:
 def test_annotations_without_class_and_small_classes_are_counted(check: Check, tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", tissue())
     assert check(path, LARGE, path_class=None)[0].message == "1 objects cannot train: 1 without a class"
-    assert "Class 'Tumor' has 10000 level-0 pixels in all" in check(path, shapely.box(0, 0, 100, 100))[0].message
+    assert "Class 'Tumor' has only 10000 level-0 pixels in all" in check(path, shapely.box(0, 0, 100, 100))[0].message
 
 
 def test_files_of_the_same_bytes_are_an_error(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_files_of_the_same_bytes_are_an_error(tmp_path: Path) -> None:
     found = check_project(project, Settings())
     assert [item.level for item in found] == ["warning", "error"]
     assert "2 entries show the same file" in found[0].message
-    assert "2 files hold the same bytes: 'a.tif', 'b.tif'" in found[1].message
+    assert "2 files have the same content: 'a.tif', 'b.tif'" in found[1].message
 
 
 def test_a_slide_without_pixel_size_and_one_of_another_size(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_pixel_size_that_is_not_possible_is_named_and_not_used(tmp_path: Path,
     image = entry(stated(tmp_path / "a.tif", (40_000, 40_000)), pixel_size=PixelSize(*size))
     (found,) = findings(image, tmp_path)
     assert found.startswith("warning QuPath's calibration says pixels of")
-    assert found.endswith("which is not possible; it is not used")
+    assert found.endswith("which is impossible; it is ignored")
 
 
 def test_blocks_are_read_once_for_all_annotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ from darefine_qupath.training.loader import BatchPlan, load_batches
 from darefine_qupath.training.tile_dataset import TileDataset
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, square, write
 from tests.listeners import KeepingListener
-from tests.test_inspection import ProjectOfFiles, entry
+from tests.test_pipeline_check import ProjectOfFiles, entry
 from tests.tile_slides import ramps, write_pyramid
 from tests.training_toy import CLASSES as TOY_CLASSES
 from tests.training_toy import toy_data, toy_model
