@@ -24,7 +24,7 @@ from darefine_qupath.annotations import Annotation, LabelPainter, Plane
 from darefine_qupath.classes import ClassMap, Color, PathClass
 from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_tiff
-from darefine_qupath.exchange.records import ellipse, snapped
+from darefine_qupath.exchange.shapes import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.pipeline.annotation_import import import_files, match_files
 from darefine_qupath.pipeline.create import create_from_slides
@@ -332,7 +332,7 @@ def test_many_vertices_come_whole(write: Write) -> None:
 
 
 def test_a_scribble_ends(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darefine_qupath.exchange.records._MAX_CROSSINGS", 500)
+    monkeypatch.setattr("darefine_qupath.exchange.collector._MAX_CROSSINGS", 500)
     points = np.random.default_rng(0).integers(0, 10000, (100, 2)).tolist()
     imported = read_annotations(write(aperio(region(points), region(SQUARE))))
     assert "crosses itself more than 500 times" in imported.refused[0].reason

@@ -19,7 +19,7 @@ from shapely.geometry import LineString, Point, Polygon, box
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange import coco, read_annotations
-from darefine_qupath.exchange.records import ellipse
+from darefine_qupath.exchange.shapes import ellipse
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
 from darefine_qupath.pipeline.annotation_import import ImportOptions, import_files
 from darefine_qupath.pipeline.create import create_from_slides

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange import read_annotations, records
+from darefine_qupath.exchange import collector, read_annotations, shapes
 from darefine_qupath.exchange.documents import Document
 from tests.exchange_samples import SAMPLES, try_exchange
 from tests.fuzzing import damaged
@@ -137,7 +137,7 @@ def star(corners: int, x: float) -> list[list[float]]:
 
 
 def test_shapes_that_cross_themselves_have_one_budget_per_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_FILE_CROSSINGS", 2000)
+    monkeypatch.setattr(collector, "_FILE_CROSSINGS", 2000)
     stars = [{"type": "Polygon", "coordinates": [star(51, x)]} for x in range(20)]
     imported = read_annotations(write(json.dumps([*stars, qupath_feature()]), "a.geojson"))
     assert 1 <= len(imported.repaired) <= 3
@@ -166,7 +166,7 @@ def test_crossings_are_those_that_pairs_of_segments_have(data: st.DataObject) ->
     lines = shapely.linestrings(np.stack([corners, ends], axis=1))
     pairs = [(i, j) for i in range(len(lines)) for j in range(i + 1, len(lines))]
     meeting = sum(bool(shapely.intersects(lines[i], lines[j])) for i, j in pairs)
-    assert records.crossings(polygon, 10**6) == meeting - len(lines)
+    assert shapes.crossings(polygon, 10**6) == meeting - len(lines)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])

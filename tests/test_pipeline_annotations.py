@@ -34,9 +34,9 @@ from darefine_qupath.annotations import (
 from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
-from darefine_qupath.exchange.identity import Origin, contents, reconcile
-from darefine_qupath.exchange.names import NameIndex
-from darefine_qupath.exchange.records import snapped
+from darefine_qupath.exchange.file_names import NameIndex
+from darefine_qupath.exchange.reconcile import Origin, contents, reconcile
+from darefine_qupath.exchange.shapes import snapped
 from darefine_qupath.pipeline.annotation_export import export_geojson, export_labels
 from darefine_qupath.pipeline.annotation_import import Import, ImportOptions, import_files, match_files
 from darefine_qupath.pipeline.check import check_project
@@ -603,7 +603,7 @@ def test_a_mask_of_another_shape_is_refused_unless_stretched(
 def test_any_downsample_makes_a_mask_of_the_images_shape(
     width: int, height: int, downsample: float, rounding: object
 ) -> None:
-    from darefine_qupath.exchange.labels import _check_shape  # noqa: PLC0415
+    from darefine_qupath.exchange.label_masks import _check_shape  # noqa: PLC0415
 
     size = tuple(max(1, int(rounding(side / downsample))) for side in (width, height))  # type: ignore[operator]
     _check_shape(Path("m.png"), size, (width, height), None)

@@ -1,4 +1,4 @@
-"""Annotation files of other programs, in and out.
+"""Read and write annotation files of other programs.
 
 `read_annotations` tells Aperio ImageScope, HALO and ASAP XML, Hamamatsu's NDPA, QuPath's GeoJSON, COCO JSON and label
 masks apart by what they hold, whatever they are packed and encoded in, and gives annotation records in level-0 pixels
@@ -6,10 +6,10 @@ together with what was repaired and refused. `write_geojson` and `write_label_ti
 read.
 """
 
-from darefine_qupath.exchange.features import write_geojson
-from darefine_qupath.exchange.labels import read_label_mask, write_label_tiff
-from darefine_qupath.exchange.reading import read_annotations
-from darefine_qupath.exchange.records import Imported, Note
+from darefine_qupath.exchange.formats import read_annotations
+from darefine_qupath.exchange.geojson import write_geojson
+from darefine_qupath.exchange.imported import Imported, Note
+from darefine_qupath.exchange.label_masks import read_label_mask, write_label_tiff
 
 __all__ = [
     "Imported",

@@ -1,4 +1,4 @@
-"""Aperio ImageScope XML, BACH's among it.
+"""Read Aperio ImageScope's XML, which BACH uses too.
 
 A layer (``Annotation``) holds regions (``Region``). A region's class is the value of its first attribute, else the name
 that somebody gave its layer, else its text (which is as often a remark), else the description of its layer. A negative
@@ -18,8 +18,10 @@ import shapely
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from darefine_qupath.annotations import RoiKind
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.imported import Note
 from darefine_qupath.exchange.layers import Hole, Region, add_regions, is_negative, layers, line_colour, vertices
-from darefine_qupath.exchange.records import Collector, Note, crossings, ellipse, snapped
+from darefine_qupath.exchange.shapes import crossings, ellipse, snapped
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["read_aperio"]
 

@@ -1,4 +1,4 @@
-"""ASAP's XML: annotations with a type and a group; the group is the class."""
+"""Read ASAP's XML: annotations of a type and a group, which is the class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from shapely.geometry import LineString, MultiPoint, Point, Polygon
 from darefine_qupath.annotations import Annotation, RoiKind
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
-from darefine_qupath.exchange.classfields import ClassChoice
-from darefine_qupath.exchange.records import Collector, number
+from darefine_qupath.exchange.class_fields import ClassChoice
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.values import number
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["read_asap"]
 

@@ -1,4 +1,4 @@
-"""COCO JSON: polygons, run lengths and boxes by image and category."""
+"""Read COCO JSON: polygons, run lengths and boxes by image and category."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from shapely.geometry import shape as shapely_shape
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
-from darefine_qupath.exchange.classfields import scalars
-from darefine_qupath.exchange.records import Collector
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.values import scalars
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-    from darefine_qupath.exchange.classfields import ClassChoice
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.class_fields import ClassChoice
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["Picture", "holds_coco", "read_coco"]
 

@@ -1,4 +1,4 @@
-"""The text of annotation files, whatever it is packed in and however it is encoded."""
+"""Unpack annotation files and decode their text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO
 from zipfile import BadZipFile, ZipFile
 
 from darefine_qupath.errors import DarefineError, ExchangeError
-from darefine_qupath.exchange.recognition import archive_kind
+from darefine_qupath.exchange.other_files import archive_kind
 from darefine_qupath.limits import DATA, open_file, read_file
 
 __all__ = ["Document", "documents", "first_bytes", "member_names"]

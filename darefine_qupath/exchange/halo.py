@@ -1,4 +1,4 @@
-"""HALO's XML (``.annotations``): layers of regions as Aperio has them, with the kinds of region in words."""
+"""Read HALO's XML (``.annotations``): layers of regions as in Aperio's, with the kinds of region in words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from darefine_qupath.errors import ExchangeError
+from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.layers import Hole, Region, add_regions, is_negative, layers, line_colour, vertices
-from darefine_qupath.exchange.records import Collector, ellipse
+from darefine_qupath.exchange.shapes import ellipse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.annotations import RoiKind
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["is_halo", "read_halo"]
 

@@ -1,4 +1,4 @@
-"""XML of layers and regions, as Aperio and HALO write it: a layer's negative regions cut holes into its others."""
+"""Read XML of layers and regions, as Aperio and HALO write it; negative regions cut holes into their layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import shapely
 from darefine_qupath.annotations import Annotation, RoiKind
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.classfields import ClassChoice
-from darefine_qupath.exchange.records import Collector, number, snapped
+from darefine_qupath.exchange.class_fields import ClassChoice
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.shapes import snapped
+from darefine_qupath.exchange.values import number
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -1,4 +1,4 @@
-"""Hamamatsu's NDPA: shapes of NDP.view, in nanometres about the center of the glass slide.
+"""Read Hamamatsu's NDPA: shapes of NDP.view, in nanometers about the center of the glass slide.
 
 The scanner notes in the slide how far the center of its image is from that of the glass; without it nobody can say
 where a shape lies.
@@ -15,7 +15,9 @@ from shapely.geometry import LineString, Point, Polygon
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
-from darefine_qupath.exchange.records import Collector, ellipse, number
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.shapes import ellipse
+from darefine_qupath.exchange.values import number
 from darefine_qupath.geometry import GlassFrame
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
     from darefine_qupath.annotations import RoiKind
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["is_ndpa", "read_ndpa"]
 

@@ -21,8 +21,8 @@ from darefine_qupath.annotations import (
 from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange import Imported, Note, read_annotations
 from darefine_qupath.exchange.documents import member_names
-from darefine_qupath.exchange.identity import Origin, Reconciled, reconcile
-from darefine_qupath.exchange.names import NameIndex
+from darefine_qupath.exchange.file_names import NameIndex
+from darefine_qupath.exchange.reconcile import Origin, Reconciled, reconcile
 from darefine_qupath.limits import naming
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
 from darefine_qupath.project.qpdata.stored import stored_records

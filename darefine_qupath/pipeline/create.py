@@ -12,7 +12,7 @@ from typing import Literal
 
 from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import Imported
-from darefine_qupath.exchange.names import SLIDE_SUFFIXES, NameIndex, is_annotation_file, is_mask_name
+from darefine_qupath.exchange.file_names import SLIDE_SUFFIXES, NameIndex, is_annotation_file, is_mask_name
 from darefine_qupath.filesystem import open_lock, try_lock
 from darefine_qupath.pipeline.annotation_import import (
     DEFAULT_IMPORT,

@@ -1,4 +1,4 @@
-"""What a file is that is no annotation file: a person who took the wrong one is told which it is."""
+"""Name what a file is that is no annotation file, for a person who took the wrong one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label masks: one label per pixel, as PNG or TIFF with the classes as a palette."""
+"""Read and write label masks: one label per pixel, as PNG or TIFF with the classes as a palette."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from shapely.geometry import shape
 from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import IGNORE, Color
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.records import Collector, Imported
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.imported import Imported
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.geometry import Box, Size
 

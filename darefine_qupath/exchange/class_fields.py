@@ -1,4 +1,4 @@
-"""Where an annotation file says the class of an object: in which field, and what the other fields hold.
+"""Choose the field of an object that holds its class, and say what the other fields hold.
 
 Programs put it into the layer, the text, a property of any name. The first field of a format's list that has a value
 gives the class, unless the user names others; what was taken from where, and what was left, is said in a line each.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["ClassChoice", "FieldTally", "plain_text", "scalars"]
+__all__ = ["ClassChoice", "FieldTally"]
 
 _MAX_FIELDS = 8
 _MAX_VALUE = 30
@@ -98,18 +98,3 @@ class FieldTally:
 def _short(value: str) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MAX_VALUE else f'{text[: _MAX_VALUE - 4]}..."'
-
-
-def plain_text(value: str | float) -> str:
-    """Text of a value; a table program writes 2.0 for the label 2."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def scalars(properties: Mapping[str, object], without: Iterable[str] = ()) -> dict[str, str]:
-    """Texts and numbers among the properties of an object: what may be its class."""
-    skipped = frozenset(without)
-    return {
-        name: plain_text(value)
-        for name, value in properties.items()
-        if name not in skipped and isinstance(value, (str, int, float)) and str(value).strip()
-    }

@@ -1,4 +1,4 @@
-"""GeoJSON as QuPath writes it, versions 0.2 to 0.7, in and out."""
+"""Read and write GeoJSON as QuPath writes it, versions 0.2 to 0.7."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from shapely.geometry import GeometryCollection, LineString, MultiLineString, Mu
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color, PathClass, default_color
 from darefine_qupath.errors import ClassMapError, ExchangeError
-from darefine_qupath.exchange.classfields import ClassChoice, plain_text, scalars
-from darefine_qupath.exchange.records import Collector, Imported, snapped
+from darefine_qupath.exchange.class_fields import ClassChoice
+from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.imported import Imported
+from darefine_qupath.exchange.shapes import snapped
+from darefine_qupath.exchange.values import plain_text, scalars
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import spoken
 

@@ -1,4 +1,4 @@
-"""Tells the formats apart and parses safely."""
+"""Recognize the format of an annotation file and hand it to the reader of that format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from darefine_qupath.exchange.aperio import read_aperio
 from darefine_qupath.exchange.asap import read_asap
 from darefine_qupath.exchange.coco import Picture, holds_coco, read_coco
 from darefine_qupath.exchange.documents import Document, documents, first_bytes
-from darefine_qupath.exchange.features import holds_features, read_features
+from darefine_qupath.exchange.file_names import is_annotation_file
+from darefine_qupath.exchange.geojson import holds_features, read_features
 from darefine_qupath.exchange.halo import is_halo, read_halo
-from darefine_qupath.exchange.labels import read_label_mask
-from darefine_qupath.exchange.names import is_annotation_file
+from darefine_qupath.exchange.imported import Imported, merged
+from darefine_qupath.exchange.label_masks import read_label_mask
 from darefine_qupath.exchange.ndpa import is_ndpa, read_ndpa
-from darefine_qupath.exchange.recognition import KNOWN, file_kind, json_kind, slide_kind, text_kind, xml_kind
-from darefine_qupath.exchange.records import Imported, merged
+from darefine_qupath.exchange.other_files import KNOWN, file_kind, json_kind, slide_kind, text_kind, xml_kind
 from darefine_qupath.geometry import GlassFrame
 from darefine_qupath.limits import DATA, naming, parse_json
 

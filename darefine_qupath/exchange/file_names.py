@@ -1,4 +1,4 @@
-"""Which image an annotation file is about, by its name.
+"""Find the image that an annotation file is about by the name of the file.
 
 ``X.xml``, ``X.svs.geojson``, ``X_mask.png``, ``X.svs_mask.png`` and ``X.labels.tif`` are all about the image ``X.svs``;
 so is ``TCGA-..-DX1.xml`` about ``TCGA-..-DX1.<UUID>.svs``, and the other way round.

@@ -1,4 +1,4 @@
-"""Which objects of a file are in an image already, which of those changed, and which are new.
+"""Decide which objects of a file are in an image already, which changed, and which are new.
 
 What an object is, is told by its content: class, kind, plane and geometry at QuPath's precision, and whose it is; not
 by the file's name or its place in the file. An imported object notes in its metadata what it was when it came, so that
@@ -19,13 +19,14 @@ import numpy as np
 import shapely
 
 from darefine_qupath.annotations import ANNOTATOR, Annotation, annotator_of
-from darefine_qupath.exchange.records import Note, on_grid
+from darefine_qupath.exchange.imported import Note
+from darefine_qupath.exchange.shapes import on_grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-    from darefine_qupath.exchange.records import Imported
+    from darefine_qupath.exchange.imported import Imported
 
 __all__ = ["Origin", "Reconciled", "contents", "reconcile"]
 

@@ -1,0 +1,42 @@
+"""Read numbers and texts as other programs write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from darefine_qupath.errors import ExchangeError
+
+__all__ = ["number", "plain_text", "scalars"]
+
+
+def number(text: str | None, item: str) -> float:
+    """Read a coordinate; some writers use a decimal comma.
+
+    Raises
+    ------
+    ExchangeError
+        If it is none.
+    """
+    try:
+        value = float((text or "").strip().replace(",", "."))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ExchangeError(f"{item} has {text!r} where a number should be")
+    return value
+
+
+def plain_text(value: str | float) -> str:
+    """Text of a value; a table program writes 2.0 for the label 2."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def scalars(properties: Mapping[str, object], without: Iterable[str] = ()) -> dict[str, str]:
+    """Texts and numbers among the properties of an object: what may be its class."""
+    skipped = frozenset(without)
+    return {
+        name: plain_text(value)
+        for name, value in properties.items()
+        if name not in skipped and isinstance(value, (str, int, float)) and str(value).strip()
+    }
