@@ -30,10 +30,10 @@ _GET_QUPATH = "only if you want QuPath itself to write: `paquo get_qupath --inst
 _MARK = "QuPath is "
 _START_QUPATH = f"""
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import paquo_engine
+from darefine_qupath.project import jvm
 try:
-    found = paquo_engine.find_qupath()
-    print("{_MARK}" + (paquo_engine.start_qupath() if found else "missing"), flush=True)
+    found = jvm.find_qupath()
+    print("{_MARK}" + (jvm.start_qupath() if found else "missing"), flush=True)
 except EngineError as error:
     print("{_MARK}broken: " + str(error), flush=True)
 """
@@ -76,7 +76,6 @@ def diagnose() -> tuple[Finding, ...]:
         ("torch", _torch),
         ("device", _device),
         ("openslide", _openslide),
-        ("fastslide", _fastslide),
         ("rasterio", _rasterio),
         ("shapely", _shapely),
         ("embedded engine", _embedded),
@@ -155,10 +154,6 @@ def _openslide() -> Finding:
     if _numbers(openslide.__library_version__) >= (4, 0):
         return Finding(name="openslide", state="ok", found=found)
     return Finding(name="openslide", state="warn", found=found, advice="`pip install -U openslide-bin`: 4.0 reads more")
-
-
-def _fastslide() -> Finding:
-    return _optional("fastslide", "fastslide", "slides read several times faster with it: `pip install fastslide`")
 
 
 def _light() -> Finding:

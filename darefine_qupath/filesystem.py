@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import logging
 import os
 import re
 import secrets
@@ -23,14 +24,10 @@ from darefine_qupath.errors import DarefineError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
-import logging
-
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
-
 
 __all__ = [
     "atomic_write",
@@ -43,10 +40,15 @@ __all__ = [
     "unlock",
 ]
 
+_log = logging.getLogger(__name__)
+
 # A virus scanner or an indexer holds a new file for a moment, and Windows moves nothing that is held.
 _PATIENCE_S = 1.0 if os.name == "nt" else 0.0
 _ABANDONED_S = 24 * 3600.0
 """A temporary file of this age has no writer any more."""
+
+_LOCK_BYTE = 0x7FFFFFFE
+"""Far beyond what a lock file may say of its owner: Windows lets nobody read a locked byte."""
 
 
 def followed(path: Path) -> Path:
@@ -208,12 +210,6 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-_log = logging.getLogger(__name__)
-
-_LOCK_BYTE = 0x7FFFFFFE
-"""Far beyond what a lock file may say of its owner: Windows lets nobody read a locked byte."""
 
 
 def open_lock(path: Path) -> int:

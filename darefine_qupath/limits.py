@@ -1,4 +1,4 @@
-"""Bounds on what files may ask of us, and one place where whatever goes wrong in reading them gets the file's name.
+"""Bound what files may ask for, and name the file in whatever goes wrong while it is read.
 
 Files come from other programs, other people and half-finished copies. Every parser reads them so::
 

@@ -1,4 +1,4 @@
-"""Tables for spreadsheet programs, which take a cell for a formula where it begins like one."""
+"""Write tables as CSV whose cells no spreadsheet program takes for formulas."""
 
 from __future__ import annotations
 

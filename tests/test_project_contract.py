@@ -418,24 +418,29 @@ def test_one_file_can_be_several_images(fresh: Project, tmp_path: Path) -> None:
 
 
 def test_an_image_is_taken_out_and_its_id_not_given_again(annotated: Project, tmp_path: Path) -> None:
-    annotated.remove_image(annotated.image("2"))
-    assert [image.id for image in annotated.images] == ["1"]
-    assert (annotated.folder / "data" / "2" / "data.qpdata").exists()
-    assert annotated.add_image(tmp_path / "images" / "plain.png").id == "3"
+    document = json.loads(annotated.path.read_text(encoding="utf-8"))
+    document["images"].pop()
+    annotated.path.write_text(json.dumps(document), encoding="utf-8")
+    with reopened(annotated) as again:
+        assert [image.id for image in again.images] == ["1"]
+        assert (again.folder / "data" / "2" / "data.qpdata").exists()
+        assert again.add_image(tmp_path / "images" / "plain.png").id == "3"
 
 
-def test_metadata_are_replaced(annotated: Project) -> None:
-    image = annotated.set_metadata(annotated.images[1], {"split": "test", "größe": "groß"})
+def test_metadata_are_written(annotated: Project) -> None:
+    annotated.add_metadata({annotated.images[1].id: {"split": "test", "größe": "groß"}})
+    image = annotated.images[1]
     assert dict(image.metadata) == {"split": "test", "größe": "groß"}
     with reopened(annotated) as again:
-        assert dict(again.images[1].metadata) == {"split": "test", "größe": "groß"}
+        assert again.images[1].metadata == image.metadata
         assert again.images[0].metadata == annotated.images[0].metadata
         assert len(again.objects(again.images[0])) == 35
 
 
 def test_metadata_are_added_to(annotated: Project) -> None:
     first, second = annotated.images[:2]
-    annotated.set_metadata(first, {"kept": "a"})
+    annotated.add_metadata({first.id: {"kept": "a"}})
+    former = dict(first.metadata)
     annotated.add_metadata({first.id: {"split": "test"}, second.id: {"split": "train"}})
-    assert annotated.image(first.id).metadata == {"kept": "a", "split": "test"}
+    assert annotated.image(first.id).metadata == former | {"kept": "a", "split": "test"}
     assert annotated.image(second.id).metadata["split"] == "train"

@@ -40,8 +40,10 @@ from darefine_qupath.project import (
     create_project,
     embedded,
     imagefile,
+    jvm,
     list_backups,
     open_project,
+    project_reader,
     restore,
     staging,
 )
@@ -220,7 +222,7 @@ OWNED = ("project.qpproj", "classifiers/classes.json", "data/1/data.qpdata", "da
 
 def write_everything(project: EmbeddedProject) -> None:
     add(project, replace(NEW, path_class="Never seen"))
-    project.set_metadata(project.images[0], {"a": "b"})
+    project.add_metadata({project.images[0].id: {"a": "b"}})
     restore(project.path, "1")
 
 
@@ -298,7 +300,7 @@ WRITES: dict[str, Callable[[EmbeddedProject], object]] = {
     ),
     "first objects": lambda project: project.apply(project.images[0], Changes(add=[NEW])),
     "image": lambda project: project.add_image(project.folder.parents[1] / "images" / "slide.tif"),
-    "metadata": lambda project: project.set_metadata(project.images[0], {"a": "b"}),
+    "metadata": lambda project: project.add_metadata({project.images[0].id: {"a": "b"}}),
     "classes": lambda project: project.set_classes([PathClass("One")]),
 }
 
@@ -499,7 +501,7 @@ def test_a_save_that_qupath_did_not_finish_is_not_taken_for_an_empty_image(proje
 
 def test_warnings_reach_the_caller(project: EmbeddedProject) -> None:
     data_file(project).with_name("data.qpdata.bkp").write_bytes(b"")
-    EmbeddedProject(project.path).set_metadata(project.images[1], {"a": "b"})
+    EmbeddedProject(project.path).add_metadata({project.images[1].id: {"a": "b"}})
     warnings = " ".join(project.apply(project.images[0], Changes(add=[NEW])).warnings)
     assert "QuPath is saving this image" in warnings
     assert "project.qpproj was saved by another program" in warnings
@@ -606,7 +608,7 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[Path] = []
         self.staged: list[Path] = []
-        read, stage, opened = staging.read_stamped, staging.Batch.stage, embedded.open_file
+        read, stage, opened = staging.read_stamped, staging.Batch.stage, project_reader.open_file
 
         def reads(path: Path, *limits: Any) -> Any:  # noqa: ANN401
             self.read.append(path)
@@ -621,7 +623,7 @@ class Reads:
             return stage(batch, target, data, **more)
 
         monkeypatch.setattr(staging, "read_stamped", reads)
-        monkeypatch.setattr(embedded, "open_file", opens)
+        monkeypatch.setattr(project_reader, "open_file", opens)
         monkeypatch.setattr(staging.Batch, "stage", stages)
 
 
@@ -645,7 +647,7 @@ def test_images_are_listed_with_one_read_each(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, has_summary: bool
 ) -> None:
     path = many(project, 40, has_summary=has_summary)
-    monkeypatch.setattr(embedded, "read_image_data", None)  # no data is read as a whole
+    monkeypatch.setattr(project_reader, "read_image_data", None)  # no data is read as a whole
     reads = Reads(monkeypatch)
     images = EmbeddedProject(path).images
     assert {image.image_type for image in images} == {"BRIGHTFIELD_H_E"}
@@ -679,7 +681,7 @@ def test_a_last_id_that_qupath_cannot_hold_is_not_counted_on(project: EmbeddedPr
 
 
 def test_metadata_that_others_wrote_meanwhile_stay(project: EmbeddedProject) -> None:
-    EmbeddedProject(project.path).set_metadata(project.images[1], {"theirs": "b"})
+    EmbeddedProject(project.path).add_metadata({project.images[1].id: {"theirs": "b"}})
     project.add_metadata({project.images[1].id: {"split": "test"}})
     assert project.images[1].metadata == {"theirs": "b", "split": "test"}
     before = listing(project.folder)
@@ -690,11 +692,11 @@ def test_metadata_that_others_wrote_meanwhile_stay(project: EmbeddedProject) -> 
 
 def test_a_write_looks_up_no_other_image(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = EmbeddedProject(many(project, 40))
-    opened.set_metadata(opened.images[3], {})  # the project was moved: now it knows where it is
+    opened.add_metadata({opened.images[3].id: {}})  # the project was moved: now it knows where it is
     assert len(opened.images) == 40
     reads = Reads(monkeypatch)
     opened.apply(opened.images[3], Changes(add=[NEW]))
-    opened.set_metadata(opened.images[3], {"a": "b"})
+    opened.add_metadata({opened.images[3].id: {"a": "b"}})
     assert len(opened.images) == 40
     others = {path.parent.name for path in reads.read if path.parent.parent.name == "data"} - {"4"}
     assert not others
@@ -748,7 +750,7 @@ def test_the_former_project_file_is_kept_and_unknown_keys_stay(project: Embedded
 
     project = edited(project, extend)
     former = project.path.read_bytes()
-    project.set_metadata(project.images[0], {"a": "b"})
+    project.add_metadata({project.images[0].id: {"a": "b"}})
     assert (project.folder / "project.qpproj.backup").read_bytes() == former
     document = raw(project)
     assert document["future"] == {"a": 1.5}
@@ -757,7 +759,7 @@ def test_the_former_project_file_is_kept_and_unknown_keys_stay(project: Embedded
 
 
 def test_a_moved_project_comes_home_when_every_image_was_found(project: EmbeddedProject, tmp_path: Path) -> None:
-    project.set_metadata(project.images[0], {})
+    project.add_metadata({project.images[0].id: {}})
     document = raw(project)
     assert document["uri"] == f"file:{project.path}"
     assert [entry["serverBuilder"]["uri"] for entry in document["images"]] == [
@@ -769,8 +771,8 @@ def test_a_moved_project_comes_home_when_every_image_was_found(project: Embedded
 def test_a_moved_project_keeps_its_old_place_while_an_image_is_missing(place: Callable[[str], Path]) -> None:
     project = EmbeddedProject(place("qupath-0.6.0/multi"))
     before = raw(project)
-    project.set_metadata(project.images[0], {"a": "b"})
-    before["images"][0]["metadata"] = {"a": "b"}
+    project.add_metadata({project.images[0].id: {"a": "b"}})
+    before["images"][0]["metadata"] |= {"a": "b"}
     assert raw(project) == before
 
 
@@ -818,17 +820,11 @@ def test_two_open_projects_add_images_side_by_side(project: EmbeddedProject, tmp
 
 def test_an_image_that_was_taken_out_meanwhile(project: EmbeddedProject) -> None:
     image = project.images[1]
-    EmbeddedProject(project.path).remove_image(image)
+    document = raw(project)
+    document["images"] = [entry for entry in document["images"] if str(entry["entryID"]) != image.id]
+    project.path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ProjectChangedError, match="was taken out of"):
-        project.set_metadata(image, {})
-
-
-def test_data_of_a_removed_image_is_moved_not_deleted(project: EmbeddedProject) -> None:
-    data = data_file(project, "2").read_bytes()
-    project.remove_image(project.images[1], delete_data=True)
-    assert not data_file(project, "2").parent.exists()
-    (kept,) = (project.folder / "darefine" / "backups" / "2").iterdir()
-    assert (kept / "data.qpdata").read_bytes() == data
+        project.add_metadata({image.id: {}})
 
 
 @pytest.mark.parametrize(
@@ -916,7 +912,7 @@ def test_noise_in_a_pixel_size_is_rounded_away(probe: Probe) -> None:
 def test_auto_is_embedded_where_there_is_no_qupath(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", SimpleNamespace(find_qupath=lambda: None))
+    monkeypatch.setattr(jvm, "find_qupath", lambda: None)
     caplog.set_level(logging.INFO)
     assert open_project(project.folder).engine == "embedded"
     assert "Engine: embedded" in caplog.text
@@ -927,8 +923,7 @@ def test_auto_is_embedded_where_there_is_no_qupath(
 def test_auto_takes_paquo_where_it_finds_qupath(
     project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = SimpleNamespace(find_qupath=lambda: Path("/opt/QuPath"), PaquoProject=EmbeddedProject)
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", engine)
+    monkeypatch.setattr(jvm, "find_qupath", lambda: Path("/opt/QuPath"))
     caplog.set_level(logging.INFO)
     with open_project(project.folder) as opened:
         assert opened.images
@@ -936,7 +931,7 @@ def test_auto_takes_paquo_where_it_finds_qupath(
 
 
 def test_paquo_that_is_not_installed_is_said(project: EmbeddedProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "darefine_qupath.project.paquo_engine", None)
+    monkeypatch.setitem(sys.modules, "paquo", None)
     assert open_project(project.folder).engine == "embedded"
     with pytest.raises(EngineError, match="paquo cannot be loaded"):
         create_project(project.folder / "new", engine="paquo")

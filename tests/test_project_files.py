@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import ProjectFormatError, ProjectUnsupportedError
 from darefine_qupath.geometry import Size
-from darefine_qupath.project import imagefile, qpproj
+from darefine_qupath.project import class_list, imagefile, lenient_json, qpproj, servers
 from darefine_qupath.project.uris import file_uri, local_path, relocated, uri_path
 
 QUPATH = Path(__file__).parent / "data" / "qupath"
@@ -32,7 +32,7 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", PROJECTS, ids=name_of)
 def test_an_unchanged_project_file_keeps_its_bytes(path: Path) -> None:
     data = path.read_bytes()
-    assert qpproj.json_bytes(qpproj.parse_project(data, path)) == data
+    assert lenient_json.json_bytes(qpproj.parse_project(data, path)) == data
 
 
 def test_there_are_fixtures_of_four_versions() -> None:
@@ -42,7 +42,7 @@ def test_there_are_fixtures_of_four_versions() -> None:
 @pytest.mark.parametrize("path", sorted(QUPATH.glob("qupath-*/*/classifiers/classes.json")), ids=name_of)
 def test_a_class_list_written_anew_has_the_same_bytes(path: Path) -> None:
     data = path.read_bytes()
-    assert qpproj.classes_json(qpproj.parse_classes(data, path), None, path) == data
+    assert class_list.classes_json(class_list.parse_classes(data, path), None, path) == data
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=name_of)
@@ -52,7 +52,7 @@ def test_server_json_is_written_as_that_version_does(path: Path) -> None:
     for record in qpproj.entry_records(document, path):
         stored = path.parent / "data" / str(record.id) / "server.json"
         if stored.is_file():
-            assert qpproj.server_json(record.builder, version=qpproj.version_of(document)) == stored.read_bytes()
+            assert servers.server_json(record.builder, version=qpproj.version_of(document)) == stored.read_bytes()
             checked += 1
     assert checked
 
@@ -67,16 +67,19 @@ JSON = st.recursive(
 @exhaustive
 @given(value=JSON, pretty=st.booleans())
 def test_json_comes_back_as_it_was_written(value: object, pretty: bool) -> None:
-    data = qpproj.json_bytes(value, pretty=pretty)
-    assert json.dumps(qpproj.parse_json(data, ANY)) == json.dumps(value)
-    assert qpproj.json_bytes(qpproj.parse_json(data, ANY), pretty=pretty) == data
+    data = lenient_json.json_bytes(value, pretty=pretty)
+    assert json.dumps(lenient_json.parse_json(data, ANY)) == json.dumps(value)
+    assert lenient_json.json_bytes(lenient_json.parse_json(data, ANY), pretty=pretty) == data
 
 
 @pytest.mark.parametrize(
     "text", ["1.0E-5", "1e400", "-0", "0.50", "NaN", "-Infinity", "123456789012345678901234567890", "9" * 5000]
 )
 def test_a_number_keeps_its_spelling(text: str) -> None:
-    assert qpproj.json_bytes(qpproj.parse_json(f"[{text}]".encode(), ANY), pretty=False) == f"[{text}]".encode()
+    assert (
+        lenient_json.json_bytes(lenient_json.parse_json(f"[{text}]".encode(), ANY), pretty=False)
+        == f"[{text}]".encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,17 +87,17 @@ def test_a_number_keeps_its_spelling(text: str) -> None:
     [(1.0, "1.0"), (0.467, "0.467"), (1e-5, "1.0E-5"), (1234567.5, "1234567.5"), (1e7, "1.0E7"), (1.25e20, "1.25E20")],
 )
 def test_a_new_number_is_spelled_as_java_spells_it(value: float, text: str) -> None:
-    assert qpproj.json_bytes([value], pretty=False) == f"[{text}]".encode()
+    assert lenient_json.json_bytes([value], pretty=False) == f"[{text}]".encode()
 
 
 def test_what_gson_escapes_is_escaped() -> None:
-    assert qpproj.json_bytes("<a b='c'>&\u2028\x00\n\ud800é腫", pretty=False) == (
+    assert lenient_json.json_bytes("<a b='c'>&\u2028\x00\n\ud800é腫", pretty=False) == (
         rb'"\u003ca b\u003d\u0027c\u0027\u003e\u0026\u2028\u0000\n\ud800' + 'é腫"'.encode()
     )
 
 
 def test_a_byte_order_mark_is_no_error() -> None:
-    assert qpproj.parse_json(b'\xef\xbb\xbf{"a": 1}', ANY) == {"a": 1}
+    assert lenient_json.parse_json(b'\xef\xbb\xbf{"a": 1}', ANY) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_half_a_character_in_a_name_can_be_printed_and_stays_in_the_file() -> No
     (record,) = qpproj.entry_records(document, Path("p"))
     assert (record.name, record.description) == ("\ufffd", "\ufffd")
     assert record.metadata == {"\ufffd": "a\ufffd", "b": '["\\ud800"]'}
-    assert b'"imageName": "\\ud800"' in qpproj.json_bytes(document)
+    assert b'"imageName": "\\ud800"' in lenient_json.json_bytes(document)
 
 
 @pytest.mark.parametrize("depth", [200, 900, 3000])
@@ -155,7 +158,7 @@ def test_what_is_nested_deeply_is_refused(depth: int, key: str) -> None:
 
 @pytest.mark.parametrize("width", [10**30, 2**31, 0, -5, 0.5, "wide", None])
 def test_a_size_that_no_image_has_is_named(width: object) -> None:
-    server = qpproj.server_of({"builderType": "uri", "uri": "file:/a", "metadata": {"width": width, "height": 3}})
+    server = servers.server_of({"builderType": "uri", "uri": "file:/a", "metadata": {"width": width, "height": 3}})
     assert server.size is None
     assert "in the project file, and no image" in str(server.unsupported)
     assert len(str(server.unsupported)) < 200
@@ -173,7 +176,7 @@ def test_a_project_of_an_early_milestone_is_refused_by_name() -> None:
 
 def test_unknown_keys_stay() -> None:
     text = b'{\n  "version": "0.6.0",\n  "new": {\n    "x": 1.50\n  },\n  "images": []\n}'
-    assert qpproj.json_bytes(qpproj.parse_project(text, ANY)) == text
+    assert lenient_json.json_bytes(qpproj.parse_project(text, ANY)) == text
 
 
 # -- classes
@@ -181,9 +184,9 @@ def test_unknown_keys_stay() -> None:
 
 def test_a_class_keeps_its_colour_and_unknown_keys() -> None:
     former = b'{"pathClasses":[{"name":"A","color":-1,"note":"x"},{"name":"B"}],"more":[]}'
-    listed = qpproj.parse_classes(former, ANY)
-    merged = qpproj.merged_classes(listed, [PathClass("A", Color(1, 2, 3)), PathClass("C", Color(0, 0, 255))])
-    written = json.loads(qpproj.classes_json(merged, former, ANY))
+    listed = class_list.parse_classes(former, ANY)
+    merged = class_list.merged_classes(listed, [PathClass("A", Color(1, 2, 3)), PathClass("C", Color(0, 0, 255))])
+    written = json.loads(class_list.classes_json(merged, former, ANY))
     assert written["pathClasses"][0] == {"name": "A", "color": -1, "note": "x"}
     assert [item["name"] for item in written["pathClasses"]] == ["A", "B", "C"]
     assert written["pathClasses"][2]["color"] == -16776961
@@ -193,7 +196,7 @@ def test_a_class_keeps_its_colour_and_unknown_keys() -> None:
 @pytest.mark.parametrize("text", ["[]", '{"pathClasses": 3}', '{"pathClasses": [{"color": 1}]}'])
 def test_a_wrong_class_list_is_an_error(text: str) -> None:
     with pytest.raises(ProjectFormatError, match="class"):
-        qpproj.parse_classes(text.encode(), ANY)
+        class_list.parse_classes(text.encode(), ANY)
 
 
 # -- servers
@@ -224,7 +227,7 @@ def uri_builder(**more: object) -> dict[str, Any]:
     ids=lambda value: value if isinstance(value, str) else str(value.get("builderType")),
 )
 def test_a_server_that_shows_something_else_is_refused_by_name(builder: dict[str, Any], match: str) -> None:
-    reason = qpproj.server_of(builder).unsupported
+    reason = servers.server_of(builder).unsupported
     assert reason is not None
     assert re.search(match, reason)
 
@@ -251,7 +254,7 @@ def test_every_wrapper_of_qupath_is_refused_by_its_name(kind: str, place: str) -
     builder = {"builderType": kind, "builder": uri_builder(), "metadata": {"width": 5, "height": 6}}
     if place == "inside":
         builder = {"builderType": "pyramidize", "builder": builder}
-    server = qpproj.server_of(builder)
+    server = servers.server_of(builder)
     assert f"({kind!r})" in str(server.unsupported)
     assert "not known here" not in str(server.unsupported)
     assert server.uri == "file:/a.tif"
@@ -263,7 +266,7 @@ SERVER_KEYS = ("builderType", "uri", "args", "metadata", "builder", "builders", 
 @exhaustive
 @given(builder=st.dictionaries(st.sampled_from(SERVER_KEYS), JSON | st.sampled_from(["uri", "rotated", "pyramidize"])))
 def test_any_server_is_read_or_refused_by_name(builder: dict[str, Any]) -> None:
-    server = qpproj.server_of(builder)
+    server = servers.server_of(builder)
     assert server.unsupported is not None or builder["builderType"] in ("uri", "rotated", "pyramidize")
     assert isinstance(server.uri, str | None)
     assert server.has_metadata is (server.size is not None)
@@ -281,7 +284,7 @@ def test_any_server_is_read_or_refused_by_name(builder: dict[str, Any]) -> None:
     ids=["plain", "series 0", "no crop", "not rotated", "pyramidal"],
 )
 def test_a_server_that_shows_the_file_is_taken(builder: dict[str, Any]) -> None:
-    server = qpproj.server_of(builder)
+    server = servers.server_of(builder)
     assert server.unsupported is None
     assert server.uri == "file:/a.tif"
 
@@ -289,16 +292,16 @@ def test_a_server_that_shows_the_file_is_taken(builder: dict[str, Any]) -> None:
 def test_a_wrapped_server_has_the_size_of_the_wrapper() -> None:
     inner = uri_builder(metadata={"width": 100, "height": 50})
     wrapped = {"builderType": "cropped", "builder": inner, "metadata": {"width": 10, "height": 5}}
-    assert qpproj.server_of(wrapped).size == Size(10, 5)
+    assert servers.server_of(wrapped).size == Size(10, 5)
     del wrapped["metadata"]
-    assert qpproj.server_of(wrapped).size is None
+    assert servers.server_of(wrapped).size is None
 
 
 def test_wrapping_without_end_is_refused() -> None:
     builder = uri_builder()
     for _ in range(200):
         builder = {"builderType": "pyramidize", "builder": builder}
-    assert "more than 100 times" in str(qpproj.server_of(builder).unsupported)
+    assert "more than 100 times" in str(servers.server_of(builder).unsupported)
 
 
 def calibrated(value: object, unit: str = "µm") -> dict[str, Any]:
@@ -308,14 +311,14 @@ def calibrated(value: object, unit: str = "µm") -> dict[str, Any]:
 
 @pytest.mark.parametrize("unit", ["µm", "μm", "um"])
 def test_mpp_is_read_in_micrometres(unit: str) -> None:
-    assert qpproj.server_of(calibrated(0.25, unit)).pixel_size == (0.25, 0.25)
+    assert servers.server_of(calibrated(0.25, unit)).pixel_size == (0.25, 0.25)
 
 
 @pytest.mark.parametrize(
     ("value", "unit"), [(1.0, "px"), (0.25, "mm"), (float("nan"), "µm"), (0, "µm"), (-1.0, "µm"), ("1", "µm")]
 )
 def test_what_is_not_a_pixel_size_is_none(value: object, unit: str) -> None:
-    stored = qpproj.server_of(calibrated(value, unit)).pixel_size
+    stored = servers.server_of(calibrated(value, unit)).pixel_size
     assert stored is None or stored.side is None
 
 
@@ -325,16 +328,16 @@ def test_our_metadata_of_a_file_are_qupaths_own(version: str, name: str, index: 
     path = QUPATH / f"qupath-{version}" / "multi" / "project.qpproj"
     stored = qpproj.parse_project(path.read_bytes(), path)["images"][index]["serverBuilder"]
     found = imagefile.probe(QUPATH / "images" / name)
-    metadata = qpproj.image_metadata(
+    metadata = servers.image_metadata(
         name=stored["metadata"]["name"],
         levels=found.levels,
         tile=found.tile,
         mpp=found.pixel_size,
         magnification=found.magnification,
-        has_timepoints=found.provider == qpproj.IMAGEJ and qpproj.is_since(version, 0, 6),
+        has_timepoints=found.provider == servers.IMAGEJ and servers.is_since(version, 0, 6),
     )
-    ours = qpproj.server_builder(stored["uri"], provider=found.provider, args=found.args, metadata=metadata)
-    assert qpproj.json_bytes(ours) == qpproj.json_bytes(stored)
+    ours = servers.server_builder(stored["uri"], provider=found.provider, args=found.args, metadata=metadata)
+    assert lenient_json.json_bytes(ours) == lenient_json.json_bytes(stored)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +353,7 @@ def test_our_metadata_of_a_file_are_qupaths_own(version: str, name: str, index: 
 def test_a_level_gets_the_downsample_that_was_meant(
     base: tuple[int, int], level: tuple[int, int], downsample: float
 ) -> None:
-    metadata = qpproj.image_metadata(
+    metadata = servers.image_metadata(
         name="x", levels=[Size(*base), Size(*level)], tile=Size(256, 256), mpp=None, magnification=20.0
     )
     assert metadata["levels"][1]["downsample"] == downsample

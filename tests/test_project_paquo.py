@@ -33,6 +33,8 @@ from darefine_qupath.project import (
     Changes,
     Project,
     create_project,
+    hierarchy_editor,
+    jvm,
     list_backups,
     open_project,
     paquo_engine,
@@ -95,7 +97,7 @@ def options(monkeypatch: pytest.MonkeyPatch, given: object, environment: str | N
         monkeypatch.setenv("PAQUO_JAVA_OPTS", environment)
     return [
         option
-        for option in paquo_engine._java_options({"java_opts": given}, Path("/nothing"))
+        for option in jvm._java_options({"java_opts": given}, Path("/nothing"))
         if "Heap" in option or "Xm" in option or "RAM" in option
     ]
 
@@ -121,7 +123,7 @@ def test_the_heap_is_bounded_unless_the_user_says(
 
 def test_options_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAQUO_JAVA_OPTS", "-ea")
-    found = paquo_engine._java_options({"java_opts": "-ea '-Dname=a b'"}, Path("/nothing"))
+    found = jvm._java_options({"java_opts": "-ea '-Dname=a b'"}, Path("/nothing"))
     assert found[:2] == ["-ea", "-Dname=a b"]
     assert {"-XX:+DisplayVMOutputToStderr", "-Xrs", "-Djava.awt.headless=true"} <= set(found)
 
@@ -129,15 +131,15 @@ def test_options_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("release", "wanted"), [("17.0.15", False), ("21.0.2", False), ("25.0.1", True)])
 def test_a_new_java_is_told_of_native_code(release: str, wanted: bool, tmp_path: Path) -> None:
     (tmp_path / "release").write_text(f'IMPLEMENTOR="x"\nJAVA_VERSION="{release}"\n')
-    assert ("--enable-native-access=ALL-UNNAMED" in paquo_engine._java_options({"java_opts": []}, tmp_path)) == wanted
+    assert ("--enable-native-access=ALL-UNNAMED" in jvm._java_options({"java_opts": []}, tmp_path)) == wanted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the layout of QuPath's folder is another one elsewhere")
 def test_qupath_is_found_without_java(tmp_path: Path) -> None:
     code = """
 import sys
-from darefine_qupath.project import paquo
-print(paquo.find_qupath())
+from darefine_qupath.project import jvm
+print(jvm.find_qupath())
 import jpype
 print(jpype.isJVMStarted())
 """
@@ -151,8 +153,8 @@ print(jpype.isJVMStarted())
 def test_a_qupath_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     code = """
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import create_project, paquo
-for call in (paquo.start_qupath, lambda: create_project("x", engine="paquo")):
+from darefine_qupath.project import create_project, jvm
+for call in (jvm.start_qupath, lambda: create_project("x", engine="paquo")):
     try:
         call()
     except EngineError as error:
@@ -170,9 +172,9 @@ def test_a_java_that_does_not_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "lib" / "runtime" / "lib" / "server" / "libjvm.so").write_bytes(b"not a library")
     code = """
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import paquo
+from darefine_qupath.project import jvm
 try:
-    paquo.start_qupath()
+    jvm.start_qupath()
 except EngineError as error:
     print(error)
 """
@@ -184,10 +186,10 @@ def test_qupath_does_not_start_in_a_forked_process() -> None:
     code = """
 import os, sys
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import paquo
+from darefine_qupath.project import jvm
 if os.fork() == 0:
     try:
-        paquo.start_qupath()
+        jvm.start_qupath()
     except EngineError as error:
         print(error, flush=True)
     os._exit(0)
@@ -211,7 +213,7 @@ with PaquoProject(__import__("pathlib").Path({str(place("qupath-0.6.0/annotated"
 
 def shape_of(roi: Any) -> shapely.Geometry | None:  # noqa: ANN401
     """Shape of a Java ROI: a polygon's own corners, else what QuPath makes of it."""
-    from paquo_engine.java import WKBWriter  # noqa: PLC0415
+    from paquo.java import WKBWriter  # noqa: PLC0415
 
     if roi is None:
         return None
@@ -225,21 +227,21 @@ def shape_of(roi: Any) -> shapely.Geometry | None:  # noqa: ANN401
 
 def snapshot(folder: Path, entry_id: str) -> dict[UUID, tuple[object, ...]]:
     """Every object of an image as QuPath's own reader, through paquo, gives it."""
-    paquo_engine.start_qupath()
-    from paquo_engine.java import PathIO  # noqa: PLC0415
+    jvm.start_qupath()
+    from paquo.java import PathIO  # noqa: PLC0415
 
-    file = paquo_engine._java("java.io.File")(str(folder / "data" / entry_id / "data.qpdata"))
+    file = jvm.java_class("java.io.File")(str(folder / "data" / entry_id / "data.qpdata"))
     root = PathIO.readHierarchy(file).getRootObject()
     found = {}
-    for item in root.getDescendantObjects(paquo_engine._java("java.util.ArrayList")()):
+    for item in root.getDescendantObjects(jvm.java_class("java.util.ArrayList")()):
         roi, path_class, parent = item.getROI(), item.getPathClass(), item.getParent()
         names = [str(name) for name in item.getMeasurementList().getMeasurementNames()]
-        found[paquo_engine._id_of(item)] = (
+        found[hierarchy_editor.id_of(item)] = (
             str(item.getClass().getSimpleName()),
             None if path_class is None else str(path_class.toString()),
             None if item.getName() is None else str(item.getName()),
             bool(item.isLocked()),
-            None if parent.isRootObject() else paquo_engine._id_of(parent),
+            None if parent.isRootObject() else hierarchy_editor.id_of(parent),
             {name: float(item.getMeasurementList().get(name)) for name in names},
             None if roi is None else str(roi.getRoiName()),
             None if roi is None else (int(roi.getC()), int(roi.getZ()), int(roi.getT())),
@@ -544,7 +546,7 @@ def test_qupath_opens_a_project_that_was_made(tmp_path: Path) -> None:
         project.add_image(tmp_path / "images" / "slide.tif", name="Schnitt ä", metadata={"split": "train"})
         project.add_image(tmp_path / "images" / "plain.png", mpp=0.25, image_type="OTHER")
         project.apply(project.images[0], Changes(add=[Annotation(geometry=HOLED, path_class="A")]))
-    from paquo_engine.projects import QuPathProject  # noqa: PLC0415
+    from paquo.projects import QuPathProject  # noqa: PLC0415
 
     with QuPathProject(tmp_path / "new" / "project.qpproj", mode="r") as opened:
         first, second = opened.images
@@ -588,8 +590,8 @@ def test_qupath_opens_and_saves_a_project_of_the_embedded_engine(tmp_path: Path)
         project.apply(project.images[0], Changes(add=[replace(record, parent=None) for record in new_objects()]))
         images = project.images
         before = [project.objects(image) for image in images]
-    paquo_engine.start_qupath()
-    from paquo_engine.projects import QuPathProject  # noqa: PLC0415
+    jvm.start_qupath()
+    from paquo.projects import QuPathProject  # noqa: PLC0415
 
     seen = []
     with QuPathProject(project.path, mode="r+") as opened:
@@ -655,8 +657,10 @@ def test_damaged_data_never_reach_qupath(damage: Callable[[bytes], bytes], place
 
 @qupath
 def test_an_object_that_does_not_arrive_is_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo_engine._Editor._add
-    monkeypatch.setattr(paquo_engine._Editor, "_add", lambda editor, records, gone: real(editor, records[1:], gone))
+    real = hierarchy_editor.HierarchyEditor._add
+    monkeypatch.setattr(
+        hierarchy_editor.HierarchyEditor, "_add", lambda editor, records, gone: real(editor, records[1:], gone)
+    )
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
         unchanged_after(
@@ -666,9 +670,11 @@ def test_an_object_that_does_not_arrive_is_an_error(place: Place, monkeypatch: p
 
 @qupath
 def test_an_object_that_arrives_otherwise_is_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = paquo_engine._Editor._roi
+    real = hierarchy_editor.HierarchyEditor._roi
     monkeypatch.setattr(
-        paquo_engine._Editor, "_roi", lambda editor, shape, roi, plane: real(editor, shape.convex_hull, roi, plane)
+        hierarchy_editor.HierarchyEditor,
+        "_roi",
+        lambda editor, shape, roi, plane: real(editor, shape.convex_hull, roi, plane),
     )
     with open_project(place("qupath-0.6.0/annotated"), engine="paquo") as project:
         image = project.images[0]
@@ -708,7 +714,7 @@ def test_what_qupath_drops_is_an_error(place: Place, monkeypatch: pytest.MonkeyP
 @qupath
 def test_an_error_in_java_is_one_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_: object) -> bytes:
-        paquo_engine._java("java.lang.Integer").parseInt("no number")
+        jvm.java_class("java.lang.Integer").parseInt("no number")
         raise AssertionError
 
     monkeypatch.setattr(paquo_engine._OpenImage, "written", failing)
@@ -765,7 +771,7 @@ def test_java_has_a_bounded_heap_and_leaves_standard_output_alone(place: Place) 
     code = f"""
 import json
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.project import Changes, open_project, paquo
+from darefine_qupath.project import Changes, open_project
 import shapely
 with open_project({str(place("qupath-0.6.0/annotated"))!r}, engine="paquo") as project:
     applied = project.apply(project.images[0], Changes(add=[Annotation(geometry=shapely.box(0, 0, 9, 9))]))
@@ -787,8 +793,8 @@ print(json.dumps({{"objects": applied.num_objects, "heap": int(runtime.maxMemory
 def test_ctrl_c_stays_a_keyboard_interrupt() -> None:
     code = f"""
 import os, time
-from darefine_qupath.project import paquo
-paquo.start_qupath()
+from darefine_qupath.project import jvm
+jvm.start_qupath()
 try:
     os.kill(os.getpid(), {int(signal.SIGINT)})
     time.sleep(30)
@@ -805,11 +811,11 @@ def test_a_child_forked_after_the_start_is_told() -> None:
     code = """
 import os
 from darefine_qupath.errors import EngineError
-from darefine_qupath.project import paquo
-paquo.start_qupath()
+from darefine_qupath.project import jvm
+jvm.start_qupath()
 if os.fork() == 0:
     try:
-        paquo.start_qupath()
+        jvm.start_qupath()
     except EngineError:
         os._exit(7)
     os._exit(0)
@@ -819,6 +825,6 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 def test_the_engine_error_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paquo_engine, "find_qupath", lambda: None)
+    monkeypatch.setattr(jvm, "find_qupath", lambda: None)
     with pytest.raises(EngineError, match="paquo finds no QuPath; run `paquo get_qupath"):
         open_project(tmp_path, engine="paquo")

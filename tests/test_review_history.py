@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.errors import DarefineError, ProjectChangedError, ReviewError
-from darefine_qupath.project import Project, open_project, paquo_engine
+from darefine_qupath.project import Project, jvm, open_project
 from darefine_qupath.review import (
     WriteOptions,
     apply_plan,
@@ -703,7 +703,7 @@ class InQuPath:
     """An image as QuPath's window holds it: read once, and saved as a whole."""
 
     def __init__(self, project: Path) -> None:
-        paquo_engine.start_qupath()
+        jvm.start_qupath()
         import jpype  # noqa: PLC0415
 
         java = jpype.JClass

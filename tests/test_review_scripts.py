@@ -12,7 +12,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.prediction import ScoreMap
 from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.scoremap import write_score_map
-from darefine_qupath.project import paquo_engine
+from darefine_qupath.project import jvm
 from darefine_qupath.review import install_scripts, script_names
 from darefine_qupath.review.ownership import RUN
 from darefine_qupath.review.review_queue import _PREFIX as PLACE_NAME
@@ -107,7 +107,7 @@ def class_colors() -> NDArray[np.uint32]:
 def opened_by_openslide(servers: Any, path: Path) -> Any:  # noqa: ANN401 - Java's
     jpype = pytest.importorskip("jpype")
     try:
-        server = servers.buildServer(paquo_engine._java("java.io.File")(str(path)).toURI())
+        server = servers.buildServer(jvm.java_class("java.io.File")(str(path)).toURI())
     except jpype.JException:
         return None
     return server if "OpenSlide" in str(server.getServerType()) else None
@@ -116,10 +116,10 @@ def opened_by_openslide(servers: Any, path: Path) -> Any:  # noqa: ANN401 - Java
 @qupath
 def test_qupath_opens_the_files_of_a_score_map(tmp_path: Path) -> None:
     found, layers = a_map(tmp_path / "map")
-    paquo_engine.start_qupath()
+    jvm.start_qupath()
     servers, request = (
-        paquo_engine._java("qupath.lib.images.servers.ImageServers"),
-        paquo_engine._java("qupath.lib.regions.RegionRequest"),
+        jvm.java_class("qupath.lib.images.servers.ImageServers"),
+        jvm.java_class("qupath.lib.regions.RegionRequest"),
     )
     # A slide that every OpenSlide opens tells a QuPath without it from a map that QuPath does not like.
     plain = write_pyramid(tmp_path / "plain.tif", np.full((600, 600, 3), 200, np.uint8), (2, 4))
@@ -130,7 +130,7 @@ def test_qupath_opens_the_files_of_a_score_map(tmp_path: Path) -> None:
     expected[255] = 0xFFFFFFFF  # A TIFF has no transparent colour.
     gray = np.arange(256, dtype=np.uint32) * 0x010101 | 0xFF000000
     for layer, pixels, colors in (("class", layers.label, expected), ("confidence", layers.confidence, gray)):
-        uri = paquo_engine._java("java.io.File")(str(found.path(layer))).toURI()
+        uri = jvm.java_class("java.io.File")(str(found.path(layer))).toURI()
         server = servers.buildServer(uri)
         assert (server.getWidth(), server.getHeight(), server.nResolutions()) == (*MAP, 3)
         assert server.nChannels() in (1, 3)
@@ -175,7 +175,7 @@ return picture
 
 def painted(project: Path, layer: str, box: Box, scale: float, *, largest: int = 6000) -> NDArray[np.uint32]:
     """What QuPath's overlay paints over `box` at `scale`, after the script has run in a stand-in of its window."""
-    paquo_engine.start_qupath()
+    jvm.start_qupath()
     jpype = pytest.importorskip("jpype")
     try:
         shell = jpype.JClass("groovy.lang.GroovyShell")()

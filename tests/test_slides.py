@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +27,17 @@ from darefine_qupath.errors import (
     SlideNotFoundError,
 )
 from darefine_qupath.geometry import Box, FloatBox, PixelSize, Size, level_box, level_scale, level_window
-from darefine_qupath.slides import PyramidSlide, TissueMask, open_slide, resolve_mpp, sources, tissue_mask
-from darefine_qupath.slides.sources import fastslide_works_here, is_microscopes
+from darefine_qupath.slides import (
+    PyramidSlide,
+    TissueMask,
+    open_slide,
+    openslide_reader,
+    pillow_reader,
+    resolve_mpp,
+    tissue_mask,
+)
+from darefine_qupath.slides.pixel_size import is_microscopes
 from tests.tile_slides import area_means
-
-needs_fastslide = pytest.mark.skipif(not fastslide_works_here(), reason="fastslide is not installed")
-FAST = pytest.param("auto", marks=needs_fastslide)
 
 
 def ramp(width: int, height: int) -> NDArray[np.uint8]:
@@ -150,7 +152,7 @@ def _must_not_read(*_: object) -> NDArray[np.uint8]:
 def test_what_cannot_be_held_is_not(jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_slide(jpeg_slide) as slide:
         assert slide.hold(Box(-500, 0, 400, 400), 1) is None
-        monkeypatch.setattr("darefine_qupath.slides.reading._MAX_WINDOW_PIXELS", 100)
+        monkeypatch.setattr("darefine_qupath.slides.resampling.MAX_WINDOW_PIXELS", 100)
         assert slide.hold(Box(0, 0, 11, 11), 1) is None
         assert slide.hold(Box(0, 0, 10, 10), 1) is not None
 
@@ -164,7 +166,7 @@ def test_an_interpolated_level_is_not_held(pyramid: Path) -> None:
 
 @pytest.fixture(scope="module")
 def jpeg_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEG tiles, which fastslide may read."""
+    """JPEG tiles, which GDAL may read."""
     noise = np.random.default_rng(0).integers(0, 30, (1200, 1500, 1), dtype=np.uint8)
     return write_jpeg_pyramid(tmp_path_factory.mktemp("slides") / "jpeg.tif", ramp(1500, 1200) // 2 + noise)
 
@@ -211,7 +213,7 @@ def test_level_window_of_whole_pixels_is_whole() -> None:
 # The right pixels
 
 
-@pytest.mark.parametrize("reader", ["openslide", "tifffile", FAST])
+@pytest.mark.parametrize("reader", ["openslide", "tifffile", "auto"])
 @pytest.mark.parametrize("downsample", [1, 2, 2.5, 4, 5, 10])
 @given(x=st.integers(-400, 1100), y=st.integers(-400, 900), data=st.data())
 @settings(deadline=None, derandomize=True, max_examples=15)
@@ -275,7 +277,7 @@ def test_level_0_is_not_touched(pyramid: Path, reader: str, x: int, y: int, widt
 
 
 def test_bounds_are_cropped_as_qupath_does(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_bounds", lambda *_: Box(101, 53, 803, 702))
+    monkeypatch.setattr(openslide_reader, "_bounds", lambda *_: Box(101, 53, 803, 702))
     with open_slide(pyramid, reader="openslide") as slide:
         assert slide.size == (803, 702)
         assert slide.levels == ((803, 702), (402, 351), (201, 176), (100, 88))
@@ -299,7 +301,7 @@ def test_bounds_are_cropped_as_qupath_does(pyramid: Path, monkeypatch: pytest.Mo
 )
 def test_bounds_of_a_file(properties: dict[str, str], bounds: Box | None) -> None:
     named = {f"openslide.bounds-{key}": value for key, value in properties.items()}
-    assert sources._bounds(named, Size(100, 50)) == bounds
+    assert openslide_reader._bounds(named, Size(100, 50)) == bounds
 
 
 def test_parts_of_a_large_read_fit(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +312,7 @@ def test_parts_of_a_large_read_fit(pyramid: Path, monkeypatch: pytest.MonkeyPatc
     ]
     with open_slide(pyramid, reader="tifffile") as slide:
         whole = [slide.read(*box) for box in boxes]
-        monkeypatch.setattr("darefine_qupath.slides.reading._MAX_WINDOW_PIXELS", 3000)
+        monkeypatch.setattr("darefine_qupath.slides.resampling.MAX_WINDOW_PIXELS", 3000)
         parts = [slide.read(*box) for box in boxes]
     for one, other in zip(whole, parts, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
@@ -335,23 +337,7 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
 # Readers
 
 
-@needs_fastslide
-def test_fastslide_is_the_fast_path_and_agrees(jpeg_slide: Path) -> None:
-    with open_slide(jpeg_slide) as fast, open_slide(jpeg_slide, reader="openslide") as reference:
-        for box, size in [(Box(300, 200, 500, 500), (500, 500)), (Box(-50, 1000, 500, 500), (250, 250))]:
-            difference = fast.read(box, size).astype(int) - reference.read(box, size)
-            assert np.abs(difference).mean() < 2
-        assert (fast.reader, reference.reader) == ("fastslide", "openslide")
-
-
-@pytest.fixture
-def no_fastslide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A platform without a wheel of it."""
-    monkeypatch.setattr(sources, "fastslide", None)
-
-
-@pytest.mark.usefixtures("no_fastslide")
-def test_gdal_is_the_fast_path_where_there_is_no_fastslide(tmp_path: Path) -> None:
+def test_gdal_reads_in_openslides_place_where_it_agrees(tmp_path: Path) -> None:
     path = write_jpeg_pyramid(tmp_path / "odd.tif", ramp(1001, 811))
     with open_slide(path) as fast, open_slide(path, reader="openslide") as reference:
         for box, size in [(Box(300, 200, 500, 500), (500, 500)), (Box(-50, 600, 500, 500), (250, 250))]:
@@ -367,49 +353,12 @@ def test_gdal_is_the_fast_path_where_there_is_no_fastslide(tmp_path: Path) -> No
         assert (held.read(part, (100, 100)) == fast.read(part, (100, 100))).all()
 
 
-@needs_fastslide
-@pytest.mark.parametrize(("largest", "reader"), [(0.0, "openslide"), (0.2, "tifffile"), (2.0, "fastslide")])
+@pytest.mark.parametrize(("largest", "reader"), [(0.0, "openslide"), (0.2, "tifffile")])
 def test_a_reader_is_refused_where_its_pixels_differ(
     jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch, largest: float, reader: str
 ) -> None:
-    monkeypatch.setattr("darefine_qupath.slides.reading._MAX_SLIDE_DIFFERENCE", largest)
+    monkeypatch.setattr("darefine_qupath.slides.agreement._MAX_DIFFERENCE", largest)
     assert open_slide(jpeg_slide).reader == reader
-
-
-@needs_fastslide
-def test_fastslide_that_does_not_answer_is_given_up(
-    jpeg_slide: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    slide = open_slide(jpeg_slide)
-    assert slide.reader == "fastslide"
-    monkeypatch.setattr(sources, "FAST_PATIENCE_S", 0.0)
-    with open_slide(jpeg_slide, reader="openslide") as reference:
-        box = Box(0, 0, 700, 700)
-        assert (slide.read(box, (700, 700)) == reference.read(box, (700, 700))).all()
-    assert slide.reader == "tifffile"
-    assert "gave no answer" in caplog.text
-
-
-@needs_fastslide
-def test_fastslide_is_not_used_after_a_fork(jpeg_slide: Path) -> None:
-    script = f"""
-import os
-from darefine_qupath.geometry import Box
-from darefine_qupath.slides import open_slide
-slide = open_slide({str(jpeg_slide)!r})
-box = Box(0, 0, 600, 600)
-print(slide.read(box, (600, 600)).shape, slide.reader, flush=True)
-child = os.fork()
-if child == 0:
-    print(slide.read(box, (600, 600)).shape, slide.reader, flush=True)
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system does not fork")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == ["(600, 600, 3) fastslide", "(600, 600, 3) tifffile", "0"]
-    assert "spawn" in done.stderr
 
 
 @pytest.mark.parametrize("reader", ["openslide", "tifffile", "auto"])
@@ -506,7 +455,7 @@ def test_large_plain_images_open_up_to_a_bound(tmp_path: Path, monkeypatch: pyte
         Image.open(tmp_path / "a.png")
     assert open_slide(tmp_path / "a.png").size == (200, 150)
     assert Image.MAX_IMAGE_PIXELS == 10_000
-    monkeypatch.setattr(sources, "MAX_PLAIN_PIXELS", 10_000)
+    monkeypatch.setattr(pillow_reader, "MAX_PLAIN_PIXELS", 10_000)
     with pytest.raises(SlideFormatError, match=r"200 x 150 pixels are too many.*tiled pyramidal TIFF"):
         open_slide(tmp_path / "a.png")
 
@@ -544,11 +493,8 @@ def damaged(jpeg_slide: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("reader", ["openslide", FAST, "without fastslide"])
-def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if reader == "without fastslide":
-        monkeypatch.setattr(sources, "fastslide", None)
-        reader = "auto"
+@pytest.mark.parametrize("reader", ["openslide", "auto"])
+def test_a_damaged_tile_is_told_by_its_place(damaged: Path, reader: str) -> None:
     with open_slide(damaged, reader=reader) as slide:
         for _ in range(2):
             with pytest.raises(SlideError, match=r"damaged\.tif: the box x 400, y 200, 300 x 300 \(level-0 pixels\)"):

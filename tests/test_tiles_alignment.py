@@ -14,7 +14,7 @@ from darefine_qupath.annotations import Annotation, LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.slides import open_slide
-from darefine_qupath.slides.sources import OpenSlideSource
+from darefine_qupath.slides.openslide_reader import OpenSlideReader
 from darefine_qupath.tiles.plan import TilePair
 from darefine_qupath.tiles.slide_reader import paint_mask
 from darefine_qupath.tiles.spec import PixelSpec
@@ -84,7 +84,7 @@ def test_with_bounds_every_place_counts_from_their_corner(path: Path, downsample
     pair = TilePair(Box(x, y, side, side), centered(Box(x, y, side, side), (2 * side, 2 * side)))
     cropped = RAMPS[BOUNDS.y : BOUNDS.bottom, BOUNDS.x : BOUNDS.right]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("darefine_qupath.slides.sources._bounds", lambda *_: BOUNDS)
+        patch.setattr("darefine_qupath.slides.openslide_reader._bounds", lambda *_: BOUNDS)
         with open_slide(path, reader="openslide") as slide:
             assert slide.size == BOUNDS.size
             found = read_pair(slide, pair, spec_for(side))
@@ -149,4 +149,4 @@ def test_a_downsample_of_4_00012_does_not_drift(tmp_path: Path) -> None:
 
 
 def test_the_source_s_bounds_are_what_the_patch_replaces(path: Path) -> None:
-    assert OpenSlideSource(path).bounds is None
+    assert OpenSlideReader(path).bounds is None

@@ -177,7 +177,7 @@ def _check_image(
         yield error(why)
         return
     assert entry.path is not None
-    with open_slide(entry.path, crop_bounds="--no-crop" not in entry.server_args) as slide:
+    with open_slide(entry.path, crop_bounds=entry.crop_bounds) as slide:
         yield from _check_slide(entry, slide, given)
         yield from _check_annotations(entry, annotations, slide)
 

@@ -25,7 +25,7 @@ from darefine_qupath.pipeline.annotation_import import (
 )
 from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.project import Project, create_project, creation_mark
-from darefine_qupath.project.embedded import PROJECT_FILE
+from darefine_qupath.project.project_reader import PROJECT_FILE
 from darefine_qupath.slides import open_slide
 
 __all__ = ["create_from_slides"]

@@ -71,7 +71,7 @@ def _unlike(image: ImageEntry, boxes: Sequence[Box], trained: StainStatistics) -
     if image.path is None or not image.exists or image.unsupported is not None:
         return [0.0] * len(boxes)
     try:
-        with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+        with open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
             # One small picture of the slide: reading it place by place takes longer.
             shrink = max(1.0, min(box.width for box in boxes) / _PLACE_PX)
             longest = min(_OVERVIEW_PX, round(max(slide.size) / shrink))

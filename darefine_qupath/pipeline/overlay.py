@@ -85,7 +85,7 @@ def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | 
     assert image.path is not None
     score_map = read_score_map(map_folder(project, image))
     size = fit_within((score_map.box.width, score_map.box.height), (side, side))
-    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+    with open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
         thumbnail = slide.read(score_map.box, size)
     predicted = _shrunk(score_map.read("class"), size)
     records = truth_of(project, image, truth)

@@ -228,5 +228,5 @@ def slide_size(image: ImageEntry) -> Size:
     if image.width is not None and image.height is not None:
         return Size(image.width, image.height)
     assert image.path is not None
-    with open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide:
+    with open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
         return slide.size

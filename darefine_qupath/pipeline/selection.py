@@ -177,7 +177,7 @@ def size_mismatch(image: ImageEntry, mpp: float | None = None) -> str | None:
     try:
         with (
             wording(SlideError),
-            open_slide(image.path, crop_bounds="--no-crop" not in image.server_args) as slide,
+            open_slide(image.path, crop_bounds=image.crop_bounds) as slide,
         ):
             size, by_file = slide.size, slide.pixel_size
     except SlideError as error:
@@ -221,7 +221,7 @@ def source_of(image: ImageEntry, annotations: Sequence[Annotation], mpp: float |
         name=image.name,
         path=image.path,
         mpp=image.mpp if mpp is None else mpp,
-        crop_bounds="--no-crop" not in image.server_args,
+        crop_bounds=image.crop_bounds,
         annotations=tuple(annotations),
         metadata=image.metadata,
     )

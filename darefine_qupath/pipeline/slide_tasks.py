@@ -101,7 +101,7 @@ def plan_slides(project: Project, images: Sequence[ImageEntry], request: SlideRe
                 model=request.model,
                 out=map_folder(project, image),
                 mpp=image.mpp if given is None else given,
-                options=replace(request.options, crop_bounds="--no-crop" not in image.server_args, within=area),
+                options=replace(request.options, crop_bounds=image.crop_bounds, within=area),
             )
         )
     return SlidePlan(tasks=tuple(tasks), skipped=tuple(skipped), failed=tuple(failed))

@@ -1,19 +1,17 @@
-"""QuPath projects: one interface, two engines."""
+"""Open, create and restore QuPath projects: one interface, two engines."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from darefine_qupath.classes import PathClass
 from darefine_qupath.errors import EngineError, ProjectError
-from darefine_qupath.project.embedded import PROJECT_FILE, EmbeddedProject
+from darefine_qupath.project.backups import Backup, choose_backup
+from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.interface import Applied, Changes, Engine, ImageEntry, ImageState, Project, image_titles
-from darefine_qupath.project.staging import Backup
+from darefine_qupath.project.project_reader import PROJECT_FILE
 
 __all__ = [
     "Applied",
@@ -32,9 +30,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_PAQUO_MODULE = "darefine_qupath.project.paquo_engine"
-_GET_QUPATH = "run `paquo get_qupath --install-path FOLDER` and set PAQUO_QUPATH_DIR to what it prints"
 
 
 def open_project(path: Path | str, engine: str = "auto") -> Project:
@@ -65,8 +60,7 @@ def open_project(path: Path | str, engine: str = "auto") -> Project:
     mark = creation_mark(Path(path))
     if mark.exists():
         raise ProjectError(f"{path}: its making was stopped half way (it left {mark.name}); run darefine create again")
-    module = _paquo_engine(engine)
-    return EmbeddedProject(Path(path)) if module is None else _as_project(module.PaquoProject(Path(path)))
+    return _engine(engine)(Path(path))
 
 
 def creation_mark(path: Path) -> Path:
@@ -104,10 +98,7 @@ def create_project(
     EngineError
         If paquo is asked for and does not work here.
     """
-    module = _paquo_engine(engine)
-    if module is None:
-        return EmbeddedProject.create(Path(path), classes)
-    return _as_project(module.PaquoProject.create(Path(path), classes))
+    return _engine(engine).create(Path(path), classes)
 
 
 def list_backups(path: Path | str, image: str) -> tuple[Backup, ...]:
@@ -155,39 +146,31 @@ def restore(path: Path | str, image: str, which: str | int = 1) -> Applied:
     """
     project = EmbeddedProject(Path(path))
     entry = project.image(image)
-    backups = project.backups(entry)
-    if isinstance(which, int):
-        found = backups[which - 1 : which] if which > 0 else ()
-    else:
-        found = tuple(backup for backup in backups if backup.path.name.startswith(which))
-    if len(found) != 1:
-        names = ", ".join(backup.path.name for backup in backups) or "none"
-        raise ProjectError(f"{len(found) or 'No'} backups of {entry.name!r} match {which!r}; there are: {names}")
-    return project.restore(entry, found[0])
+    return project.restore(entry, choose_backup(project.backups(entry), which, entry.name))
 
 
-def _paquo_engine(engine: str) -> Any:  # noqa: ANN401 - a module that need not be there
-    """Return the module of the paquo engine, or None for the embedded one; says which is taken."""
+def _engine(engine: str) -> type[EmbeddedProject]:
+    """Class of the engine that is asked for, or else works here; the log says which."""
     if engine not in ("auto", "embedded", "paquo"):
         raise EngineError(f"There is no engine {engine!r}; choose auto, embedded or paquo")
     if engine == "embedded":
-        return None
+        return EmbeddedProject
+    # Java starts in no process that was forked after this.
+    from darefine_qupath.project import jvm  # noqa: PLC0415
+
     try:
-        module = importlib.import_module(_PAQUO_MODULE)
-        found = module.find_qupath()
+        found = jvm.find_qupath()
     except ImportError as error:
         if engine == "paquo":
-            raise EngineError(f"paquo cannot be loaded ({error}); `pip install paquo`, then {_GET_QUPATH}") from None
+            raise EngineError(f"paquo cannot be loaded ({error}); `pip install paquo`, then {jvm.GET_QUPATH}") from None
         _log.info("Engine: embedded (paquo cannot be loaded: %s)", error)
-        return None
+        return EmbeddedProject
     if found is None:
         if engine == "paquo":
-            raise EngineError(f"paquo finds no QuPath; {_GET_QUPATH}")
+            raise EngineError(f"paquo finds no QuPath; {jvm.GET_QUPATH}")
         _log.info("Engine: embedded (paquo finds no QuPath)")
-        return None
+        return EmbeddedProject
     _log.info("Engine: paquo, with QuPath at %s", found)
-    return module
+    from darefine_qupath.project.paquo_engine import PaquoProject  # noqa: PLC0415
 
-
-def _as_project(project: Project) -> Project:
-    return project
+    return PaquoProject

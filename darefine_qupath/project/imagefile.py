@@ -1,4 +1,4 @@
-"""What QuPath would say of an image file: size, pixel size, levels, thumbnail.
+"""Describe an image file as QuPath would: size, pixel size, levels, thumbnail, server builder.
 
 `slides` answers, so that what it opens can be added to a project, and is there what darefine reads. Sizes are those
 QuPath sees: cropped to OpenSlide's bounds where the file has them, unless the server is told ``--no-crop``. What
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from darefine_qupath.errors import SlideError, SlideFormatError, SlideNotFoundError
+from darefine_qupath.errors import ProjectUnsupportedError, SlideError, SlideFormatError, SlideNotFoundError
 from darefine_qupath.geometry import Box, PixelSize, Size, fit_within
 from darefine_qupath.limits import naming
-from darefine_qupath.project.qpproj import BIO_FORMATS, IMAGEJ, OPENSLIDE
+from darefine_qupath.project.interface import is_cropped
+from darefine_qupath.project.lenient_json import JsonObject
+from darefine_qupath.project.servers import BIO_FORMATS, IMAGEJ, OPENSLIDE, image_metadata, is_since, server_builder
+from darefine_qupath.project.uris import file_uri
 from darefine_qupath.slides import PyramidSlide, open_slide
 
-__all__ = ["ImageFile", "probe", "thumbnail"]
+__all__ = ["ImageFile", "builder_of", "probe", "thumbnail"]
+
+_log = logging.getLogger(__name__)
 
 _THUMBNAIL_LIMIT = (1000, 600)
 _DEFAULT_TILE = Size(256, 256)
-_NO_CROP = "--no-crop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +103,8 @@ def probe(path: Path, args: Sequence[str] = ()) -> ImageFile:
 def _probed(path: Path, args: Sequence[str]) -> ImageFile:
     _refuse_missing(path)
     try:
-        with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:
-            if slide.source().name != "pillow":
+        with open_slide(path, crop_bounds=is_cropped(args)) as slide:
+            if slide.image_reader().name != "pillow":
                 return _described(slide, args)
     except SlideFormatError as refusal:
         with _header(path, refusal) as image:
@@ -126,7 +131,7 @@ def thumbnail(path: Path, args: Sequence[str] = ()) -> bytes:
 def _drawn(path: Path, args: Sequence[str]) -> bytes:
     _refuse_missing(path)
     try:
-        with open_slide(path, crop_bounds=_NO_CROP not in args) as slide:
+        with open_slide(path, crop_bounds=is_cropped(args)) as slide:
             small = Image.fromarray(slide.read(Box.of(slide.size), fit_within(slide.size, _THUMBNAIL_LIMIT)))
     except SlideFormatError as refusal:
         with _header(path, refusal) as image:
@@ -142,7 +147,7 @@ def _refuse_missing(path: Path) -> None:
 
 
 def _described(slide: PyramidSlide, args: Sequence[str]) -> ImageFile:
-    source = slide.source()
+    source = slide.image_reader()
     levels = source.levels
     if slide.size != levels[0]:
         # Rounded down, as QuPath cuts the levels of a cropped slide.
@@ -161,6 +166,32 @@ def _described(slide: PyramidSlide, args: Sequence[str]) -> ImageFile:
         pixel_size=slide.pixel_size and PixelSize(*(float(f"{side:.12g}") for side in slide.pixel_size)),
         magnification=source.magnification,
     )
+
+
+def builder_of(path: Path, name: str, found: ImageFile, mpp: float | None, version: str) -> JsonObject:
+    """Make the server builder of an image file that is added to a project; `mpp` goes over what the file says."""
+    metadata = None
+    if found.is_rgb:
+        metadata = image_metadata(
+            name=name,
+            levels=found.levels,
+            tile=found.tile,
+            mpp=found.pixel_size if mpp is None else (mpp, mpp),
+            magnification=found.magnification,
+            has_timepoints=found.provider == IMAGEJ and is_since(version, 0, 6),
+        )
+    elif mpp is not None and found.is_readable:
+        _log.warning(
+            "%s: the project cannot hold the pixel size of %s um of a file of this kind; set it in QuPath, or give "
+            "--mpp each time",
+            path,
+            mpp,
+        )
+    elif mpp is not None:
+        raise ProjectUnsupportedError(
+            f"{path} is not an 8-bit RGB image: its pixel size cannot be set here; set it in QuPath"
+        )
+    return server_builder(file_uri(path), provider=found.provider, args=found.args, metadata=metadata)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What every engine offers, and the records it gives and takes."""
+"""Define what every engine offers, and the records it gives and takes."""
 
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ class ImageEntry:
     description: str | None = None
     server_args: tuple[str, ...] = ()
     unsupported: str | None = None
+
+    @property
+    def crop_bounds(self) -> bool:
+        """Whether QuPath crops the image to the bounds that the file states, as `slides.open_slide` then does."""
+        return is_cropped(self.server_args)
+
+
+def is_cropped(server_args: Sequence[str]) -> bool:
+    """Whether an image server with these arguments crops to the bounds that the file states."""
+    return "--no-crop" not in server_args
 
 
 def image_titles(names: Mapping[str, str]) -> dict[str, str]:
@@ -319,24 +329,21 @@ class Project(ABC):
         """
 
     @abstractmethod
-    def remove_image(self, image: ImageEntry, *, delete_data: bool = False) -> None:
-        """Take an image out of the project; its data folder stays unless `delete_data`."""
-
-    @abstractmethod
-    def set_metadata(self, image: ImageEntry, metadata: Mapping[str, str]) -> ImageEntry:
-        """Replace the project metadata of an image."""
-
     def add_metadata(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
-        """Set keys of the project metadata of images; other keys stay as they are.
+        """Set keys of the project metadata of images, all with one write; other keys stay as they are.
 
         Parameters
         ----------
         metadata : mapping of str to mapping
             Keys and values by entry id.
+
+        Raises
+        ------
+        ProjectChangedError
+            If one of the images is no longer in the project; nothing was written.
+        ConfigError
+            If a key or a value is not text.
         """
-        for entry_id, values in metadata.items():
-            image = self.image(entry_id)
-            self.set_metadata(image, {**image.metadata, **values})
 
     def image(self, key: str) -> ImageEntry:
         """Find an image by entry id or by name.

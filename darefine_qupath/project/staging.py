@@ -1,4 +1,4 @@
-"""Writing to a project without ever losing what is there: lock, staged replacement, dated backups, verification.
+"""Lock a project for one writer, and replace several of its files together or not at all.
 
 A write stages everything first (temporary files beside their targets, synced to disk), then renames one after the
 other. A process killed at any moment leaves each file whole, old or new; what it staged is cleaned up by the next
@@ -16,9 +16,8 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,26 +33,17 @@ from darefine_qupath.filesystem import followed, keep_attributes, open_lock, rep
 from darefine_qupath.limits import DATA, Limits, open_file
 
 __all__ = [
-    "BACKUPS_KEPT",
-    "Backup",
     "Batch",
     "FileVersion",
-    "backup_path",
-    "backups_of",
     "check_unchanged",
-    "drop_copy_of_present",
     "is_there",
-    "prune_backups",
-    "qupath_warnings",
     "read_stamped",
     "remove_leftovers",
-    "without_present",
     "write_lock",
 ]
 
 _log = logging.getLogger(__name__)
 
-BACKUPS_KEPT = 5
 LOCK_PATIENCE_S = 2.0
 """How long a write waits for another darefine process to finish its own."""
 
@@ -387,19 +377,19 @@ class Batch:
         self._committed = True
         for path in self._made:
             if path.name.endswith(_STAGED):
-                _remove(path)
+                remove_quietly(path)
 
     def _take_back(self) -> None:
         for staged in reversed(self._staged):
             # Looked up on the disk: an interrupt may have come between a rename and a note of it.
             if not self._renaming or staged.new.exists():
-                _remove(staged.new)
+                remove_quietly(staged.new)
             elif staged.former is None:
-                _remove(staged.target)
+                remove_quietly(staged.target)
             else:
                 _restore(staged.former, staged.target)
         for path in reversed(self._made):
-            _remove(path)
+            remove_quietly(path)
 
 
 def _restore(former: Path, target: Path) -> None:
@@ -412,7 +402,8 @@ def _restore(former: Path, target: Path) -> None:
         _log.error("%s could not be put back (%s); its former content is in %s", target, error, kept)
 
 
-def _remove(path: Path) -> None:
+def remove_quietly(path: Path) -> None:
+    """Remove a file or an empty folder, if the system lets us."""
     with contextlib.suppress(OSError):
         path.rmdir() if path.is_dir() else path.unlink()
 
@@ -428,158 +419,4 @@ def remove_leftovers(*folders: Path) -> None:
             for left in staged:
                 if left.name.endswith(_STAGED):
                     _log.info("Removing %s, left by a write that did not finish", left)
-                    _remove(left)
-
-
-# -- backups
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Backup:
-    """A former state of one image's data.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    time : datetime
-        When it was replaced, in UTC.
-    size : int
-        Bytes.
-    """
-
-    path: Path
-    time: datetime
-    size: int
-
-
-_BACKUP_NAME = "data.qpdata"
-_BACKUP_TIME = "%Y%m%dT%H%M%S.%fZ"
-
-
-def _backup_folder(project: Path, entry_id: str) -> Path:
-    return project / OWN_FOLDER / "backups" / entry_id
-
-
-def backup_path(project: Path, entry_id: str) -> Path:
-    """Name for the next backup of an image's data, later than all there are."""
-    now = datetime.now(timezone.utc)
-    former = backups_of(project, entry_id)
-    if former and former[0].time >= now:
-        now = former[0].time + timedelta(microseconds=1)
-    return _backup_folder(project, entry_id) / f"{now.strftime(_BACKUP_TIME)}-{_BACKUP_NAME}"
-
-
-def backups_of(project: Path, entry_id: str) -> tuple[Backup, ...]:
-    """Backups of an image's data, newest first.
-
-    Parameters
-    ----------
-    project : Path
-        Folder of the project.
-    entry_id : str
-        Entry id.
-
-    Returns
-    -------
-    tuple of Backup
-        At most `BACKUPS_KEPT`.
-    """
-    folder = _backup_folder(project, entry_id)
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(ValueError):
-            written = datetime.strptime(path.name.removesuffix(f"-{_BACKUP_NAME}"), _BACKUP_TIME)
-            found.append(Backup(path=path, time=written.replace(tzinfo=timezone.utc), size=path.stat().st_size))
-    return tuple(sorted(found, key=lambda backup: backup.path.name, reverse=True))
-
-
-def without_present(backups: Sequence[Backup], data_file: Path) -> tuple[Backup, ...]:
-    """Backups, newest first, without the copy of the present state that a write leaves which is killed before the end.
-
-    Parameters
-    ----------
-    backups : sequence of Backup
-        From `backups_of`.
-    data_file : Path
-        The image's present data.
-
-    Returns
-    -------
-    tuple of Backup
-    """
-    if not backups or not data_file.is_file() or data_file.stat().st_size != backups[0].size:
-        return tuple(backups)
-    is_present = read_stamped(data_file)[1].digest == read_stamped(backups[0].path)[1].digest
-    return tuple(backups[1:] if is_present else backups)
-
-
-def drop_copy_of_present(project: Path, entry_id: str, data_file: Path) -> None:
-    """Remove the copy that `without_present` leaves out; only while holding the lock."""
-    found = backups_of(project, entry_id)
-    for backup in found[: len(found) - len(without_present(found, data_file))]:
-        _remove(backup.path)
-
-
-def prune_backups(project: Path, entry_id: str) -> None:
-    """Keep the last `BACKUPS_KEPT` backups of an image."""
-    for backup in backups_of(project, entry_id)[BACKUPS_KEPT:]:
-        _remove(backup.path)
-
-
-# -- verification
-
-
-# -- QuPath at the same time
-
-
-def qupath_warnings(data_file: Path, image: Path | None) -> tuple[str, ...]:
-    """Tell what can be told about a QuPath that has the image open right now.
-
-    Parameters
-    ----------
-    data_file : Path
-        The image's ``data.qpdata``.
-    image : Path or None
-        The image file.
-
-    Returns
-    -------
-    tuple of str
-        One line each.
-    """
-    warnings = []
-    leftover = data_file.with_name(f"{data_file.name}.bkp")
-    if leftover.exists():
-        warnings.append(
-            f"{leftover} is there: QuPath is saving this image, or stopped while it did. If the objects you see are "
-            f"not what they should be, that file holds the state before its save"
-        )
-    running = _qupath_processes()
-    if running:
-        has_image = image is not None and any(_has_open(pid, image) for pid in running)
-        warnings.append(
-            f"QuPath is running (process {running[0]}) and has {image.name} open: use File > Reload data there before "
-            f"anything else, its Save would overwrite what was just written"
-            if has_image and image is not None
-            else f"QuPath is running (process {running[0]}): if this image is open there, use File > Reload data "
-            f"before anything else, its Save would overwrite what was just written"
-        )
-    return tuple(warnings)
-
-
-def _qupath_processes() -> list[int]:
-    """Process ids of QuPath on this machine, where the system tells (Linux)."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):
-            if (folder / "comm").read_text().startswith("QuPath"):
-                found.append(int(folder.name))
-    return found
-
-
-def _has_open(pid: int, image: Path) -> bool:
-    with contextlib.suppress(OSError):
-        wanted = os.path.realpath(image)
-        return any(os.path.realpath(link) == wanted for link in Path(f"/proc/{pid}/fd").iterdir())
-    return False
+                    remove_quietly(left)

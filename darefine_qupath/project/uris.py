@@ -1,4 +1,4 @@
-"""URIs of files as Java writes and reads them, and where the images of a moved project went.
+"""Read and write file URIs as Java does, and find the images of a project that was moved.
 
 QuPath stores absolute URIs only. Both ``file:/a/b`` (Java) and ``file:///a/b`` occur, a Windows drive as
 ``file:/C:/a``, a network share as ``file://server/share/a`` or ``file:////server/share/a``.

@@ -1,4 +1,4 @@
-"""Which file a slide is, whatever it is called and wherever it lies."""
+"""Recognize a slide's file again, whatever it is called and wherever it lies."""
 
 from __future__ import annotations
 

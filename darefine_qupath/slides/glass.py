@@ -1,4 +1,4 @@
-"""Where a scan lies on its glass slide, as Hamamatsu's scanners note it."""
+"""Read where a scan lies on its glass slide, as Hamamatsu's scanners note it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Damage that a decoder may not notice: a TIFF that was cut short, tiles whose stream does not begin or end.
+"""Find damage that a decoder may not notice: a TIFF that was cut short, tiles whose stream does not begin or end.
 
-OpenSlide refuses such tiles. fastslide fills them with noise, or waits forever; so what it may read is looked at first.
+OpenSlide refuses such tiles, and other decoders fill them with grey; so what those may read is looked at first.
 """
 
 from __future__ import annotations

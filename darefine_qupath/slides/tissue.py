@@ -1,4 +1,4 @@
-"""Tissue against glass, on a thumbnail: so that glass is neither tiled nor predicted.
+"""Tell tissue from glass on a thumbnail, so that glass is neither tiled nor predicted.
 
 Rather too much tissue than too little: faint stroma and fat count, and holes as small as a duct are filled. What is
 left out is what certainly is none: glass, flat fill of a mosaic, black padding, blue, green and black pen, grey dust on
@@ -20,7 +20,7 @@ from darefine_qupath.geometry import Box, Size, fit_within, scaled_size
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from darefine_qupath.slides.reading import Slide
+    from darefine_qupath.slides.slide import Slide
 
 __all__ = ["TissueMask", "tissue_mask"]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Regions per second of a slide: plain OpenSlide, plain fastslide, and what darefine reads them with.
+"""Regions per second of a slide: plain OpenSlide, plain GDAL, and what darefine reads them with.
 
 Usage: scripts/bench/slides.py SLIDE [--regions 60] [--seed 0] [--wall]
 
@@ -20,7 +20,7 @@ import openslide
 
 from darefine_qupath.geometry import Box
 from darefine_qupath.slides import open_slide
-from darefine_qupath.slides.sources import FastSlideSource
+from darefine_qupath.slides.tiff_reader import TiffReader
 
 # Name, side in level-0 pixels, side of the result, level that plain readers are asked for.
 CASES = (
@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true")
     given = parser.parse_args()
     clock = time.perf_counter if given.wall else time.process_time
-    plain, fast = openslide.OpenSlide(given.slide), FastSlideSource(given.slide)
+    plain, fast = openslide.OpenSlide(given.slide), TiffReader(given.slide)
     ours, reference = open_slide(given.slide), open_slide(given.slide, reader="openslide")
     rng = np.random.default_rng(given.seed)
-    print(f"{'regions/s (median)':32}{'openslide':>11}{'darefine, openslide':>21}{'fastslide':>11}{'darefine':>10}")
+    print(f"{'regions/s (median)':32}{'openslide':>11}{'darefine, openslide':>21}{'GDAL':>11}{'darefine':>10}")
     for name, side, result, level in CASES:
         places = [
             (

@@ -134,8 +134,8 @@ def main() -> None:
     clock = time.perf_counter if given.wall else time.process_time
     source, classes = source_of(given.slide, given.project)
     slide, raw = open_source(source), openslide.OpenSlide(given.slide)
-    # GDAL reads where fastslide does not, OpenSlide itself where neither agrees with it.
-    gdal, reference = (open_slide(given.slide, reader=reader) for reader in ("tifffile", "openslide"))
+    # OpenSlide itself reads where GDAL does not agree with it.
+    reference = open_slide(given.slide, reader="openslide")
     painter = LabelPainter(source.annotations, classes)
     groups = [list(group) for _, group in groupby(plan_tiles(slide.size, PIXELS), key=attrgetter("context"))]
     # Whole parents from the middle of the plan, so that no slice overhangs the slide.
@@ -145,7 +145,6 @@ def main() -> None:
         "openslide read_region, 500 px at level 1": lambda: plain(raw, pairs, 1),
         "openslide read_region, 1000 px at level 0": lambda: plain(raw, pairs, 0),
         "slice, context, mask": lambda: in_memory(slide, painter, pairs),
-        "slice, context, mask, without fastslide": lambda: in_memory(gdal, painter, pairs),
         "slice, context, mask, OpenSlide alone": lambda: in_memory(reference, painter, pairs),
         "slice, context, mask, a context each": lambda: context_each(slide, painter, pairs),
         "to disk, JPEG 95": lambda: to_disk(source, classes, SPEC, Storage()),

@@ -78,16 +78,12 @@ def write_metadata(project: Project) -> None:
     """Change the metadata of an image."""
     image = project.images[0]
     count = int(image.metadata.get("crash", "0"))
-    project.set_metadata(image, {**image.metadata, "crash": str(count + 1)})
+    project.add_metadata({image.id: {"crash": str(count + 1)}})
 
 
 def write_image(project: Project) -> None:
-    """Add an image, or take it out."""
-    added = [image for image in project.images if image.name == "crash"]
-    if added:
-        project.remove_image(added[0], delete_data=True)
-    else:
-        project.add_image(project.folder.parent.parent / "images" / "plain.png", name="crash")
+    """Add an image."""
+    project.add_image(project.folder.parent.parent / "images" / "plain.png", name="crash")
 
 
 WRITES = {"objects": write_objects, "metadata": write_metadata, "image": write_image}

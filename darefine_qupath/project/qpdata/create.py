@@ -10,7 +10,7 @@ from darefine_qupath.errors import ProjectUnsupportedError
 from darefine_qupath.javaserial.encode import encode
 from darefine_qupath.javaserial.nodes import JavaObject, Stream
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8
-from darefine_qupath.project import qpproj
+from darefine_qupath.project import lenient_json, servers
 from darefine_qupath.project.qpdata.build import (
     NodeBuilder,
 )
@@ -64,7 +64,7 @@ def create_image_data(
     """
     if image_type not in _IMAGE_TYPES:
         raise ProjectUnsupportedError(f"{image_type!r} is not an image type; give one of {', '.join(_IMAGE_TYPES)}")
-    builder = NodeBuilder(Stream(()), is_modern=qpproj.is_since(version, 0, 6), colors={})
+    builder = NodeBuilder(Stream(()), is_modern=servers.is_since(version, 0, 6), colors={})
     header = {"dataVersion": 3, "qupathVersion": version} | ({} if server is None else {"server": dict(server)})
     empty = JavaString("")
     locale = dict.fromkeys(("country", "extensions", "script", "variant"), empty) | {"language": JavaString("en")}
@@ -78,7 +78,7 @@ def create_image_data(
         Stream(
             (
                 len(title).to_bytes(2, "big") + title,
-                JavaString(qpproj.json_bytes(header, pretty=False).decode()),
+                JavaString(lenient_json.json_bytes(header, pretty=False).decode()),
                 builder.object("java.util.Locale", {"hashcode": -1, **locale}),
                 builder.enum(IMAGE_TYPE, image_type),
                 _stains(builder, image_type, version),
@@ -95,7 +95,7 @@ def _stains(builder: NodeBuilder, image_type: str, version: str) -> JavaObject |
     if image_type not in _DEFAULT_STAINS:
         return None
     name, *stains = _DEFAULT_STAINS[image_type]
-    digits = "{!r}" if qpproj.is_since(version, 0, 6) else "{:.8f}"
+    digits = "{!r}" if servers.is_since(version, 0, 6) else "{:.8f}"
     parts = {"Name": name}
     for number, (stain, values) in enumerate(stains, 1):
         parts |= {f"Stain {number}": stain, f"Values {number}": " ".join(digits.format(value) for value in values)}

@@ -23,7 +23,7 @@ from darefine_qupath.javaserial.nodes import Content, JavaObject, paused_garbage
 from darefine_qupath.javaserial.packed import is_packed
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError
-from darefine_qupath.project import qpproj
+from darefine_qupath.project import servers
 from darefine_qupath.project.interface import Changes
 from darefine_qupath.project.qpdata.build import NodeBuilder, class_name, probability_block
 from darefine_qupath.project.qpdata.compare import same_geometry, same_numbers, same_roi, same_value
@@ -91,7 +91,7 @@ class _Editor:
     def __init__(self, document: Document, colors: Mapping[str, Color]) -> None:
         self.items = document.found
         self.index = document.index
-        is_modern = qpproj.is_since(document.items.qupath_version or "", 0, 6)
+        is_modern = servers.is_since(document.items.qupath_version or "", 0, 6)
         self.builder = NodeBuilder(document.stream, is_modern=is_modern, colors=colors)
 
     @cached_property

@@ -22,7 +22,7 @@ from darefine_qupath.project.qpdata.items import Items, TmaGrid, read_items, roo
 from darefine_qupath.project.qpdata.objects import Reader, Row
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiError
 from darefine_qupath.project.qpdata.schema import PATH_CLASS
-from darefine_qupath.project.qpproj import is_since
+from darefine_qupath.project.servers import is_since
 
 __all__ = ["ImageData", "open_compact", "read_image_data", "reading", "roi_batch"]
 

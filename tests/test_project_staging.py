@@ -23,7 +23,7 @@ from darefine_qupath.errors import (
     ProjectNotFoundError,
     ProjectWriteError,
 )
-from darefine_qupath.project import staging
+from darefine_qupath.project import backups, running_qupath, staging
 from darefine_qupath.project.qpdata.verify import verify_objects
 from darefine_qupath.project.staging import Batch
 
@@ -356,13 +356,13 @@ def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:
 def test_the_last_five_backups_are_kept(tmp_path: Path) -> None:
     paths = []
     for number in range(8):
-        path = staging.backup_path(tmp_path, "3")
+        path = backups.backup_path(tmp_path, "3")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number]))
         paths.append(path)
     (paths[0].parent / "notes.txt").write_text("not a backup")
-    staging.prune_backups(tmp_path, "3")
-    found = staging.backups_of(tmp_path, "3")
+    backups.prune_backups(tmp_path, "3")
+    found = backups.backups_of(tmp_path, "3")
     assert [backup.path for backup in found] == paths[:2:-1]
     assert paths[0].parent == tmp_path / "darefine" / "backups" / "3"
     assert all(backup.path.name.endswith("Z-data.qpdata") and backup.size == 1 for backup in found)
@@ -373,7 +373,7 @@ def test_a_backup_is_later_than_those_from_a_clock_that_ran_ahead(tmp_path: Path
     ahead = tmp_path / "darefine" / "backups" / "1" / "29990101T000000.000000Z-data.qpdata"
     ahead.parent.mkdir(parents=True)
     ahead.write_bytes(b"")
-    assert staging.backup_path(tmp_path, "1").name == "29990101T000000.000001Z-data.qpdata"
+    assert backups.backup_path(tmp_path, "1").name == "29990101T000000.000001Z-data.qpdata"
 
 
 # -- verification
@@ -427,16 +427,16 @@ def test_a_changed_roi_type_is_noticed_where_it_was_known() -> None:
 
 def test_a_save_under_way_is_told(tmp_path: Path) -> None:
     data = tmp_path / "data.qpdata"
-    assert staging.qupath_warnings(data, None) == ()
+    assert running_qupath.qupath_warnings(data, None) == ()
     (tmp_path / "data.qpdata.bkp").write_bytes(b"")
-    assert "QuPath is saving this image" in staging.qupath_warnings(data, None)[0]
+    assert "QuPath is saving this image" in running_qupath.qupath_warnings(data, None)[0]
 
 
 def test_a_running_qupath_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "slide.tif"
     image.write_bytes(b"x")
-    monkeypatch.setattr(staging, "_qupath_processes", lambda: [os.getpid()])
-    assert "if this image is open there" in staging.qupath_warnings(tmp_path / "data.qpdata", image)[0]
+    monkeypatch.setattr(running_qupath, "_qupath_processes", lambda: [os.getpid()])
+    assert "if this image is open there" in running_qupath.qupath_warnings(tmp_path / "data.qpdata", image)[0]
     if sys.platform == "linux":
         with image.open("rb"):
-            assert "has slide.tif open" in staging.qupath_warnings(tmp_path / "data.qpdata", image)[0]
+            assert "has slide.tif open" in running_qupath.qupath_warnings(tmp_path / "data.qpdata", image)[0]
