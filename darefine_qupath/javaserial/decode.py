@@ -193,7 +193,7 @@ class _Decoder(ClassReader):
         return False
 
     def _shared(self, number: int) -> Content:
-        """Node that something else refers to: what it is in must not be decoded anew each time."""
+        """Node that something else refers to; the object that it is in is decoded once and for all."""
         node = self.nodes[number]
         if isinstance(node, PackedObject) and node.number != number:
             for place, inner in enumerate(node.open(), node.number):
@@ -389,7 +389,7 @@ def first_of(data: bytes, is_wanted: Callable[[TopLevel], bool]) -> TopLevel:
     data : bytes
         As much of the stream as there is.
     is_wanted : callable
-        Told every value at the top.
+        Called with every value at the top level.
 
     Returns
     -------

@@ -220,15 +220,14 @@ class _Encoder:
 
     def _patch(self, template: Template) -> bool:
         """Find the present handles of what a template refers to; False where something is not written yet."""
-        literals = [bytearray(part.literal) for part in template.parts] + [bytearray(template.end)]
+        literals = template.literals()
         for part, offset, node in template.references:
             handle = self.handles.get(id(node))
             if handle is None:
                 return False
             REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)
-        found = [bytes(literal) for literal in literals]
-        is_same = found == [*(part.literal for part in template.parts), template.end]
-        self.patched[template] = None if is_same else found
+        is_same = literals == template.literals()
+        self.patched[template] = None if is_same else [bytes(literal) for literal in literals]
         return True
 
     def _object_data(self, node: JavaObject) -> Iterator[Content]:
@@ -338,6 +337,6 @@ def encode(stream: Stream) -> bytes:
     encoder = _Encoder()
     with paused_garbage_collection():
         data = encoder.run(stream.contents)
-    # Bound methods make a cycle, which would keep what was written until the collector comes round.
+    # Bound methods make a cycle, which would keep what was written until the next garbage collection.
     encoder.writers.clear()
     return data

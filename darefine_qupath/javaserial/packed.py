@@ -2,7 +2,7 @@
 
 An object that many others resemble is described once by a `Template`: the bytes that they share (tags, handles of
 classes, short blocks), and the gaps between them (numbers, texts, arrays of numbers). Bytes that fit a template decode
-to the same tree but for what is in the gaps, so they need not be decoded before somebody asks: a `PackedObject` is a
+to the same tree but for what is in the gaps, so they are decoded only when somebody asks: a `PackedObject` is a
 `JavaObject` that holds its place in the file. When its `data` is looked at, its nodes are made anew around its gaps;
 the template knows how, so that its bytes are never decoded one by one.
 """
@@ -96,6 +96,10 @@ class Template:
         self.classes = classes
         self.make = make
 
+    def literals(self) -> list[bytearray]:
+        """Copy the shared bytes: before each gap, and at the end."""
+        return [*(bytearray(part.literal) for part in self.parts), bytearray(self.end)]
+
     def fit(self, start: int) -> int:
         """Offset behind the object that begins at `start`; -1 when it is of another form."""
         data, position = self.data, start
@@ -172,7 +176,7 @@ class PackedObject(JavaObject):
         self._own = values
 
     def open(self) -> list[Content]:
-        """Decode for good, so that its nodes stay the same; gives those that it defines, itself first."""
+        """Decode once and for all, so that its nodes stay the same; return those that it defines, itself first."""
         if self._own is not None:
             return []
         nodes: list[Content] = []

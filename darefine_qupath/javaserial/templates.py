@@ -106,7 +106,7 @@ def _bytes_maker(number: int, first: int = 0) -> Maker:
 
 
 class _Outliner:
-    """Follows one object through its bytes; tells what others of its form would share, and how to make one of them."""
+    """Follows one object through its bytes: what others of its form would share, and how to make one of them."""
 
     def __init__(self, data: bytes, nodes: Sequence[Content], first: int, number: int, start: int) -> None:
         self.data = data

@@ -37,7 +37,7 @@ from darefine_qupath.project.qpdata.schema import (
     SCHEMA,
 )
 
-__all__ = ["NodeBuilder", "class_name", "is_detection", "probability_block", "signed", "uses_wide_list"]
+__all__ = ["NodeBuilder", "class_name", "is_detection", "probability_block", "signed"]
 
 _NOT_SET = bytes.fromhex("7ff8000000000000")
 """Class probability of an object that has none."""
@@ -48,13 +48,6 @@ _SHARED_INTEGERS = range(-128, 128)
 def is_detection(kind: Kind) -> bool:
     """Whether QuPath keeps the measurements of such objects in a compact list."""
     return kind in ("detection", "cell", "tile")
-
-
-def uses_wide_list(measurements: Mapping[str, float]) -> bool:
-    """Whether values would lose digits as 32-bit numbers."""
-    with np.errstate(over="ignore"):
-        values = np.fromiter(measurements.values(), np.float64, len(measurements))
-        return not np.array_equal(values.astype(np.float32).astype(np.float64), values, equal_nan=True)
 
 
 def signed(argb: int) -> int:
@@ -92,7 +85,7 @@ class NodeBuilder:
         Whose class descriptors, path classes and shared values are used.
     is_modern : bool
         Whether the writer is QuPath 0.6 or later.
-    colours : mapping of str to Colour
+    colors : mapping of str to Color
         For path classes that the stream does not have.
     """
 

@@ -133,13 +133,12 @@ def _own(node: JavaObject) -> tuple[Any, ...]:
     return (*content[: parts.first_child - 1], count[:-4], *content[parts.tail :])
 
 
-def _blanked(template: Template) -> list[tuple[bytes, int]]:
+def _blanked(template: Template) -> list[tuple[bytearray, int]]:
     """Shared bytes without the handles in them."""
-    literals = [bytearray(part.literal) for part in template.parts] + [bytearray(template.end)]
+    literals = template.literals()
     for part, offset, _ in template.references:
         literals[part][offset + 1 : offset + 5] = bytes(4)
-    gaps = [*(part.gap for part in template.parts), 0]
-    return [(bytes(literal), gap) for literal, gap in zip(literals, gaps, strict=True)]
+    return list(zip(literals, [*(part.gap for part in template.parts), 0], strict=True))
 
 
 def _node_class(node: object) -> type:

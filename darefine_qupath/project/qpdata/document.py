@@ -1,4 +1,4 @@
-"""Open a ``data.qpdata`` file to be edited or compared: most of its objects stay bytes that nobody looks at."""
+"""Open a ``data.qpdata`` file to be edited or compared: most of its objects stay bytes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Document:
         return {item.id: number for number, item in enumerate(self.found)}
 
     def named(self, error: NodeError) -> ProjectFormatError:
-        """Error with the place of its node, which only the whole tree tells."""
+        """Add the file and the offset of the node to an error; only the whole tree knows the offset."""
         try:
             read_image_data(self.data, path=self.path)
         except ProjectFormatError as found:

@@ -1,7 +1,7 @@
-"""Apply changes to a ``data.qpdata`` file: what they are not about stays as it was.
+"""Apply changes to a ``data.qpdata`` file: everything else stays as it was.
 
-A file is opened as a `Document`, in which most objects are bytes that nobody looked at. An edit changes the nodes that
-it is about; the rest is written as it stands, with the handles that it has then.
+A file is opened as a `Document`, in which most objects are bytes that were not decoded. An edit changes only the nodes
+of what it changes; the rest is written as it stands, with the handles that it has then.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def edit_document(document: Document, changes: Changes, colors: Mapping[str, Col
     Returns
     -------
     Edited
-        The new file; all that the changes are not about is as it was.
+        The new file; everything that the changes do not name is as it was.
 
     Raises
     ------
@@ -233,8 +233,10 @@ class _Editor:
 
 
 def _check_layout(parts: ObjectParts, record: Annotation, former: Annotation) -> None:
-    moves = dict(record.metadata) == dict(former.metadata) and same_numbers(record.measurements, former.measurements)
-    if not parts.has_lock or (parts.layout != 3 and not moves):
+    keeps_values = dict(record.metadata) == dict(former.metadata) and same_numbers(
+        record.measurements, former.measurements
+    )
+    if not parts.has_lock or (parts.layout != 3 and not keeps_values):
         raise ProjectUnsupportedError(
             f"Object {record.id} is laid out as no known version of QuPath does; save the image in QuPath first"
         )

@@ -131,7 +131,7 @@ def _stored_id(metadata: JavaObject) -> UUID | None:
     keys: Any = content[1].data
     values: Any = content[2].data
     if isinstance(keys, bytes) or isinstance(values, bytes) or len(keys) != len(values):
-        raise NodeError("Object metadata has not as many values as keys", metadata)
+        raise NodeError("Object metadata has more keys than values, or fewer", metadata)
     for key, value in zip(reversed(keys), reversed(values), strict=True):
         if isinstance(key, JavaString) and key.raw == OBJECT_ID.encode():
             return _uuid_of(text(value))

@@ -99,7 +99,7 @@ class Opaque:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Items:
-    """What stands at the top level of a ``data.qpdata`` file, told apart by type as QuPath does.
+    """What stands at the top level of a ``data.qpdata`` file, found by type as QuPath does.
 
     Attributes
     ----------

@@ -95,7 +95,7 @@ def open_compact(data: bytes) -> Stream:
 def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
     with contextlib.suppress(NodeError):
         return _collect(open_compact(data), data, path)
-    # Only the whole tree tells where a node stands.
+    # Only the whole tree knows where a node stands.
     stream = decode(data)
     try:
         return _collect(stream, data, path)
@@ -129,7 +129,7 @@ def _offset_of_roi(slot: int, data: bytes) -> int | None:
 
 @contextlib.contextmanager
 def reading(path: Path | None) -> Iterator[None]:
-    """Name the file, whatever goes wrong in it that nobody has thought of."""
+    """Turn every unexpected error into one that names the file."""
     try:
         yield
     except JavaStreamError as error:

@@ -157,28 +157,26 @@ class RoiBatch:
                     records[slot] = RoiRecord(name, plane, geometry)
         return records
 
-    def _bounds(self, part: RoiPart) -> NDArray[np.float64]:
-        """Rows of x, x2, y, y2, not rounded."""
+    def _bounds(self, part: RoiPart) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Rows of x, x2, y, y2, not rounded, and which of them hold nothing."""
         bounds = np.stack([part.numbers[name] for name in BOUNDS_FIELDS], axis=1).astype(np.float64)
         _check_finite(bounds, part.slots)
-        return bounds
+        return bounds, (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
 
     def _rectangles(self, part: RoiPart) -> Sequence[BaseGeometry]:
-        bounds = self._bounds(part)
-        empty = (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
+        bounds, empty = self._bounds(part)
         left, right, top, bottom = precise(bounds).T
         return _blank(shapely.box(left, top, right, bottom), empty)
 
     def _ellipses(self, part: RoiPart) -> Sequence[BaseGeometry]:
-        bounds = self._bounds(part)
-        empty = (bounds[:, 1] <= bounds[:, 0]) | (bounds[:, 3] <= bounds[:, 2])
+        bounds, empty = self._bounds(part)
         corners = precise(ellipse_corners(bounds))
         polygons = np.empty(len(bounds), object)
         polygons[~empty] = shapely.polygons(corners[~empty])
         return _blank(polygons, empty)
 
     def _lines(self, part: RoiPart) -> Sequence[BaseGeometry]:
-        ends = precise(self._bounds(part)[:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
+        ends = precise(self._bounds(part)[0][:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
         lines: Sequence[BaseGeometry] = shapely.linestrings(ends)
         return lines
 
@@ -187,7 +185,7 @@ class RoiBatch:
         x, y = part.arrays
         owners = np.repeat(np.arange(len(part.slots)), x.rings)
         if not np.array_equal(x.rings, y.rings):
-            raise RoiError("A ROI has not as many x as y arrays", part.slots[_first(x.rings != y.rings)])
+            raise RoiError("A ROI has more x than y arrays, or fewer", part.slots[_first(x.rings != y.rings)])
         if not np.array_equal(x.sizes, y.sizes):
             ring = _first(x.sizes != y.sizes)
             message = f"A ROI has {x.sizes[ring] // 4} x and {y.sizes[ring] // 4} y coordinates"

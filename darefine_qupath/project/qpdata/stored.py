@@ -1,4 +1,4 @@
-"""Tell how records will be read back once they are stored: at QuPath's precision, and at that of 32-bit numbers."""
+"""Work out how records are read back once stored: at QuPath's precision, and at that of 32-bit numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from darefine_qupath.annotations import Annotation, Plane, RoiKind
 from darefine_qupath.errors import AnnotationError
 from darefine_qupath.javaserial.nodes import Stream
 from darefine_qupath.project.interface import Changes
-from darefine_qupath.project.qpdata.build import NodeBuilder, class_name, is_detection, signed, uses_wide_list
+from darefine_qupath.project.qpdata.build import NodeBuilder, class_name, is_detection, signed
 from darefine_qupath.project.qpdata.compare import same_geometry, same_numbers, same_roi
 from darefine_qupath.project.qpdata.read import ImageData
 from darefine_qupath.project.qpdata.roi_specs import specs_of
@@ -25,7 +25,10 @@ __all__ = ["expected_objects", "needs_wide_list", "stored_record", "stored_recor
 
 def needs_wide_list(record: Annotation, former: Annotation | None) -> bool:
     """Whether measurements are stored as 64-bit numbers."""
-    return not is_detection(record.kind) or (former is not None and uses_wide_list(former.measurements))
+    if not is_detection(record.kind):
+        return True
+    numbers = {} if former is None else former.measurements
+    return not same_numbers(_stored_numbers(numbers, is_wide=False), numbers)
 
 
 _PLAIN_BUILDER = NodeBuilder(Stream(()), is_modern=True, colors={})

@@ -29,8 +29,8 @@ def verify_edit(
 ) -> None:
     """Compare a file that was made with the one that it was made of, object by object.
 
-    Every object that the changes are not about must be there, in its order and below the same object, and hold the
-    same values down to the last byte; so must all that stands beside the objects. Those that were added or replaced
+    Every object that the changes do not name must be there, in its order and below the same object, and hold the same
+    values down to the last byte; so must everything beside the objects. Those that were added or replaced
     must be read back as `touched`.
 
     Parameters
