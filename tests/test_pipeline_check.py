@@ -18,7 +18,7 @@ from shapely.geometry.base import BaseGeometry
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.geometry import PixelSize
-from darefine_qupath.pipeline.alignment import look_below
+from darefine_qupath.pipeline.alignment import check_alignment
 from darefine_qupath.pipeline.check import Finding, check_project
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry
@@ -213,7 +213,7 @@ def test_blocks_are_read_once_for_all_annotations(tmp_path: Path, monkeypatch: p
     rng = np.random.default_rng(0)
     corners = rng.integers(0, (780, 1180), (3000, 2))
     with open_slide(write(tmp_path / "a.tif", tissue())) as slide:
-        places = list(look_below(slide, [shapely.box(x, y, x + 12, y + 9) for x, y in corners]))
+        places = list(check_alignment(slide, [shapely.box(x, y, x + 12, y + 9) for x, y in corners]))
     assert sorted(place.index for place in places) == list(range(3000))
     assert not any(place.is_misaligned or place.glass for place in places)
     # Two blocks of level 0 down the left side, each at two levels.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from darefine_qupath.slides import Slide
 
-__all__ = ["Place", "look_below"]
+__all__ = ["AlignmentCheck", "check_alignment"]
 
 _BLOCK_PX = 1024
 _COARSE = 3.0
@@ -40,7 +40,7 @@ _CLEAR_GAIN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class AlignmentCheck:
     """What lies below an annotation, as far as it reaches into the block around a point of its inside.
 
     Attributes
@@ -71,7 +71,7 @@ class Place:
         return self.shift != (0, 0) or self.difference > _GRAY
 
 
-def look_below(slide: Slide, shapes: Sequence[BaseGeometry]) -> Iterator[Place]:
+def check_alignment(slide: Slide, shapes: Sequence[BaseGeometry]) -> Iterator[AlignmentCheck]:
     """Rasterise shapes over their pixels at level 0 and at a coarse level.
 
     The slide is read in blocks of 1024 level-0 pixels, each once for all the shapes in it, so that twenty thousand
@@ -79,8 +79,6 @@ def look_below(slide: Slide, shapes: Sequence[BaseGeometry]) -> Iterator[Place]:
 
     Parameters
     ----------
-    slide : Slide
-        An open slide.
     shapes : sequence of shapely geometry
         Valid, with an area, in level-0 pixels.
 
@@ -119,7 +117,7 @@ def _coarse_factor(slide: Slide) -> float:
 
 def _in_block(
     slide: Slide, block: Box, factor: float, items: Sequence[tuple[int, BaseGeometry, NDArray[np.int64]]]
-) -> Iterator[Place]:
+) -> Iterator[AlignmentCheck]:
     size = scaled_size(block.size, factor)
     image = Image.fromarray(slide.read(block, block.size))
     fine = np.asarray(image.resize(size, Image.Resampling.BOX), np.float32)
@@ -131,7 +129,7 @@ def _in_block(
         rows, columns, mask = _mask(shape, block, size)
         count = int(mask.sum())
         below, above = fine[rows, columns][mask], coarse[rows, columns][mask]
-        yield Place(
+        yield AlignmentCheck(
             index=index,
             x=int(point[0]),
             y=int(point[1]),

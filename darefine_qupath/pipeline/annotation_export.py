@@ -37,12 +37,6 @@ def export_geojson(
 
     Parameters
     ----------
-    project : Project
-        The project.
-    out : Path
-        Folder for the files.
-    names : sequence of str, optional
-        Only these images.
     annotators : sequence of str, optional
         Only annotations of these; see `by_annotators`.
     on_error : callable, optional
@@ -79,16 +73,8 @@ def export_labels(
 
     Parameters
     ----------
-    project : Project
-        The project.
-    settings : Settings
-        Its settings.
-    out : Path
-        Folder for the files.
     downsample : int
         Of the label images.
-    names : sequence of str, optional
-        Only these images.
     annotators : sequence of str, optional
         Only annotations of these; see `by_annotators`.
     on_error : callable, optional

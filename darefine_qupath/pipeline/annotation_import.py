@@ -155,12 +155,8 @@ def import_files(
 
     Parameters
     ----------
-    project : Project
-        The project.
     files : sequence of (Path, ImageEntry)
         Aperio or ASAP XML, GeoJSON or label masks, and where each goes.
-    options : ImportOptions, optional
-        How.
     dry_run : bool
         Only read, and say what would be done.
 

@@ -24,7 +24,7 @@ from darefine_qupath.annotations import (
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
-from darefine_qupath.pipeline.alignment import look_below
+from darefine_qupath.pipeline.alignment import check_alignment
 from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.selection import OVERLAP, choose_images, size_mismatch
 from darefine_qupath.pipeline.settings import Settings
@@ -44,7 +44,7 @@ _NAMED = 5
 """Annotations with one kind of problem that are named; the others are counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """Something that `check_project` noticed.
 
@@ -74,12 +74,6 @@ def check_project(
 
     Parameters
     ----------
-    project : Project
-        The project.
-    settings : Settings
-        Its settings.
-    mpp : float, optional
-        Given by the user.
     listener : Listener, optional
         Hears how many images are checked.
 
@@ -96,22 +90,17 @@ def check_project(
                 for found in _check_image(project, entry, settings, mpp, areas):
                     findings.append(found)  # noqa: PERF402 - those before an error count
         except DarefineError as damage:
-            findings.append(Finding(level="error", image=entry.name, message=str(damage)))
+            findings.append(Finding("error", entry.name, str(damage)))
         listener.on_items("Checking", number, len(project.images), entry.name)
     findings += _check_duplicates(project.images)
     for name, area in sorted(areas.items()):
         if area < _FEW_PIXELS and not is_ignored(name):
-            findings.append(
-                Finding(
-                    level="warning",
-                    image="",
-                    message=f"Class {name!r} has only {area:.0f} level-0 pixels in all: little to learn from",
-                )
-            )
+            message = f"Class {name!r} has only {area:.0f} level-0 pixels in all: little to learn from"
+            findings.append(Finding("warning", "", message))
     try:
         settings.class_map(project.classes, dict.fromkeys(areas, 1)).check(dict.fromkeys(areas, 1))
     except DarefineError as error:
-        findings.append(Finding(level="error", image="", message=str(error)))
+        findings.append(Finding("error", "", str(error)))
     return tuple(findings)
 
 
@@ -121,18 +110,18 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
     for name, number in names.items():
         if number > 1:
             message = f"{number} images have the name {name!r}; give them different names, or use their entry ids"
-            yield Finding(level="warning", image=name, message=message)
+            yield Finding("warning", name, message)
     for (uri, _), number in uris.items():
         if number > 1 and uri is not None:
             names_of = ", ".join(repr(image.name) for image in images if image.uri == uri)
             message = f"{number} entries show the same file {uri}: {names_of}; annotate one of them"
-            yield Finding(level="warning", image="", message=message)
+            yield Finding("warning", "", message)
     for same in _copies(images):
         names_of = ", ".join(repr(image.name) for image in same)
         message = (
             f"{len(same)} files have the same content: {names_of}; keep one, or a split may put them on both sides"
         )
-        yield Finding(level="error", image="", message=message)
+        yield Finding("error", "", message)
 
 
 def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
@@ -163,9 +152,6 @@ def _fingerprint(path: Path, size: int) -> str:
 def _check_image(
     project: Project, entry: ImageEntry, settings: Settings, mpp: float | None, areas: dict[str, float]
 ) -> Iterator[Finding]:
-    def error(message: str) -> Finding:
-        return Finding(level="error", image=entry.name, message=message)
-
     annotations = project.annotations(entry)
     for name in class_counts(annotations):
         area = sum(record.area for record in annotations if record.path_class == name)
@@ -174,7 +160,7 @@ def _check_image(
     given = settings.mpp if mpp is None else mpp
     why = skipped[0].why if skipped else size_mismatch(entry, given)
     if why is not None:
-        yield error(why)
+        yield Finding("error", entry.name, why)
         return
     assert entry.path is not None
     with open_slide(entry.path, crop_bounds=entry.crop_bounds) as slide:
@@ -187,14 +173,11 @@ def _check_slide(entry: ImageEntry, slide: PyramidSlide, mpp: float | None) -> I
     try:
         known = resolve_mpp(mpp, entry.mpp, slide)
     except MissingMppError as missing:
-        yield Finding(level="warning", image=entry.name, message=str(missing))
+        yield Finding("warning", entry.name, str(missing))
         return
     if slide.mpp is not None and abs(known / slide.mpp - 1) > 0.05:
-        yield Finding(
-            level="warning",
-            image=entry.name,
-            message=f"the project or --mpp says {known:.4f} um per pixel, the file {slide.mpp:.4f}",
-        )
+        message = f"the project or --mpp says {known:.4f} um per pixel, the file {slide.mpp:.4f}"
+        yield Finding("warning", entry.name, message)
 
 
 def _check_pixel_sizes(entry: ImageEntry, slide: PyramidSlide) -> Iterator[Finding]:
@@ -202,20 +185,20 @@ def _check_pixel_sizes(entry: ImageEntry, slide: PyramidSlide) -> Iterator[Findi
     by_project, by_file = entry.pixel_size, slide.stated_pixel_size
     if by_project is not None and not by_project.is_possible:
         message = f"QuPath's calibration says pixels of {by_project}, which is impossible; it is ignored"
-        yield Finding(level="warning", image=entry.name, message=message)
+        yield Finding("warning", entry.name, message)
     if by_file is not None and slide.pixel_size is None:
         message = f"the file says pixels of {by_file}, which no microscope has; it is ignored"
-        yield Finding(level="warning", image=entry.name, message=message)
+        yield Finding("warning", entry.name, message)
 
 
 def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:
     line = unlearnable_words(count_unlearnable(annotations, slide.size))
     if line:
-        yield Finding(level="warning", image=entry.name, message=line)
+        yield Finding("warning", entry.name, line)
     names = annotators_in(annotations)
     if len(names) > 1:
         message = f"annotations of several annotators ({', '.join(sorted(names))}); {OVERLAP}"
-        yield Finding(level="warning", image=entry.name, message=message)
+        yield Finding("warning", entry.name, message)
     problems: dict[str, list[str]] = {}
     for record, outside in zip(annotations, _shares_outside(annotations, slide), strict=True):
         kind, detail = _problem(record, outside)
@@ -224,10 +207,10 @@ def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], sli
             problems.setdefault(kind, []).append(f"{label} {record.id}: {detail}")
     for kind, messages in problems.items():
         for message in messages[:_NAMED]:
-            yield Finding(level="warning", image=entry.name, message=message)
+            yield Finding("warning", entry.name, message)
         if len(messages) > _NAMED:
             more = f"{len(messages) - _NAMED} more annotations: {kind}"
-            yield Finding(level="warning", image=entry.name, message=more)
+            yield Finding("warning", entry.name, more)
     yield from _check_pixels(entry, annotations, slide)
 
 
@@ -276,32 +259,32 @@ def _problem(record: Annotation, outside: float) -> tuple[str, str]:
 
 def _check_pixels(entry: ImageEntry, annotations: Sequence[Annotation], slide: Slide) -> Iterator[Finding]:
     """Rasterise every annotation over its pixels at two levels; say where they differ, and what lies on glass."""
-    learnt = [
+    labelled = [
         record
         for record in annotations
         if record.path_class and not is_ignored(record.path_class) and record.geometry and _is_sound(record.geometry)
     ]
-    places = list(look_below(slide, [record.geometry for record in learnt if record.geometry is not None]))
-    beside = [place for place in places if place.is_misaligned]
-    if beside:
-        first = beside[0]
+    checks = list(check_alignment(slide, [record.geometry for record in labelled if record.geometry is not None]))
+    misaligned = [check for check in checks if check.is_misaligned]
+    if misaligned:
+        first = misaligned[0]
         what = (
             f"the coarse level is shifted by {first.shift} px against level 0"
             if first.shift != (0, 0)
             else f"the levels differ by {first.difference:.0f} grey values"
         )
-        yield Finding(
-            level="error",
-            image=entry.name,
-            message=f"Under {len(beside)} of {len(places)} annotations the levels of the pyramid differ, first at "
-            f"({first.x}, {first.y}): {what}; the file may be damaged or badly converted",
+        message = (
+            f"Under {len(misaligned)} of {len(checks)} annotations the levels of the pyramid differ, first at "
+            f"({first.x}, {first.y}): {what}; the file may be damaged or badly converted"
         )
-    on_glass = [place for place in places if place.glass > _ON_GLASS]
+        yield Finding("error", entry.name, message)
+    on_glass = [check for check in checks if check.glass > _ON_GLASS]
     if on_glass:
-        named = ", ".join(f"{learnt[place.index].path_class} at ({place.x}, {place.y})" for place in on_glass[:_NAMED])
-        yield Finding(
-            level="warning",
-            image=entry.name,
-            message=f"{len(on_glass)} of {len(places)} annotations lie on white glass ({named}); they may have been "
-            f"moved, or drawn on another image",
+        named = ", ".join(
+            f"{labelled[check.index].path_class} at ({check.x}, {check.y})" for check in on_glass[:_NAMED]
         )
+        message = (
+            f"{len(on_glass)} of {len(checks)} annotations lie on white glass ({named}); they may have been moved, or "
+            f"drawn on another image"
+        )
+        yield Finding("warning", entry.name, message)

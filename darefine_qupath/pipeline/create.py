@@ -53,12 +53,6 @@ def create_from_slides(
         Image files, or folders of them.
     annotations : Path, optional
         Folder of annotation files named like the slides.
-    options : ImportOptions, optional
-        How they are read.
-    mpp : float, optional
-        Micrometres per pixel of every slide.
-    engine : str
-        Engine that writes.
     listener : Listener, optional
         Hears how many slides are added.
 

@@ -139,14 +139,8 @@ def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -
 
     Parameters
     ----------
-    request : EvaluateRequest
-        What, and how.
     listener : Listener, optional
         Hears how far each slide is.
-
-    Returns
-    -------
-    Evaluation
 
     Raises
     ------
@@ -178,7 +172,7 @@ def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -
                 with wording(PredictionError):
                     slides.append(_scored(image, result, records, header.classes, request.unpredicted))
             except DarefineError as error:
-                failed.append(Skipped(id=image.id, name=image.name, why=str(error)))
+                failed.append(Skipped.of(image, error))
         if not slides:
             raise PredictionError(_reasons(failed, titles) or "Nothing was predicted")
         scored = {slide.id for slide in slides}
@@ -203,7 +197,7 @@ def _truths(
             with wording(ProjectError):
                 read.append((image, truth_of(project, image, request.truth)))
         except DarefineError as error:
-            failed.append(Skipped(id=image.id, name=image.name, why=str(error)))
+            failed.append(Skipped.of(image, error))
     check_annotators((record for _, records in read for record in records), request.annotators)
     chosen = [(image, by_annotators(records, request.annotators)) for image, records in read]
     annotated = [(image, records) for image, records in chosen if any(record.path_class for record in records)]

@@ -30,12 +30,8 @@ def hard_weights(
     ----------
     path : Path
         Model file of the former run.
-    data : TileDataset
-        The training tiles.
     boost : float
         A tile that is all wrong has the weight 1 + this, one that is all right has 1.
-    device : torch.device or str
-        Where to compute.
     workers : int
         Processes that read tiles.
 

@@ -27,11 +27,6 @@ _log = logging.getLogger(__name__)
 def project_id(project: Project) -> str | None:
     """Id of a project, which moves and is copied with it; given to it when it has none yet.
 
-    Parameters
-    ----------
-    project : Project
-        The project.
-
     Returns
     -------
     str or None
@@ -76,8 +71,6 @@ def identity_of(project: Project, images: Collection[str]) -> dict[str, Any]:
 
     Parameters
     ----------
-    project : Project
-        The project.
     images : collection of str
         Entry ids.
 
@@ -95,8 +88,6 @@ def trained_on(header: CheckpointHeader, project: Project, images: Iterable[Imag
 
     Parameters
     ----------
-    header : CheckpointHeader
-        Of the model.
     project : Project
         Any project; the one of training, moved or copied, or another with some of its slides.
     images : iterable of ImageEntry

@@ -93,11 +93,6 @@ class ProjectSummary:
 def summarize(project: Project) -> ProjectSummary:
     """Describe a project without opening its slides.
 
-    Parameters
-    ----------
-    project : Project
-        The project.
-
     Returns
     -------
     ProjectSummary

@@ -30,8 +30,6 @@ def find_places(
 
     Parameters
     ----------
-    project : Project
-        The project.
     images : iterable of ImageEntry or None
         Which; all by default.
     count : int

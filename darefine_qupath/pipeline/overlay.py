@@ -38,14 +38,10 @@ def draw_overlays(
 
     Parameters
     ----------
-    project : Project
-        The project.
     out : Path
         Folder for the pictures.
     truth : Path, optional
         Folder of GeoJSON files; the project's own annotations by default.
-    names : sequence of str, optional
-        Only these images.
     side : int, optional
         Longest side of each panel, in pixels.
     on_error : callable, optional

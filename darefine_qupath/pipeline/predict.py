@@ -217,14 +217,8 @@ def predict_project(request: PredictRequest, *, listener: Listener = SILENT) -> 
 
     Parameters
     ----------
-    request : PredictRequest
-        What, and how.
     listener : Listener, optional
         Hears how far each slide is.
-
-    Returns
-    -------
-    Prediction
 
     Raises
     ------

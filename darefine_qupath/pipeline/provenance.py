@@ -85,11 +85,6 @@ def summary(objects: Mapping[str, Objects]) -> dict[str, Any]:
 def former_model(project: Project) -> Path | None:
     """Model file of the newest prediction that stands in a project.
 
-    Parameters
-    ----------
-    project : Project
-        The project.
-
     Returns
     -------
     Path or None

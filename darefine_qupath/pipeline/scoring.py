@@ -70,10 +70,6 @@ def truth_of(project: Project, image: ImageEntry, folder: Path | None) -> tuple[
 
     Parameters
     ----------
-    project : Project
-        The project.
-    image : ImageEntry
-        One of its images.
     folder : Path or None
         Folder with ``<entry id>.geojson`` or ``<image name>.geojson``; None = what a person drew in the project;
         accepted predictions do not count, since they would raise the score.
@@ -131,22 +127,10 @@ def score_slide(
 
     Parameters
     ----------
-    image : ImageEntry
-        What was predicted.
-    score_map : ScoreMap
-        The prediction.
-    annotations : sequence of Annotation
-        The truth.
-    image_size : Size
-        Of the slide, in level-0 pixels.
     region : Region, optional
         What was asked for; the whole slide by default.
     unpredicted : {"count", "ignore"}
         Whether pixels without a prediction count as errors.
-
-    Returns
-    -------
-    SlideScore
     """
     region = region or Region()
     classes = score_map.classes
@@ -191,16 +175,8 @@ def score_context(
 
     Parameters
     ----------
-    checkpoint : Checkpoint
-        The model.
-    truths : sequence of (ImageEntry, sequence of Annotation)
-        Images with their annotations.
     modes : sequence of str
         ``"normal"``, ``"blank"``, ``"shuffled"``.
-    mpp : float, optional
-        Micrometres per pixel of every slide.
-    device : str
-        Where to compute.
 
     Returns
     -------

@@ -65,6 +65,11 @@ class Skipped:
     name: str
     why: str
 
+    @classmethod
+    def of(cls, image: ImageEntry, why: object) -> Skipped:
+        """Record why an image is skipped."""
+        return cls(id=image.id, name=image.name, why=str(why))
+
     def to_json(self) -> dict[str, str]:
         """Return plain JSON values."""
         return asdict(self)
@@ -128,8 +133,6 @@ def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[Im
 
     Parameters
     ----------
-    project : Project
-        The project.
     names : sequence of str, optional
         Names or entry ids; all images by default.
 
@@ -152,7 +155,7 @@ def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[Im
         if why is None:
             chosen.append(image)
         else:
-            skipped.append(Skipped(id=image.id, name=image.name, why=why))
+            skipped.append(Skipped.of(image, why))
     return tuple(chosen), tuple(skipped)
 
 
@@ -209,8 +212,6 @@ def source_of(image: ImageEntry, annotations: Sequence[Annotation], mpp: float |
     ----------
     image : ImageEntry
         Readable, by `choose_images`.
-    annotations : sequence of Annotation
-        Of the image.
     mpp : float or None
         Given by the user; goes over the project's, which goes over the file's.
     """
@@ -239,20 +240,8 @@ def collect_training_images(
 
     Parameters
     ----------
-    project : Project
-        The project.
-    settings : Settings
-        Its settings.
     annotations_of : callable
         Gives the annotations of an image that count.
-    names : sequence of str, optional
-        Only these images.
-    mpp : float, optional
-        Micrometres per pixel of every image.
-
-    Returns
-    -------
-    TrainingSet
 
     Raises
     ------
@@ -276,7 +265,7 @@ def collect_training_images(
     classes.check(counts)
     given = settings.mpp if mpp is None else mpp
     wrong = {image.id: size_mismatch(image, given) for image in readable}
-    skipped += tuple(Skipped(id=i.id, name=i.name, why=why) for i in readable if (why := wrong[i.id]) is not None)
+    skipped += tuple(Skipped.of(i, why) for i in readable if (why := wrong[i.id]) is not None)
     readable = tuple(image for image in readable if wrong[image.id] is None)
     if not readable:
         raise TileError(_nothing_to_learn(project, skipped))
@@ -302,7 +291,7 @@ def _drawn(
                 drawn[image.id] = tuple(annotations_of(project, image))
                 class_counts(drawn[image.id])
         except DarefineError as error:
-            damaged.append(Skipped(id=image.id, name=image.name, why=str(error)))
+            damaged.append(Skipped.of(image, error))
     return drawn, tuple(damaged)
 
 

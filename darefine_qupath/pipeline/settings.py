@@ -99,10 +99,6 @@ class Settings:
         used : mapping of str to int
             Annotations per class. Without a table the training classes are those of the list that are used.
 
-        Returns
-        -------
-        ClassMap
-
         Raises
         ------
         ConfigError
@@ -228,10 +224,6 @@ def read_settings(folder: Path, path: Path | None = None) -> Settings:
         Folder of the project; its ``darefine.toml`` is read when it is there.
     path : Path, optional
         Another file, which must be there.
-
-    Returns
-    -------
-    Settings
 
     Raises
     ------

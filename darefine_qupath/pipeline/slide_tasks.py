@@ -87,11 +87,10 @@ def plan_slides(project: Project, images: Sequence[ImageEntry], request: SlideRe
                 why = str(error)
             else:
                 if area is None:
-                    reason = f"it has no annotation of class {request.within!r}"
-                    skipped.append(Skipped(id=image.id, name=image.name, why=reason))
+                    skipped.append(Skipped.of(image, f"it has no annotation of class {request.within!r}"))
                     continue
         if why is not None:
-            failed.append(Skipped(id=image.id, name=image.name, why=why))
+            failed.append(Skipped.of(image, why))
             continue
         assert image.path is not None
         tasks.append(

@@ -188,8 +188,6 @@ def save_roles(project: Path, roles: Mapping[str, Role]) -> int:
     ----------
     project : Path
         Project file or folder.
-    roles : mapping of str to str
-        By entry id.
 
     Returns
     -------

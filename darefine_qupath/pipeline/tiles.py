@@ -110,8 +110,6 @@ def make_tiles(
 
     Parameters
     ----------
-    request : TileRequest
-        Which.
     out : Path or None
         Dataset folder; None leaves the pixels in the slides.
     test_images : sequence of str, optional
@@ -122,10 +120,6 @@ def make_tiles(
         Replace tiles of other input in `out`.
     listener : Listener, optional
         Hears how many tiles are cut.
-
-    Returns
-    -------
-    Tiles
     """
     settings = request.read_settings()
     spec = settings.tile_spec(default_spec or _default_tiles(), **request.tiles)

@@ -73,8 +73,6 @@ def train_on_project(request: TrainRequest, *, listener: Listener = SILENT) -> T
 
     Parameters
     ----------
-    request : TrainRequest
-        What, and how.
     listener : Listener, optional
         Hears how many tiles are cut, what is about to be trained, and of every step.
 
@@ -116,8 +114,6 @@ def resume_training(
         The run folder.
     changes : mapping, optional
         Fields of `TrainConfig` that go over those it began with. What a model learns from, and how, cannot change.
-    listener : Listener, optional
-        See `train_on_project`.
 
     Returns
     -------
