@@ -24,7 +24,8 @@ from darefine_qupath.models import ModelConfig, build_model
 from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import MapRows
-from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.project import open_project
 from darefine_qupath.review import list_runs
 from darefine_qupath.review.runs import Run, RunObject, save_run

@@ -26,7 +26,8 @@ from darefine_qupath.pipeline.train import resume_training
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.blend import MapRows
-from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.tiles.dataset import FORMAT, VERSION, DatasetReader, load_index
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig

@@ -28,9 +28,9 @@ from darefine_qupath.pipeline.identity import IDENTITY, identity_of, project_id,
 from darefine_qupath.pipeline.predict import PolygonOptions, PredictRequest, predict_project
 from darefine_qupath.pipeline.scoring import SlideScore, score_slide
 from darefine_qupath.prediction import PredictOptions, ScoreMap, read_score_map
+from darefine_qupath.prediction.area import PredictionArea
 from darefine_qupath.prediction.blend import MapRows
-from darefine_qupath.prediction.region import Region
-from darefine_qupath.prediction.scoremap import write_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.project import ImageEntry, open_project
 from darefine_qupath.review import WriteOptions
 from darefine_qupath.slides import TissueMask, file_digest
@@ -103,7 +103,7 @@ def scored(tmp_path: Path, predicted: np.ndarray, *, classes: ClassMap = CLASSES
     drawn = Annotation(geometry=box(0, 0, 100, 160), path_class="Benign")
     mask = np.zeros((8, 10), bool)
     mask[:4] = True
-    region = Region(tissue=TissueMask(mask, Size(200, 160)), within=more.pop("within", None))  # type: ignore[arg-type]
+    region = PredictionArea(tissue=TissueMask(mask, Size(200, 160)), within=more.pop("within", None))  # type: ignore[arg-type]
     found = a_map(tmp_path / "map", predicted, classes)
     return score_slide(IMAGE, found, [drawn], Size(200, 160), region=region, **more)  # type: ignore[arg-type]
 

@@ -21,9 +21,10 @@ from darefine_qupath.errors import DeviceError, MissingMppError, PredictionError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, build_model
 from darefine_qupath.prediction import PredictionProgress, PredictOptions, predict_slide, read_score_map
+from darefine_qupath.prediction import fingerprint as prediction_fingerprint
 from darefine_qupath.prediction import slide as prediction_slide
+from darefine_qupath.prediction.fingerprint import compute_fingerprint
 from darefine_qupath.prediction.plan import SlidePlan
-from darefine_qupath.prediction.slide import compute_fingerprint
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import COLORS, SPEC, ArraySlide, ColorNetwork, array_slide, blobs, checkpoint
@@ -278,7 +279,7 @@ def test_a_fingerprint_is_of_all_that_changes_scores(tmp_path: Path, monkeypatch
         note(slide, **changes)  # type: ignore[arg-type]
     slide.reader = "pillow"  # type: ignore[attr-defined]
     note(slide)
-    monkeypatch.setattr(prediction_slide, "__version__", "9")
+    monkeypatch.setattr(prediction_fingerprint, "__version__", "9")
     note(slide)
     # Another slide of the same name, size, length and time.
     (tmp_path / "b").mkdir()

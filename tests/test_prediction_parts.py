@@ -31,18 +31,11 @@ from darefine_qupath.prediction import (
     ScoreMap,
     predict_slide,
     read_score_map,
-    scoremap,
+    scoremap_writer,
     stain_statistics,
 )
-from darefine_qupath.prediction.blend import (
-    MapRows,
-    RollingBand,
-    WindowedScores,
-    pooled_length,
-    pooled_window,
-    smooth_window,
-)
-from darefine_qupath.prediction.checks import check_slide, stain_distance
+from darefine_qupath.prediction.area import PredictionArea
+from darefine_qupath.prediction.blend import MapRows, RollingBand, WindowedScores
 from darefine_qupath.prediction.engine import (
     Engine,
     EngineSettings,
@@ -50,9 +43,11 @@ from darefine_qupath.prediction.engine import (
 )
 from darefine_qupath.prediction.journal import JournalState, PredictionJournal
 from darefine_qupath.prediction.plan import ContextGroup, MapGrid, plan_slide, with_overlap
+from darefine_qupath.prediction.pooling import pooled_length, pooled_window, smooth_window
 from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch, batches, read_ahead
-from darefine_qupath.prediction.region import Region
-from darefine_qupath.prediction.scoremap import SlideWarning, write_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
+from darefine_qupath.prediction.slide_checks import check_slide, stain_distance
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles.plan import plan_tiles
 from darefine_qupath.tiles.spec import TileSpec
@@ -291,7 +286,7 @@ def test_every_map_pixel_that_is_asked_for_is_reached(
         slice_px=side, context_px=side + more, stride_px=min(stride, side), input_px=max(input_px, side // 8)
     )
     mask = np.random.default_rng(seed).random((7, 9)) < 0.3
-    region = Region(
+    region = PredictionArea(
         tissue=TissueMask(mask, Size(*slide)) if seed % 2 else None,
         within=shapely.box(*corner, corner[0] + 60, corner[1] + 30) if seed % 3 else None,
     )
@@ -596,7 +591,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     def fill(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(scoremap, "_add_pyramid", fill)
+    monkeypatch.setattr(scoremap_writer, "_add_pyramid", fill)
     with pytest.raises(PredictionError, match=rf"Cannot write the score map to .*{tmp_path.name}: .*(Failed|No space)"):
         write_score_map(a_map(tmp_path), some_bands((700, 900), [900]))
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ from darefine_qupath.pipeline.next_places import find_places
 from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.prediction.blend import MapRows
-from darefine_qupath.prediction.scoremap import ScoreMap, write_score_map
+from darefine_qupath.prediction.scoremap import ScoreMap
+from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.project import Project, open_project
 from darefine_qupath.review import mark_places, sort_objects, undo, write_back
 from tests.conftest import Run

@@ -11,7 +11,7 @@ from darefine_qupath.errors import ReviewError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.prediction import ScoreMap
 from darefine_qupath.prediction.blend import MapRows
-from darefine_qupath.prediction.scoremap import write_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.project import jvm
 from darefine_qupath.review import install_scripts, script_names
 from darefine_qupath.review.ownership import RUN

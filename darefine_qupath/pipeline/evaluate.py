@@ -20,8 +20,8 @@ from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.scoring import SlideScore, Unpredicted, score_context, score_slide, slide_size, truth_of
 from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, say_several_annotators
 from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
-from darefine_qupath.prediction.cluster import SlideResult, SlideTask, load_model
-from darefine_qupath.prediction.region import Region
+from darefine_qupath.prediction.area import PredictionArea
+from darefine_qupath.prediction.tasks import SlideResult, SlideTask, load_model
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.sheets import write_csv
 from darefine_qupath.slides import open_slide, tissue_mask
@@ -232,11 +232,11 @@ def _scored(
     return score_slide(image, result.score_map, records, slide_size(image), region=region, unpredicted=unpredicted)
 
 
-def _region(task: SlideTask, classes: ClassMap) -> Region:
+def _region(task: SlideTask, classes: ClassMap) -> PredictionArea:
     """Find what of a slide was to be predicted."""
     defaults = {classes.unlabelled, classes.region_unlabelled} - {UNLABELLED_IGNORE}
     if not (task.options.tissue and defaults):
-        return Region(within=task.options.within)
+        return PredictionArea(within=task.options.within)
     with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
         mask = tissue_mask(slide, mpp=slide.mpp if task.mpp is None else task.mpp)
-    return Region(tissue=mask, within=task.options.within)
+    return PredictionArea(tissue=mask, within=task.options.within)

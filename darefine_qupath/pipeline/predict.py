@@ -25,7 +25,7 @@ from darefine_qupath.pipeline.selection import Skipped, choose_images
 from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
 from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.prediction import ScoreMap, read_score_map
-from darefine_qupath.prediction.cluster import load_model
+from darefine_qupath.prediction.tasks import load_model
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
 from darefine_qupath.review import RunResult, WriteOptions, write_back
 from darefine_qupath.sheets import write_csv

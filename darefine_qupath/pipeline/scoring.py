@@ -19,8 +19,8 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.selection import source_of
 from darefine_qupath.prediction import ScoreMap
+from darefine_qupath.prediction.area import PredictionArea
 from darefine_qupath.prediction.plan import MapGrid
-from darefine_qupath.prediction.region import Region
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations
 from darefine_qupath.slides import open_slide
@@ -117,7 +117,7 @@ def score_slide(
     annotations: Sequence[Annotation],
     image_size: Size,
     *,
-    region: Region | None = None,
+    region: PredictionArea | None = None,
     unpredicted: Unpredicted = "count",
 ) -> SlideScore:
     """Compare a score map with annotations.
@@ -132,7 +132,7 @@ def score_slide(
     unpredicted : {"count", "ignore"}
         Whether pixels without a prediction count as errors.
     """
-    region = region or Region()
+    region = region or PredictionArea()
     classes = score_map.classes
     drawn_only = replace(classes, unlabelled=UNLABELLED_IGNORE, region_unlabelled=UNLABELLED_IGNORE)
     painter, drawn = LabelPainter(annotations, classes), LabelPainter(annotations, drawn_only)

@@ -18,8 +18,9 @@ from darefine_qupath.pipeline.listener import Listener
 from darefine_qupath.pipeline.request import ProjectRequest
 from darefine_qupath.pipeline.selection import Skipped, size_mismatch
 from darefine_qupath.prediction import PredictionProgress, PredictOptions, read_score_map
-from darefine_qupath.prediction.cluster import SlideResult, SlideTask, predict_many
-from darefine_qupath.prediction.slide import compute_fingerprint
+from darefine_qupath.prediction.fingerprint import compute_fingerprint
+from darefine_qupath.prediction.many_slides import predict_many
+from darefine_qupath.prediction.tasks import SlideResult, SlideTask
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import open_slide
 

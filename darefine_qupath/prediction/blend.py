@@ -1,4 +1,4 @@
-"""Smooth blending of overlapping slices in a rolling band of map rows.
+"""Blend overlapping slices smoothly in a rolling band of map rows.
 
 Scores are weighted by a window that falls towards the slice's edge and summed on the score map's grid; the sum of the
 windows normalises them. Only the rows that unfinished slices can still reach are in memory.
@@ -7,7 +7,6 @@ windows normalises them. Only the rows that unfinished slices can still reach ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,64 +16,7 @@ from darefine_qupath.classes import IGNORE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MapRows", "RollingBand", "WindowedScores", "pooled_length", "pooled_window", "smooth_window"]
-
-_EDGE = 1e-3
-"""Weight of a slice's outermost pixel against its centre: small, but a pixel that one slice alone sees counts."""
-
-
-@lru_cache(maxsize=64)
-def smooth_window(length: int) -> NDArray[np.float32]:
-    """Weight along one axis of a slice: a raised cosine on a small floor, symmetric, largest in the middle.
-
-    Two such windows half a length apart sum to a constant (but for the floor), so that slices of 50 % overlap
-    weigh every pixel alike.
-
-    Parameters
-    ----------
-    length : int
-        Pixels of the network's input.
-
-    Returns
-    -------
-    ndarray of float32, shape (length,)
-        Weights in (0, 1]; read-only.
-    """
-    position = (np.arange(length) + 0.5) / length
-    window: NDArray[np.float32] = (_EDGE + (1 - _EDGE) * np.sin(np.pi * position) ** 2).astype(np.float32)
-    window.setflags(write=False)
-    return window
-
-
-def pooled_length(length: int, phase: int, stride: int) -> int:
-    """Map pixels that `length` input pixels touch when they start `phase` input pixels into a map pixel."""
-    return -(-(phase + length) // stride)
-
-
-@lru_cache(maxsize=256)
-def pooled_window(length: int, phase: int, stride: int) -> NDArray[np.float32]:
-    """Mean of the window over each map pixel; input pixels outside the slice count as 0.
-
-    Parameters
-    ----------
-    length : int
-        Input pixels of a slice.
-    phase : int
-        Input pixels between the first map pixel's edge and the slice's, 0 to `stride` - 1.
-    stride : int
-        Input pixels per map pixel.
-
-    Returns
-    -------
-    ndarray of float32, shape (pooled_length(length, phase, stride),)
-        Weights; read-only.
-    """
-    num = pooled_length(length, phase, stride)
-    padded = np.zeros(num * stride, np.float32)
-    padded[phase : phase + length] = smooth_window(length)
-    pooled: NDArray[np.float32] = padded.reshape(num, stride).mean(axis=1)
-    pooled.setflags(write=False)
-    return pooled
+__all__ = ["MapRows", "RollingBand", "WindowedScores"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Many slides, on this machine or on an existing Dask cluster.
+"""Predict slides on a Dask cluster, started on this machine or running already.
 
 A slide is one task on one device. Workers read slides and write score maps under paths that must mean the same
 everywhere (a shared file system); only the caller writes to the project. A worker that dies takes nothing with it: its
@@ -12,26 +12,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, replace
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from darefine_qupath import __version__
-from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
-from darefine_qupath.errors import DarefineError, PredictionError
-from darefine_qupath.limits import naming
-from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
-from darefine_qupath.prediction.scoremap import ScoreMap
-from darefine_qupath.prediction.slide import predict_slide
+from darefine_qupath.errors import PredictionError
+from darefine_qupath.prediction.options import PredictionProgress
+from darefine_qupath.prediction.tasks import Report, Runner, SlideResult, SlideTask, run_task
 
-__all__ = ["SlideResult", "SlideTask", "load_model", "predict_many", "predict_task"]
+__all__ = ["predict_on_dask"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,131 +38,10 @@ _DISTRIBUTION = "darefine-qupath"
 _ONE_SLIDE = threading.Lock()
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlideTask:
-    """One slide to predict.
-
-    Attributes
-    ----------
-    key : str
-        Entry id; unique among the tasks.
-    slide : Path
-        The image.
-    model : Path
-        The model file.
-    out : Path
-        Folder for this image's maps.
-    mpp : float or None
-        Micrometres per level-0 pixel; the file's by default.
-    options : PredictOptions
-        How.
-    """
-
-    key: str
-    slide: Path
-    model: Path
-    out: Path
-    mpp: float | None = None
-    options: PredictOptions = field(default_factory=PredictOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlideResult:
-    """What became of a task.
-
-    Attributes
-    ----------
-    task : SlideTask
-        What was asked.
-    score_map : ScoreMap or None
-        None when it failed.
-    error : str or None
-        Why it failed; the other slides go on.
-    """
-
-    task: SlideTask
-    score_map: ScoreMap | None = None
-    error: str | None = None
-
-
-Report = Callable[[PredictionProgress], None]
-Runner = Callable[[SlideTask, "Report | None"], ScoreMap]
-
-
-def predict_task(task: SlideTask, progress: Report | None = None) -> ScoreMap:
-    """Predict the slide of a task; the model stays in memory for the next one."""
-    return predict_slide(
-        task.slide, load_model(task.model), out=task.out, mpp=task.mpp, options=task.options, progress=progress
-    )
-
-
-def load_model(path: Path) -> Checkpoint:
-    """Read a model file, unless it is the one that was read last and has not changed since."""
-    return _checkpoint(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@lru_cache(maxsize=1)
-def _checkpoint(path: Path, _changed: int) -> Checkpoint:
-    return load_checkpoint(path)
-
-
-def predict_many(
-    tasks: Sequence[SlideTask],
-    *,
-    scheduler: str | None = None,
-    local_workers: int | None = None,
-    progress: Report | None = None,
-    run: Runner = predict_task,
-) -> Iterator[SlideResult]:
-    """Predict slides, and give each result as soon as it is there.
-
-    Parameters
-    ----------
-    tasks : sequence of SlideTask
-        With different keys and folders.
-    scheduler : str, optional
-        Address of a Dask scheduler, or ``"local"`` for one worker process per GPU of this machine (one in all
-        without). By default slides are predicted in this process, one after the other.
-    local_workers : int, optional
-        Worker processes of ``"local"``.
-    progress : callable, optional
-        Called with a `PredictionProgress` of some slide, now and then, perhaps from another thread.
-    run : callable, optional
-        What a worker does with a task.
-
-    Yields
-    ------
-    SlideResult
-        One per task, in the order they end. A slide that fails does not stop the others.
-
-    Raises
-    ------
-    PredictionError
-        If tasks share a key or a folder, or Dask or its scheduler is not there.
-    """
-    for what, values in (("key", [task.key for task in tasks]), ("folder", [task.out for task in tasks])):
-        if len(set(values)) < len(values):
-            raise PredictionError(f"Two slides have the same {what}; each needs one of its own")
-    if scheduler is None:
-        return (_result(task, run, progress) for task in tasks)
-    return _on_dask(tasks, scheduler, local_workers, progress, run)
-
-
-def _result(task: SlideTask, run: Runner, progress: Report | None) -> SlideResult:
-    def keyed(found: PredictionProgress) -> None:
-        assert progress is not None
-        progress(replace(found, key=task.key))
-
-    try:
-        with naming(task.slide, PredictionError):
-            return SlideResult(task=task, score_map=run(task, None if progress is None else keyed))
-    except DarefineError as error:
-        return SlideResult(task=task, error=str(error))
-
-
-def _on_dask(
+def predict_on_dask(
     tasks: Sequence[SlideTask], scheduler: str, local_workers: int | None, progress: Report | None, run: Runner
 ) -> Iterator[SlideResult]:
+    """Predict slides on a scheduler's workers; see `darefine_qupath.prediction.many_slides.predict_many`."""
     distributed = _distributed()
     with ExitStack() as stack:
         if scheduler == "local":
@@ -297,7 +171,7 @@ def _work(task: SlideTask, run: Runner, version: str, threads: int | None) -> Sl
     with _ONE_SLIDE:
         if threads is not None:
             torch.set_num_threads(threads)
-        return _result(_on_device(task, worker.name), run, _teller(worker))
+        return run_task(_on_device(task, worker.name), run, _teller(worker))
 
 
 def _on_device(task: SlideTask, worker: object) -> SlideTask:

@@ -1,19 +1,17 @@
-"""The network on its device: precision, memory format, batch size, symmetries, and scores on the map's grid."""
+"""Run a network on its device, batch by batch: from slices and contexts to scores on the score map's grid."""
 
 # B batch, N contexts, K classes, H W input pixels, h w map pixels
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from darefine_qupath.devices import DTYPES, autocast, is_out_of_memory, keep_freed_memory, to_device
@@ -21,18 +19,12 @@ from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalization
 from darefine_qupath.models.blocks import fold_batch_norms
 from darefine_qupath.models.symmetries import SYMMETRIES, restore_image, transform_boxes, transform_image
-from darefine_qupath.prediction.blend import pooled_length, pooled_window
+from darefine_qupath.prediction.pooling import pool_logits, pooled_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "BatchScores",
-    "EncodedContext",
-    "Engine",
-    "EngineSettings",
-    "choose_batch_size",
-]
+__all__ = ["BatchScores", "EncodedContext", "Engine", "EngineSettings", "choose_batch_size"]
 
 _log = logging.getLogger(__name__)
 
@@ -291,7 +283,9 @@ class Engine:
                         transform_image(slice_B3HW, symmetry), shared, index_B, transform_boxes(box_B4, symmetry)
                     )
                 # Averaged before the softmax: the logits are interpolated from about that resolution anyway.
-                pooled_BKhw = _pool(restore_image(logits_BKHW.float(), symmetry), phases, self.settings.output_stride)
+                pooled_BKhw = pool_logits(
+                    restore_image(logits_BKHW.float(), symmetry), phases, self.settings.output_stride
+                )
                 # Before the softmax, which hides an infinity. Nobody waits for the answer yet.
                 finite_B &= pooled_BKhw.isfinite().flatten(1).all(1)
                 scores.append(pooled_BKhw.softmax(1))
@@ -339,34 +333,6 @@ def _stack(rows: Sequence[ContextFeatures]) -> ContextFeatures:
     maps = zip(*(row.maps for row in rows), strict=True)
     pooled = zip(*(row.pooled for row in rows), strict=True)
     return ContextFeatures(tuple(map(torch.cat, maps)), tuple(map(torch.cat, pooled)))
-
-
-def _pool(logits_BKHW: Tensor, phases: Sequence[tuple[int, int]], stride: int) -> Tensor:
-    """Average logits over map pixels, of each over the part that the slice covers.
-
-    The result has room for any phase, so that every batch of a slide has the same shape.
-    """
-    if stride == 1:
-        return logits_BKHW
-    batch, classes, height, width = logits_BKHW.shape
-    down, right = (pooled_length(side, stride - 1, stride) for side in (height, width))
-    # Not channels-last: torch pools a handful of channels several times slower so.
-    padded = torch.zeros((batch, classes, down * stride, right * stride), device=logits_BKHW.device)
-    share_Bhw = np.empty((batch, down, right), np.float32)
-    for index, (row, column) in enumerate(phases):
-        padded[index, :, row : row + height, column : column + width] = logits_BKHW[index]
-        share_Bhw[index] = np.outer(_covered(height, row, stride, down), _covered(width, column, stride, right))
-    share_B1hw = torch.from_numpy(np.maximum(share_Bhw, 1 / stride**2)).to(logits_BKHW.device)[:, None]
-    return F.avg_pool2d(padded, stride) / share_B1hw
-
-
-@lru_cache(maxsize=256)
-def _covered(length: int, phase: int, stride: int, num: int) -> NDArray[np.float32]:
-    """Part of each of `num` map pixels, along one axis, that a slice covers."""
-    inside = np.zeros(num * stride, np.float32)
-    inside[phase : phase + length] = 1
-    part: NDArray[np.float32] = inside.reshape(num, stride).mean(axis=1)
-    return part
 
 
 def choose_batch_size(device: torch.device, input_px: int) -> int:

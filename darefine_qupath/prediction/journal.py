@@ -1,4 +1,4 @@
-"""What a prediction has finished, so that a killed one goes on where it stopped and gives the same bytes."""
+"""Keep what a prediction has finished, so that a killed one goes on where it stopped and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from darefine_qupath.filesystem import atomic_write, open_lock, try_lock
 from darefine_qupath.limits import NOTES, naming, open_file, parse_json, read_file
 from darefine_qupath.prediction.blend import MapRows
 from darefine_qupath.prediction.engine import EngineSettings
-from darefine_qupath.prediction.scoremap import SlideWarning, write_json
+from darefine_qupath.prediction.scoremap import write_json
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""What a user may choose about a prediction."""
+"""Options of a prediction, and how far it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is predicted of a slide, and in which order.
+"""Plan what is predicted of a slide, and in which order.
 
 Where slices and contexts lie is for `darefine_qupath.tiles.plan` to say; here they become rows that are computed and
 finished one after the other, and places on the score map.

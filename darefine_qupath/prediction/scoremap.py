@@ -1,75 +1,36 @@
-"""The score map of a slide on disk: four tiled, pyramidal TIFFs and a JSON file that says what they are."""
+"""Read a slide's score map: four tiled, pyramidal TIFFs and a JSON file that says what they are."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import rasterio
-from rasterio._err import CPLE_BaseError
-from rasterio.enums import Resampling
-from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import LimitError, PredictionError
-from darefine_qupath.filesystem import atomic_write, followed, keep_attributes, replace_file
+from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.geometry import MPP_LIMITS, Box, Size
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from darefine_qupath.prediction.blend import MapRows
-
-__all__ = ["FORMAT", "LayerName", "ScoreMap", "SlideWarning", "read_score_map", "write_score_map"]
+__all__ = ["BAND_ROWS", "FORMAT", "LAYERS", "SIDECAR", "TILE_PX", "LayerName", "ScoreMap", "read_score_map"]
 
 FORMAT = "darefine-score-map/1"
 LayerName = Literal["class", "confidence", "margin", "runner_up"]
-_LAYERS: tuple[LayerName, ...] = ("class", "confidence", "margin", "runner_up")
-_SIDECAR = "scoremap.json"
-_TILE = 256
-_ROWS = 2 * _TILE
-_CACHE_MB = 64
+LAYERS: tuple[LayerName, ...] = ("class", "confidence", "margin", "runner_up")
+SIDECAR = "scoremap.json"
+TILE_PX = 256
+BAND_ROWS = 2 * TILE_PX
 _LARGEST_DOWNSAMPLE = 1e6
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlideWarning:
-    """Something about a slide that its reader should know.
-
-    Attributes
-    ----------
-    kind : str
-        ``"mpp"``, ``"stain"``, ``"no tissue"``, ``"unreadable"``, ``"context"`` or ``"unpredicted"``.
-    message : str
-        What is wrong, with the number.
-    value : float
-        That number.
-    boxes : tuple of Box
-        Where, in level-0 pixels; empty when it is about the whole slide.
-    """
-
-    kind: Literal["mpp", "stain", "no tissue", "unreadable", "context", "unpredicted"]
-    message: str
-    value: float
-    boxes: tuple[Box, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        boxes = [[box.x, box.y, box.width, box.height] for box in self.boxes]
-        return {"kind": self.kind, "message": self.message, "value": self.value, "boxes": boxes}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SlideWarning:
-        """Warning of what `to_json` gave."""
-        boxes = tuple(Box(*numbers) for numbers in data["boxes"])
-        return cls(kind=data["kind"], message=data["message"], value=float(data["value"]), boxes=boxes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +141,7 @@ class ScoreMap:
         return pixels
 
     def bands(
-        self, rows: int = _ROWS, layers: tuple[LayerName, ...] = _LAYERS
+        self, rows: int = BAND_ROWS, layers: tuple[LayerName, ...] = LAYERS
     ) -> Iterator[tuple[int, Mapping[LayerName, NDArray[np.uint8]]]]:
         """Walk over the map from top to bottom.
 
@@ -223,7 +184,7 @@ class ScoreMap:
         """Return plain JSON values, as ``scoremap.json`` holds them."""
         return {
             "format": FORMAT,
-            "layers": {layer: self.path(layer).name for layer in _LAYERS},
+            "layers": {layer: self.path(layer).name for layer in LAYERS},
             "size": list(self.size),
             "box": [self.box.x, self.box.y, self.box.width, self.box.height],
             "downsample": self.downsample,
@@ -258,7 +219,7 @@ def read_score_map(folder: Path) -> ScoreMap:
     PredictionError
         If there is none, or it is unfinished or damaged.
     """
-    path = folder / _SIDECAR
+    path = folder / SIDECAR
     damaged = f"{path} is damaged; delete it and predict again"
     try:
         content = read_file(path, NOTES)
@@ -274,10 +235,10 @@ def read_score_map(folder: Path) -> ScoreMap:
     with naming(damaged, PredictionError):
         score_map = _from_json(folder, data)
         lengths = {layer: int(length) for layer, length in data.get("bytes", {}).items()}
-    missing = [layer for layer in _LAYERS if not score_map.path(layer).is_file()]
+    missing = [layer for layer in LAYERS if not score_map.path(layer).is_file()]
     if missing:
         raise PredictionError(f"{folder} lacks the layers {missing}; predict again")
-    for layer in _LAYERS:
+    for layer in LAYERS:
         found = score_map.path(layer).stat().st_size
         if found != lengths.get(layer, found):
             raise PredictionError(
@@ -313,137 +274,6 @@ def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
     if len(score_map.class_pixels) != score_map.classes.num_classes:
         raise ValueError(f"it counts {len(score_map.class_pixels)} classes of {score_map.classes.num_classes}")
     return score_map
-
-
-def write_score_map(score_map: ScoreMap, bands: Iterable[MapRows]) -> None:
-    """Write the layers and then, last, ``scoremap.json``: without it the map does not count as finished.
-
-    Memory is that of a few hundred map rows, whatever the slide's size.
-
-    Parameters
-    ----------
-    score_map : ScoreMap
-        What to write about it.
-    bands : iterable of MapRows
-        All rows of the map from top to bottom, in pieces of any height.
-
-    Raises
-    ------
-    PredictionError
-        If the bands do not make up the map, or the disk does not take it.
-    """
-    try:
-        (score_map.folder / _SIDECAR).unlink(missing_ok=True)
-    except OSError as error:
-        raise PredictionError(f"Cannot replace {score_map.folder / _SIDECAR}: {error.strerror}") from error
-    targets = {layer: followed(score_map.path(layer)) for layer in _LAYERS}
-    partial = {layer: target.with_name(f".{layer}.partial.tif") for layer, target in targets.items()}
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB, GDAL_PAM_ENABLED=False, GDAL_TIFF_INTERNAL_MASK=True):
-            _write_layers(score_map, bands, partial)
-            for layer in _LAYERS:
-                _add_pyramid(partial[layer], layer, score_map.size)
-        lengths = {layer: _synced(path) for layer, path in partial.items()}
-        for layer, path in partial.items():
-            if targets[layer].is_file():
-                keep_attributes(targets[layer], path)
-            replace_file(path, targets[layer])
-    # Where the disk fills up while overviews are built, rasterio lets GDAL's own error through.
-    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
-        raise PredictionError(f"Cannot write the score map to {score_map.folder}: {error}") from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    write_json(score_map.folder / _SIDECAR, {**score_map.to_json(), "bytes": lengths})
-
-
-def _synced(path: Path) -> int:
-    """Put a file on the disk for good; gives its length."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return file.seek(0, os.SEEK_END)
-
-
-def _write_layers(score_map: ScoreMap, bands: Iterable[MapRows], paths: Mapping[LayerName, Path]) -> None:
-    writers = {layer: _create(paths[layer], layer, score_map) for layer in _LAYERS}
-    row = 0
-    try:
-        for block in _tile_rows(bands):
-            height, width = block[0].shape
-            window = Window(0, row, width, height)
-            for layer, pixels in zip(_LAYERS, block, strict=True):
-                writers[layer].write(pixels, 1, window=window)
-            row += height
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if row != score_map.size.height:
-        raise PredictionError(f"{row} rows were given for a score map of {score_map.size.height}")
-
-
-def _tile_rows(bands: Iterable[MapRows]) -> Iterator[tuple[NDArray[np.uint8], ...]]:
-    """Regroup rows so that every TIFF tile is written once, whole."""
-    waiting: tuple[NDArray[np.uint8], ...] | None = None
-    for band in bands:
-        new = (band.label, band.confidence, band.margin, band.runner_up)
-        waiting = new if waiting is None else tuple(np.concatenate(pair) for pair in zip(waiting, new, strict=True))
-        while len(waiting[0]) >= _ROWS:
-            yield tuple(pixels[:_ROWS] for pixels in waiting)
-            waiting = tuple(pixels[_ROWS:] for pixels in waiting)
-    if waiting is not None and len(waiting[0]):
-        yield waiting
-
-
-def _create(path: Path, layer: LayerName, score_map: ScoreMap) -> Any:  # noqa: ANN401 - rasterio has no types
-    scale = score_map.downsample
-    writer = rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        dtype="uint8",
-        count=1,
-        width=score_map.size.width,
-        height=score_map.size.height,
-        transform=Affine(scale, 0, score_map.box.x, 0, scale, score_map.box.y),
-        tiled=True,
-        blockxsize=_TILE,
-        blockysize=_TILE,
-        compress="deflate",
-        # Differences help scores; labels are runs already, and small either way.
-        predictor=2 if layer in ("confidence", "margin") else 1,
-        bigtiff="IF_SAFER",
-        photometric="palette" if layer in ("class", "runner_up") else "minisblack",
-    )
-    if layer in ("class", "runner_up"):
-        writer.write_colormap(1, _palette(score_map.classes))
-    if score_map.mpp is not None:
-        per_cm = 10_000 / (score_map.mpp * scale)
-        writer.update_tags(TIFFTAG_XRESOLUTION=per_cm, TIFFTAG_YRESOLUTION=per_cm, TIFFTAG_RESOLUTIONUNIT="3")
-    writer.update_tags(TIFFTAG_SOFTWARE="darefine", TIFFTAG_IMAGEDESCRIPTION=f"{layer} by model {score_map.model_id}")
-    return writer
-
-
-def _palette(classes: ClassMap) -> dict[int, tuple[int, int, int, int]]:
-    palette = dict.fromkeys(range(256), (0, 0, 0, 255))
-    palette.update({label: (*color, 255) for label, color in enumerate(classes.colors)})
-    palette[IGNORE] = (255, 255, 255, 0)
-    return palette
-
-
-def _add_pyramid(path: Path, layer: LayerName, size: Size) -> None:
-    factors, factor = [], 2
-    while max(size) / factor > _TILE / 2:
-        factors.append(factor)
-        factor *= 2
-    if not factors:
-        return
-    # A mean of labels is another label; the mode is one that is there.
-    resampling = Resampling.mode if layer in ("class", "runner_up") else Resampling.average
-    with (
-        rasterio.Env(COMPRESS_OVERVIEW="DEFLATE", GDAL_TIFF_OVR_BLOCKSIZE=_TILE),
-        rasterio.open(path, "r+") as target,
-    ):
-        target.build_overviews(factors, resampling)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

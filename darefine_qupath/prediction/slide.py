@@ -1,9 +1,7 @@
-"""From a slide to its score map: plan, check, read ahead, compute, blend, note, write."""
+"""Predict a slide: plan, check, read ahead, compute, blend, note what is done, and write its score map."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -15,16 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from darefine_qupath import __version__
-from darefine_qupath.checkpoint.header import CheckpointHeader
 from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.devices import choose_device, choose_precision
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Box
 from darefine_qupath.models import box_within
+from darefine_qupath.prediction.area import PredictionArea
 from darefine_qupath.prediction.blend import MapRows, RollingBand, WindowedScores
-from darefine_qupath.prediction.checks import check_slide
 from darefine_qupath.prediction.engine import (
     BatchScores,
     EncodedContext,
@@ -32,22 +28,27 @@ from darefine_qupath.prediction.engine import (
     EngineSettings,
     choose_batch_size,
 )
+from darefine_qupath.prediction.fingerprint import compute_fingerprint
 from darefine_qupath.prediction.journal import JournalState, PredictionJournal
 from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.plan import PlanRow, plan_slide
 from darefine_qupath.prediction.prefetch import BatchPixels, SlideHandles, batches, read_ahead, read_batch
-from darefine_qupath.prediction.region import Region
-from darefine_qupath.prediction.scoremap import ScoreMap, SlideWarning, read_score_map, write_score_map
-from darefine_qupath.slides import Slide, file_digest, open_slide, tissue_mask
+from darefine_qupath.prediction.scoremap import ScoreMap, read_score_map
+from darefine_qupath.prediction.scoremap_writer import write_score_map
+from darefine_qupath.prediction.slide_checks import check_slide
+from darefine_qupath.prediction.slide_warnings import (
+    SlideWarning,
+    damage_warnings,
+    merge_damage_warnings,
+    warn_of_unpredicted,
+)
+from darefine_qupath.slides import Slide, open_slide, tissue_mask
 
-__all__ = ["compute_fingerprint", "predict_slide"]
+__all__ = ["predict_slide"]
 
 _log = logging.getLogger(__name__)
 
 _MAX_WORKERS = 8
-_UNPREDICTED_LIMIT = 0.005
-_METHOD = 3
-"""Counts the changes to how scores come about between two versions of the software."""
 
 
 def predict_slide(
@@ -113,42 +114,6 @@ def predict_slide(
     return _SlidePrediction(slide, checkpoint, out, mpp, options, fingerprint).predict(progress)
 
 
-def compute_fingerprint(
-    slide: Slide, checkpoint: Checkpoint | CheckpointHeader, *, mpp: float | None, options: PredictOptions
-) -> str:
-    """Digest of everything that decides a slide's scores: image, reader, model, tiles, options, software.
-
-    Parameters
-    ----------
-    slide : Slide
-        The image: its name, its size, its file's length, time and some of its bytes; not its folder, since projects
-        move.
-    checkpoint : Checkpoint or CheckpointHeader
-        The model.
-    mpp : float or None
-        Micrometres per level-0 pixel.
-    options : PredictOptions
-        Of which those count that change scores. An ``"auto"`` is a choice of its own: a map that was begun on one
-        machine is as good on another.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-    """
-    stat = slide.path.stat()
-    values = {
-        "image": [slide.path.name, stat.st_size, stat.st_mtime_ns, *slide.size, file_digest(slide.path)],
-        # A slide of another kind than ours has no choice of readers.
-        "reader": getattr(slide, "reader", type(slide).__name__),
-        "software": [__version__, _METHOD],
-        "model": checkpoint.model_id,
-        "mpp": mpp,
-        "options": options.score_settings(),
-    }
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _finished(out: Path, fingerprint: str) -> ScoreMap | None:
     try:
         found = read_score_map(out)
@@ -185,7 +150,7 @@ class _SlidePrediction:
             slide, checkpoint, out, mpp, options, fingerprint,
         )  # fmt: skip
         tissue = tissue_mask(slide, mpp=mpp) if options.tissue else None
-        self.region = Region(tissue=tissue, within=options.within)
+        self.region = PredictionArea(tissue=tissue, within=options.within)
         spec = checkpoint.tiles.at(mpp)
         keep = self.region.touches if tissue is not None or options.within is not None else None
         self.plan = plan_slide(slide.size, spec, options, keep=keep)
@@ -288,7 +253,7 @@ class _SlidePrediction:
             unreadable.extend(box for box, read in zip(pixels.batch.slices, pixels.slices, strict=True) if read is None)
             white.extend(pixels.damaged)
             report.add(len(pixels.slices))
-        damage = tuple(_damage(unreadable, white))
+        damage = tuple(damage_warnings(unreadable, white))
         _raise_if_strict(self.slide, damage, self.options)
         self._blend(waiting, band)
         top = band.top
@@ -393,64 +358,20 @@ class _SlidePrediction:
             class_pixels=state.class_pixels,
             num_slices=self.plan.num_slices,
             unpredicted_pixels=state.unpredicted_pixels,
-            warnings=_merged(state.warnings),
+            warnings=merge_damage_warnings(state.warnings),
             settings={
                 **asdict(state.settings),
                 "options": self.options.score_settings(),
                 "tiles": asdict(self.plan.spec),
             },
         )
-        return replace(found, warnings=tuple(_with_share(found)))
+        return replace(found, warnings=tuple(warn_of_unpredicted(found.warnings, found.unpredicted_share)))
 
 
 def _raise_if_strict(slide: Slide, warnings: tuple[SlideWarning, ...], options: PredictOptions) -> None:
     """Make the first warning an error if that was asked for."""
     if options.strict and warnings:
         raise PredictionError(f"{slide.path}: {warnings[0].message}; leave out --strict to predict it anyway")
-
-
-def _damage(unreadable: list[Box], white: list[Box]) -> Iterator[SlideWarning]:
-    if unreadable:
-        yield SlideWarning(
-            kind="unreadable",
-            message=f"{len(unreadable)} slices cannot be read and were not predicted",
-            value=float(len(unreadable)),
-            boxes=tuple(unreadable),
-        )
-    if white:
-        yield SlideWarning(
-            kind="context",
-            message=f"{len(white)} pieces of contexts cannot be read and were white to the network",
-            value=float(len(white)),
-            boxes=tuple(white),
-        )
-
-
-def _merged(warnings: tuple[SlideWarning, ...]) -> tuple[SlideWarning, ...]:
-    """One warning per kind of damage instead of one per row."""
-    boxes: dict[str, list[Box]] = {"unreadable": [], "context": []}
-    rest = []
-    for warning in warnings:
-        if warning.boxes:
-            boxes[warning.kind].extend(warning.boxes)
-        else:
-            rest.append(warning)
-    return (*rest, *_damage(boxes["unreadable"], boxes["context"]))
-
-
-def _with_share(score_map: ScoreMap) -> Iterator[SlideWarning]:
-    """Warnings of a map that say how much of what was asked for has no class, where that is worth a word."""
-    share = score_map.unpredicted_share
-    told = share <= _UNPREDICTED_LIMIT
-    words = f"{100 * share:.1f} % of the tissue asked for has no label"
-    for warning in score_map.warnings:
-        if warning.kind == "unreadable" and warning.boxes and not told:
-            yield replace(warning, message=f"{warning.message}: {words}")
-            told = True
-        else:
-            yield warning
-    if not told:
-        yield SlideWarning(kind="unpredicted", message=f"{words} and was not predicted", value=share)
 
 
 class _Reporter:

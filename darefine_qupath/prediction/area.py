@@ -1,4 +1,4 @@
-"""Where a slide is predicted at all: on tissue, and inside an area the user gave."""
+"""Find where a slide is predicted at all: on tissue, and inside an area the user gave."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from darefine_qupath.prediction.plan import MapGrid
     from darefine_qupath.slides import TissueMask
 
-__all__ = ["Region"]
+__all__ = ["PredictionArea"]
 
 _ANY = 1e-12
 """A fraction above this is not the rounding of zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Region:
+class PredictionArea:
     """Tissue within an area.
 
     Attributes

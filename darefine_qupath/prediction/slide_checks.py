@@ -1,4 +1,4 @@
-"""Does this slide look like what the model was trained on? Asked before work starts."""
+"""Compare a slide with those a model was trained on, before its prediction starts: pixel size, stain, damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from darefine_qupath.errors import PredictionError, SlideError
 from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import naming
-from darefine_qupath.prediction.scoremap import SlideWarning
+from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.tiles.reading import read_slice
 
 if TYPE_CHECKING:
