@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry.base import BaseGeometry
 
-from darefine_qupath.annotations import Annotation, LabelPainter, Plane, class_counts, rasterize
+from darefine_qupath.annotations import Annotation, Plane, class_counts
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import AnnotationError, ClassMapError
 from darefine_qupath.geometry import Box
+from darefine_qupath.masks import LabelPainter, count_unlearnable, unlearnable
 
 CLASSES = ClassMap(names=("A", "B", "C"))
 FRAME = Box(0, 0, 40, 40)
@@ -209,10 +210,9 @@ LINE = shapely.LineString([(0, 10), (40, 10)])
 
 @pytest.mark.parametrize("geometry", [LINE, shapely.Point(10, 10), shapely.MultiPoint([(1, 1), (9, 9)])], ids=str)
 def test_lines_and_points_label_nothing_without_a_stroke(geometry: BaseGeometry) -> None:
-    painter = LabelPainter([Annotation(geometry=geometry, path_class="A")], CLASSES)
-    assert painter.is_empty
-    assert painter.num_skipped == 1
-    assert (painter.paint(FRAME, (40, 40)) == IGNORE).all()
+    record = Annotation(geometry=geometry, path_class="A")
+    assert (painted(record) == IGNORE).all()
+    assert unlearnable(record) == "without an area (a line or points)"
 
 
 def test_a_stroke_gives_lines_and_points_a_width() -> None:
@@ -238,14 +238,15 @@ SPIKE = shapely.Polygon([(0, 0), (9, 9), (0, 0)])
     ids=["none", "none, stroke", "empty", "no area", "z", "t"],
 )
 def test_what_has_no_area_on_the_first_plane_is_skipped_and_counted(record: Annotation, stroke_px: float) -> None:
-    painter = LabelPainter([record], CLASSES, stroke_px=stroke_px)
-    assert (painter.num_skipped, painter.is_empty) == (1, True)
+    assert (painted(record, stroke_px=stroke_px) == IGNORE).all()
+    assert unlearnable(record, stroke_px=stroke_px) is not None
 
 
 @pytest.mark.parametrize("kind", ["detection", "cell", "tile", "tma core"])
 def test_only_annotations_with_a_class_label(kind: str) -> None:
-    painter = LabelPainter([area(0, 0, 9, 9, kind=kind), area(0, 0, 9, 9, of=None)], CLASSES)
-    assert (painter.num_skipped, painter.is_empty, painter.bounds) == (0, True, None)
+    records = [area(0, 0, 9, 9, kind=kind), area(0, 0, 9, 9, of=None)]
+    assert (painted(*records) == IGNORE).all()
+    assert count_unlearnable(records) == {"without a class": 1}
 
 
 def test_a_figure_of_eight_is_repaired() -> None:
@@ -284,16 +285,9 @@ def test_what_overhangs_the_image_is_ignored() -> None:
     assert (mask == 0).sum() == 50
 
 
-def test_bounds_and_emptiness_say_where_labels_are() -> None:
-    painter = LabelPainter(
-        [area(1, 2, 3, 4), area(5, 6, 7, 8.5, of="Region*"), area(0, 0, 99, 99, of="Ignore*")], CLASSES
-    )
-    assert painter.bounds == (1, 2, 7, 8.5)
-    assert painter.has_regions
-    assert not painter.is_empty
-    assert LabelPainter([area(0, 0, 9, 9, of="Region*")], CLASSES).is_empty
-    regions = ClassMap(names=("A",), region_unlabelled="A")
-    assert not LabelPainter([area(0, 0, 9, 9, of="Region*")], regions).is_empty
+def test_a_painter_knows_whether_regions_say_where_to_look() -> None:
+    assert LabelPainter([area(1, 2, 3, 4), area(5, 6, 7, 8.5, of="Region*")], CLASSES).has_regions
+    assert not LabelPainter([area(1, 2, 3, 4), area(0, 0, 99, 99, of="Ignore*")], CLASSES).has_regions
 
 
 def test_touches_looks_at_regions_and_labels() -> None:
@@ -327,13 +321,3 @@ def test_the_area_of_an_ellipse_is_exact() -> None:
     assert Annotation(geometry=geometry, roi="Ellipse").area == pytest.approx(math.pi * 300)
     assert Annotation(geometry=geometry).area < math.pi * 300
     assert Annotation(geometry=None).area == 0
-
-
-@pytest.mark.parametrize(("downsample", "shape"), [(1, (40, 40)), (2.5, (16, 16)), (4.00012, (10, 10)), (100, (1, 1))])
-def test_rasterize_rounds_the_mask_s_size(downsample: float, shape: tuple[int, int]) -> None:
-    assert rasterize([area(0, 0, 40, 40)], CLASSES, box=FRAME, downsample=downsample).shape == shape
-
-
-def test_rasterize_refuses_a_downsample_of_nothing() -> None:
-    with pytest.raises(AnnotationError, match="must be positive, got 0"):
-        rasterize([], CLASSES, box=FRAME, downsample=0)

@@ -20,12 +20,13 @@ from PIL import Image
 from shapely.geometry import LineString, MultiPoint, MultiPolygon, Point, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
-from darefine_qupath.annotations import Annotation, LabelPainter, Plane
+from darefine_qupath.annotations import Annotation, Plane
 from darefine_qupath.classes import ClassMap, Color, PathClass
 from darefine_qupath.errors import ExchangeError, ProjectError
 from darefine_qupath.exchange import layers, read_annotations, write_geojson, write_label_tiff
 from darefine_qupath.exchange.shapes import ellipse, snapped
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.pipeline.annotation_import import import_files, match_files
 from darefine_qupath.pipeline.create import create_from_slides
 from darefine_qupath.project import Project, create_project

@@ -22,21 +22,15 @@ from shapely.affinity import translate
 from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
 
-from darefine_qupath.annotations import (
-    NOBODY,
-    Annotation,
-    LabelPainter,
-    Plane,
-    by_annotators,
-    count_unlearnable,
-    unlearnable_words,
-)
+from darefine_qupath.annotations import NOBODY, Annotation, Plane, by_annotators
 from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
 from darefine_qupath.exchange.file_names import NameIndex
 from darefine_qupath.exchange.reconcile import Origin, contents, reconcile
 from darefine_qupath.exchange.shapes import snapped
+from darefine_qupath.geometry import Box
+from darefine_qupath.masks import LabelPainter, count_unlearnable, unlearnable_words
 from darefine_qupath.pipeline.annotation_export import export_geojson, export_labels
 from darefine_qupath.pipeline.annotation_import import Import, ImportOptions, import_files, match_files
 from darefine_qupath.pipeline.check import check_project
@@ -763,7 +757,7 @@ def test_what_bounds_the_work_and_is_nobodys_counts_for_every_annotator(bound: s
 def test_what_is_counted_is_what_labels_nothing(record: Annotation) -> None:
     painter = LabelPainter([record], ClassMap(names=("Tumor",)))
     frame = box(0, 0, *SIZE)
-    is_blank = painter.is_empty or not frame.intersection(record.geometry).area
+    is_blank = not painter.touches(Box.of(SIZE)) or not frame.intersection(record.geometry).area
     assert bool(count_unlearnable([record], SIZE)) == is_blank
 
 

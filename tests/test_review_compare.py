@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import shapely
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import IGNORE, PathClass
 from darefine_qupath.errors import EngineError
 from darefine_qupath.geometry import Box
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.project import Changes, ImageEntry, Project, open_project
 from darefine_qupath.review import (

@@ -10,9 +10,10 @@ import shapely
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.slides import open_slide
 from darefine_qupath.slides.openslide_reader import OpenSlideReader
 from darefine_qupath.tiles.plan import TilePair

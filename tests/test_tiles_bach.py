@@ -12,9 +12,9 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image
 
-from darefine_qupath.annotations import LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import open_slide
 from darefine_qupath.tiles.plan import plan_tiles

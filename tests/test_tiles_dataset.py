@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from darefine_qupath.annotations import Annotation, LabelPainter, Plane
+from darefine_qupath.annotations import Annotation, Plane
 from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import MissingMppError, SlideError, SlideNotFoundError, TileError
 from darefine_qupath.geometry import Box
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.tiles.build import build_dataset
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of

@@ -16,13 +16,14 @@ from rasterio.features import shapes
 from rasterio.windows import Window
 from shapely.geometry import shape
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import IGNORE, Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.imported import Imported
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.masks import LabelPainter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from darefine_qupath.annotations import LabelPainter, by_annotators, class_counts
+from darefine_qupath.annotations import by_annotators, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.exchange import write_geojson, write_label_tiff
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.pipeline.selection import (
     check_annotators,
     choose_images,

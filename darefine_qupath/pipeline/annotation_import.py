@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
-from darefine_qupath.annotations import (
-    Annotation,
-    class_counts,
-    count_unlearnable,
-    unlearnable_words,
-)
+from darefine_qupath.annotations import Annotation, class_counts
 from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange import Imported, Note, read_annotations
 from darefine_qupath.exchange.documents import member_names
 from darefine_qupath.exchange.file_names import NameIndex
 from darefine_qupath.exchange.reconcile import Origin, Reconciled, reconcile
 from darefine_qupath.limits import naming
+from darefine_qupath.masks import count_unlearnable, unlearnable_words
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
 from darefine_qupath.project.qpdata.stored import stored_records
 from darefine_qupath.slides import read_glass_frame

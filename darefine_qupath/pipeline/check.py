@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import shapely
 
-from darefine_qupath.annotations import (
-    Annotation,
-    Plane,
-    annotators_in,
-    class_counts,
-    count_unlearnable,
-    unlearnable_words,
-)
+from darefine_qupath.annotations import Annotation, Plane, annotators_in, class_counts
 from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import DarefineError, MissingMppError, ProjectError
 from darefine_qupath.limits import wording
+from darefine_qupath.masks import count_unlearnable, unlearnable_words
 from darefine_qupath.pipeline.alignment import check_alignment
 from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.selection import OVERLAP, choose_images, size_mismatch

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.geometry import Size, fit_within
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.pipeline.scoring import slide_size, truth_labels, truth_of
 from darefine_qupath.pipeline.selection import choose_images
 from darefine_qupath.pipeline.slide_tasks import map_folder

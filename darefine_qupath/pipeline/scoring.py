@@ -10,12 +10,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint.model_file import Checkpoint
 from darefine_qupath.classes import IGNORE, UNLABELLED_IGNORE
 from darefine_qupath.errors import PredictionError, TileError
 from darefine_qupath.exchange import read_annotations
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.selection import source_of
 from darefine_qupath.prediction import ScoreMap

@@ -8,19 +8,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from darefine_qupath.annotations import (
-    NOBODY,
-    Annotation,
-    annotator_of,
-    annotators_in,
-    class_counts,
-    count_unlearnable,
-    unlearnable_words,
-)
+from darefine_qupath.annotations import NOBODY, Annotation, annotator_of, annotators_in, class_counts
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import DarefineError, ProjectError, SlideError, TileError
 from darefine_qupath.geometry import PixelSize
 from darefine_qupath.limits import wording
+from darefine_qupath.masks import count_unlearnable, unlearnable_words
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project, image_titles
 from darefine_qupath.slides import open_slide

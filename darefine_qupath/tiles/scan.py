@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from darefine_qupath.annotations import LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import SlideError, TileError
 from darefine_qupath.geometry import Box
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.jobs import ScannedTiles, TileJob, TileScanner, run_jobs

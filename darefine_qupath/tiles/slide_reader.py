@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from darefine_qupath.annotations import LabelPainter
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import SlideError, TileError
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.slides import Slide
 from darefine_qupath.tiles.index import TileRecord
 from darefine_qupath.tiles.reading import read_context, read_slice

@@ -32,8 +32,9 @@ import numpy as np
 import openslide
 import shapely
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import Slide, open_slide
 from darefine_qupath.tiles.build import build_dataset

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from darefine_qupath.annotations import Annotation, LabelPainter
+from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint.model_file import Checkpoint, load_checkpoint
 from darefine_qupath.classes import IGNORE
 from darefine_qupath.demo.layout import plan_layout
 from darefine_qupath.demo.painting import paint
 from darefine_qupath.demo.slides import draw_slide, write_slide
+from darefine_qupath.masks import LabelPainter
 from darefine_qupath.prediction import PredictOptions, predict_slide
 from darefine_qupath.prediction.plan import SlidePlan, plan_slide
 from darefine_qupath.tiles.spec import TileSpec
