@@ -66,19 +66,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from darefine_qupath.devices import choose_device
 from darefine_qupath.errors import TrainingStoppedError
-from darefine_qupath.training import loop
+from darefine_qupath.training import trainer
 from tests.training_toy import toy_config, toy_train
-rank, taken_step, ended = int(os.environ["RANK"]), loop.Stepper.train_on, {}
+rank, taken_step, ended = int(os.environ["RANK"]), trainer.Stepper.train_on, {}
 stopped, leaping = {"rank": None, "step": None}, {"rank": None}
 ticks = itertools.count()
-loop.time = SimpleNamespace(monotonic=lambda: 3600.0 * next(ticks) if rank == leaping["rank"] else 0.0)
+trainer.time = SimpleNamespace(monotonic=lambda: 3600.0 * next(ticks) if rank == leaping["rank"] else 0.0)
 def train_on(self, *given, **named):
     if (rank, self.step) == (stopped["rank"], stopped["step"]):
         os.kill(os.getpid(), 15)
     outcome = taken_step(self, *given, **named)
     ended["step"] = self.step
     return outcome
-loop.Stepper.train_on = train_on
+trainer.Stepper.train_on = train_on
 for leaping["rank"] in (0, 1):
     for stopped["rank"], stopped["step"] in itertools.product((0, 1), range(6)):
         out = Path(sys.argv[1]) / "{}-{}-{}".format(leaping["rank"], stopped["rank"], stopped["step"])

@@ -46,9 +46,8 @@ from darefine_qupath.tiles.sampling import expected_shares
 from darefine_qupath.tiles.slide_reader import TilePixels
 from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spec import TileSpec
-from darefine_qupath.training import RunFolder, TrainConfig, TrainingProgress, read_run
+from darefine_qupath.training import RunFolder, TrainConfig, TrainingProgress, outputs, read_run, start, trainer
 from darefine_qupath.training import loader as batches_module
-from darefine_qupath.training import loop as loop_module
 from darefine_qupath.training import state as state_module
 from darefine_qupath.training.interrupt import stop_on_signals
 from darefine_qupath.training.loader import load_batches, num_workers, plan_epoch, plan_run
@@ -140,7 +139,7 @@ def test_best_epoch_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: pytest.
         right, wrong = next(scores)
         return ConfusionMatrix([[right, wrong, 0], [0, 9, 0], [0, 0, 9]])
 
-    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "evaluate", scripted)
     result = toy_train(tmp_path, toy_config(epochs=3))
     assert result.metrics["epoch"] == 2
     assert read_header(result.best).provenance["epoch"] == 2
@@ -158,7 +157,7 @@ def test_last_epoch_is_also_measured_with_blank_contexts(
         wrong = 9 if context == "blank" else len(asked)
         return ConfusionMatrix([[9, wrong, 0], [0, 9, 0], [0, 0, 9]])
 
-    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "evaluate", scripted)
     model = toy_model(network=network, slice_encoder="resnet18", context_encoder="resnet18")
     result = toy_train(tmp_path, toy_config(epochs=2, encoder_weights="none"), model=model, train_data=toy_data(2))
     if network == "unet":
@@ -175,7 +174,7 @@ def test_last_epoch_is_also_measured_with_blank_contexts(
 
 def test_early_stop_after_validations_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     still = ConfusionMatrix([[3, 1, 0], [0, 4, 0], [0, 0, 4]])
-    monkeypatch.setattr(loop_module, "evaluate", lambda *_, **__: still)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: still)
     result = toy_train(tmp_path, toy_config(epochs=9, early_stop_patience=2))
     assert (result.epochs, result.is_early) == (3, True)
     again = toy_train(tmp_path, toy_config(epochs=9, early_stop_patience=2), resume=True)
@@ -286,15 +285,15 @@ def test_states_are_saved_by_the_clock(
     """Here every step takes a minute."""
     saves: list[int] = []
     steps = [0]
-    monkeypatch.setattr(loop_module, "save_state", lambda *given: saves.append(given[1].step))
-    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: 60.0 * steps[0]))
-    step = loop_module.Stepper.train_on
+    monkeypatch.setattr(trainer, "save_state", lambda *given: saves.append(given[1].step))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: 60.0 * steps[0]))
+    step = trainer.Stepper.train_on
 
     def counted(*args: object, **kwargs: object) -> object:
         steps[0] += 1
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(loop_module.Stepper, "train_on", counted)
+    monkeypatch.setattr(trainer.Stepper, "train_on", counted)
     toy_train(tmp_path, toy_config(checkpoint_minutes=minutes))
     assert saves == saved_at
 
@@ -307,7 +306,7 @@ def test_kill_between_metrics_and_state_repeats_the_epoch(
 
     config, model = toy_config(checkpoint_minutes=0), toy_model(dropout=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "save_state", dies)
+        patch.setattr(trainer, "save_state", dies)
         with pytest.raises(Killed):
             toy_train(tmp_path, config, model=model)
     assert [record["epoch"] for record in RunFolder(tmp_path).records()] == [1]
@@ -382,7 +381,7 @@ def test_signal_breaks_a_validation_off(
     tmp_path: Path, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     config, model = replace(recipe_config("paper"), workers=workers), toy_model(dropout=0.5)
-    counted, count = [], loop_module.evaluate
+    counted, count = [], trainer.evaluate
 
     def interrupted(*args: object, before_batch: Callable[[], None], **kwargs: object) -> ConfusionMatrix:
         def noted() -> None:
@@ -393,7 +392,7 @@ def test_signal_breaks_a_validation_off(
         return count(*args, before_batch=noted, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "evaluate", interrupted)
+        patch.setattr(trainer, "evaluate", interrupted)
         with pytest.raises(TrainingStoppedError, match="SIGINT ended training at epoch 1, step 3 of 3"):
             toy_train(tmp_path / "run", config, model=model)
     assert counted == [1]
@@ -402,14 +401,14 @@ def test_signal_breaks_a_validation_off(
 
 
 def test_signal_while_contexts_are_blank_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = loop_module.evaluate
+    count = trainer.evaluate
 
     def interrupted(*args: object, context: str, **kwargs: object) -> ConfusionMatrix:
         if context == "blank":
             os.kill(os.getpid(), signal.SIGINT)
         return count(*args, context=context, **kwargs)
 
-    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
     model = ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=8, num_classes=3)
     result = toy_train(tmp_path, toy_config(epochs=1), model=model, train_data=toy_data(5))
     assert (result.epochs, result.context_miou is not None) == (1, True)
@@ -493,7 +492,7 @@ def test_out_of_memory_says_which_settings_to_change(
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(loop_module.Stepper, "train_on", exhausted)
+    monkeypatch.setattr(trainer.Stepper, "train_on", exhausted)
     with pytest.raises(DeviceError, match=r"Out of memory with 4 tiles of 32 px.*lower --batch-size.*input_px"):
         toy_train(tmp_path)
 
@@ -759,9 +758,9 @@ def test_workers_are_what_was_asked_for() -> None:
 @settings(deadline=None, derandomize=True, max_examples=40)
 def test_class_weights_undo_what_the_drawn_tiles_show(counts: np.ndarray, balance: float) -> None:
     tiles, config = index_of(counts), TrainConfig(balance=balance, class_weights="inverse")
-    drawn = loop_module._weights(tiles, config, None)
+    drawn = start.sampling_weights(tiles, config, None)
     shares = expected_shares(tiles, np.ones(len(tiles)) if drawn is None else drawn)
-    weights = loop_module._class_weights(tiles, config, drawn).numpy()
+    weights = start.class_weights(tiles, config, drawn).numpy()
     there, capped = shares > 0, weights >= 10
     assert (weights[there & ~capped] * shares[there & ~capped]) == pytest.approx(
         (weights[there & ~capped] * shares[there & ~capped]).mean(), rel=1e-4
@@ -778,7 +777,7 @@ def test_class_weights_of_a_run_are_one_where_the_sampler_has_balanced(
     def seen(*_: object, class_weights: torch.Tensor, **__: object) -> None:
         raise SeenError(class_weights.tolist())
 
-    monkeypatch.setattr(loop_module, "Stepper", seen)
+    monkeypatch.setattr(trainer, "Stepper", seen)
     data = toy_data(0)
     data.tiles = TILES
     for balance, expected in ((1, [1, 1, 1]), (0, [0.071, 0.732, 2.197])):
@@ -805,9 +804,9 @@ def test_low_precision_learns_and_resumes(tmp_path: Path, precision: str) -> Non
 def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, int]] = []
     writer = SimpleNamespace(add_scalar=lambda name, _, epoch: written.append((name, epoch)), close=lambda: None)
-    monkeypatch.setattr(loop_module.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(loop_module, "import_module", lambda _: SimpleNamespace(SummaryWriter=lambda _: writer))
-    loop_module._write_tensorboard(tmp_path, {"epoch": 3, "loss": 0.5, "miou": None, "iou": {"Normal": 0.1, "B": None}})
+    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(outputs, "import_module", lambda _: SimpleNamespace(SummaryWriter=lambda _: writer))
+    outputs.write_tensorboard(tmp_path, {"epoch": 3, "loss": 0.5, "miou": None, "iou": {"Normal": 0.1, "B": None}})
     assert written == [("loss", 3), ("iou/Normal", 3)]
 
 

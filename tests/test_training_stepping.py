@@ -19,8 +19,7 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import ModelConfig, Normalization, SegmentationNetwork, build_model, encoder_parameters
 from darefine_qupath.prediction.engine import Engine, EngineSettings
-from darefine_qupath.training import TrainConfig
-from darefine_qupath.training import loop as loop_module
+from darefine_qupath.training import TrainConfig, trainer
 from darefine_qupath.training.augment import AugmentationParams, TileBatch
 from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.evaluation import evaluate
@@ -216,7 +215,7 @@ def test_weights_that_are_no_numbers_are_never_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, steps: int, message: str
 ) -> None:
     """The loss of the last step is still a number, and without validation nobody would look."""
-    monkeypatch.setattr(loop_module, "Stepper", Spoilt)
+    monkeypatch.setattr(trainer, "Stepper", Spoilt)
     config = toy_config(
         epochs=1, samples_per_epoch=4 * steps, precision=precision, checkpoint_steps=2, grad_clip_norm=0
     )
