@@ -129,7 +129,7 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, error: type[DarefineError]) -> Iterator[Path]:
+def atomic_write(path: Path, error: type[DarefineError], *, like: Path | None = None) -> Iterator[Path]:
     """Give a temporary file beside `path` that takes its place once it is written and on the disk.
 
     Parameters
@@ -139,6 +139,8 @@ def atomic_write(path: Path, error: type[DarefineError]) -> Iterator[Path]:
         extended attributes for good; a link stays one.
     error : type of DarefineError
         Raised, with path and reason, where the system refuses.
+    like : Path, optional
+        A file whose owner, mode and extended attributes a new file gets.
 
     Yields
     ------
@@ -159,13 +161,14 @@ def atomic_write(path: Path, error: type[DarefineError]) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         # Some writers (safetensors) leave files that only their owner reads; a result has the user's usual rights.
         mode = temporary.stat().st_mode
-        if target.is_file():
+        model = target if target.is_file() else like
+        if model is not None:
             temporary.chmod(stat.S_IRUSR | stat.S_IWUSR)  # nobody reads half of it who might not read the former one
         yield temporary
         with temporary.open("rb+") as file:
             temporary.chmod(mode)
-            if target.is_file():
-                keep_attributes(target, temporary)
+            if model is not None:
+                keep_attributes(model, temporary)
             os.fsync(file.fileno())
         replace_file(temporary, target)
         sync_folder(target.parent)

@@ -287,6 +287,18 @@ def test_a_digest_is_that_of_the_bytes(tmp_path: Path, length: int) -> None:
 # What stays as it is
 
 
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_dry_run_writes_nothing_into_the_project(project: Path, model_of: Model) -> None:
+    before = contents(project)
+    (found,) = predict_project(request_of(project, model_of(), images=("test-3.tif",), dry_run=True)).outcomes
+    assert found.num_polygons
+    assert (found.error, found.to_json()["map"]) == (None, None)
+    assert contents(project) == before
+
+
 def test_a_dry_run_and_an_evaluation_leave_the_maps_of_another_model_alone(project: Path, model_of: Model) -> None:
     def maps() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in (project / "darefine" / "maps").rglob("*") if path.is_file()}
@@ -295,7 +307,9 @@ def test_a_dry_run_and_an_evaluation_leave_the_maps_of_another_model_alone(proje
     predict_project(request_of(project, model, images=("test-3.tif",)))
     before = maps()
     other = request_of(project, model_of(seed=1), images=("test-3.tif",))
+    everything = contents(project)
     (dry,) = predict_project(replace(other, dry_run=True)).outcomes
+    assert contents(project) == everything
     assert dry.score_map is not None
     assert dry.error is None
     evaluated = evaluate_project(evaluation_of(project, other.model, images=("test-3.tif",)))

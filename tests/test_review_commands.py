@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.geometry import Box, Size
+from darefine_qupath.pipeline.identity import project_id
 from darefine_qupath.pipeline.next_places import find_places
 from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.polygons import ClassPolygon
@@ -221,3 +223,16 @@ def test_marks_do_not_stand_in_the_way_of_undo(folder: Path) -> None:
         mark_places(project, find_places(project, [image], count=3))
         undo(project)
         assert {(record.name or "")[:6] for record in project.objects(image)} == {"Review"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_new_files_of_a_project_have_the_mode_of_its_own(tmp_path: Path) -> None:
+    project_file = shutil.copytree(TINY, tmp_path / "private") / "project.qpproj"
+    project_file.chmod(0o640)
+    with open_project(project_file, engine="embedded") as project:
+        project_id(project)
+        write_back(project, project.images[0], [], model="m1", classes=CLASSES)
+    folder = project_file.parent / "darefine"
+    own = [path for path in folder.rglob("*") if path.is_file() and "backups" not in path.parts]
+    assert {path.name for path in own} >= {".lock", "last-run", "project.json"}
+    assert {oct(path.stat().st_mode)[-3:] for path in own} == {"640"}

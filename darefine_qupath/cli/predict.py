@@ -144,7 +144,11 @@ def predict_options(given: dict[str, Any]) -> PredictOptions:
         help="Predictions may overlap your annotations of this class; may be repeated.",
     ),
     click.option("--maps-only", is_flag=True, help="Only compute score maps; leave the project as it is."),
-    click.option("--dry-run", is_flag=True, help="Say what would change in the project, and change nothing."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Say what would change in the project, and write nothing into its folder: score maps are not kept.",
+    ),
     engine_option,
 )
 @network_options()

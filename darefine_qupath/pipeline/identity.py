@@ -43,7 +43,7 @@ def project_id(project: Project) -> str | None:
         return found
     try:
         path.parent.mkdir(exist_ok=True)
-        with atomic_write(path, ProjectError) as temporary:
+        with atomic_write(path, ProjectError, like=project.path) as temporary:
             temporary.write_text(json.dumps({"id": str(uuid4())}) + "\n", encoding="utf-8")
     except (OSError, ProjectError) as error:
         _log.info("The project is given no id: %s", error)

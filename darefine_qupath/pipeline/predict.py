@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from darefine_qupath.pipeline.identity import project_id
 from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.provenance import MODEL_FILE
 from darefine_qupath.pipeline.selection import Skipped, choose_images
-from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
+from darefine_qupath.pipeline.slide_tasks import SlideRequest, plan_slides, predict_elsewhere, predict_slides
 from darefine_qupath.polygons import ClassPolygon, vectorize
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.prediction.tasks import load_model
@@ -101,7 +102,7 @@ class PredictRequest(SlideRequest):
     write : WriteOptions or None
         Of the objects; None leaves the project as it is (score maps only).
     dry_run : bool
-        Say what would change in the project, and change nothing; score maps that are there stay as well.
+        Say what would change in the project, and write nothing into its folder: score maps are not kept.
     """
 
     engine: Literal["auto", "embedded", "paquo"] = "auto"
@@ -146,7 +147,7 @@ class ImagePrediction:
             "area_mm2": None if found is None else found.areas_mm2(),
             "share": None if found is None else found.shares(),
             "unpredicted_share": None if found is None else found.unpredicted_share,
-            "map": None if found is None else str(found.folder),
+            "map": None if found is None or not found.folder.is_dir() else str(found.folder),
             "warnings": [] if found is None else [warning.to_json() for warning in found.warnings],
         }
 
@@ -232,12 +233,16 @@ def predict_project(request: PredictRequest, *, listener: Listener = SILENT) -> 
     if request.scheduler is None:
         choose_device(request.options.device)
     left_out = request.polygons.left_out(header.classes)
-    with open_project(request.project, engine=request.engine) as project:
+    with contextlib.ExitStack() as resources:
+        project = resources.enter_context(open_project(request.project, engine=request.engine))
         images, skipped = choose_images(project, request.images)
         if request.write is not None:
             _check_overlapped_classes(project, images, request.write.over)
         plan = plan_slides(project, images, request)
-        tasks = tuple(keep_former_map(task, header) for task in plan.tasks) if request.dry_run else plan.tasks
+        tasks = plan.tasks
+        if request.dry_run:
+            scratch = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="darefine-")))
+            tasks = tuple(predict_elsewhere(task, header, scratch) for task in tasks)
         skipped = (*skipped, *plan.skipped)
         names = image_titles({image.id: image.name for image in project.images})
         if not tasks:

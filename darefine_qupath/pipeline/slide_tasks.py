@@ -24,7 +24,15 @@ from darefine_qupath.prediction.tasks import SlideResult, SlideTask
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.slides import open_slide
 
-__all__ = ["SlidePlan", "SlideRequest", "keep_former_map", "map_folder", "plan_slides", "predict_slides"]
+__all__ = [
+    "SlidePlan",
+    "SlideRequest",
+    "keep_former_map",
+    "map_folder",
+    "plan_slides",
+    "predict_elsewhere",
+    "predict_slides",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +116,28 @@ def plan_slides(project: Project, images: Sequence[ImageEntry], request: SlideRe
 
 
 def keep_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
-    """Give a prediction that changes nothing another folder where a map lies that is not the same, or is unfinished."""
-    if not any((task.out / name).exists() for name in ("scoremap.json", "partial")):
+    """Give an evaluation another folder where a map lies that is not the same, or is unfinished."""
+    is_free = not any((task.out / name).exists() for name in ("scoremap.json", "partial"))
+    if is_free or _is_finished(task, header):
         return task
+    return replace(task, out=task.out.parents[1] / "other-maps" / task.out.name)
+
+
+def predict_elsewhere(task: SlideTask, header: CheckpointHeader, folder: Path) -> SlideTask:
+    """Give a dry run a folder outside the project, unless the map that it needs is finished and only read."""
+    return task if _is_finished(task, header) else replace(task, out=folder / task.key)
+
+
+def _is_finished(task: SlideTask, header: CheckpointHeader) -> bool:
+    if not task.options.resume:
+        return False
     try:
         found = read_score_map(task.out)
         with open_slide(task.slide, crop_bounds=task.options.crop_bounds, reader=task.options.reader) as slide:
             mpp = slide.mpp if task.mpp is None else task.mpp
-            is_same = found.fingerprint == compute_fingerprint(slide, header, mpp=mpp, options=task.options)
+            return found.fingerprint == compute_fingerprint(slide, header, mpp=mpp, options=task.options)
     except DarefineError:
-        is_same = False
-    keep = is_same and task.options.resume
-    return task if keep else replace(task, out=task.out.parents[1] / "other-maps" / task.out.name)
+        return False
 
 
 def _area_of(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:

@@ -180,7 +180,10 @@ def write_lock(folder: Path, *, patience_s: float | None = None) -> Iterator[Non
     path = folder / OWN_FOLDER / ".lock"
     try:
         path.parent.mkdir(exist_ok=True)
+        is_new = not path.exists()
         descriptor = open_lock(path)
+        if is_new and (like := project_file(folder)) is not None:
+            keep_attributes(like, path)
     except OSError as error:
         raise write_error(folder, error) from error
     try:
@@ -248,6 +251,11 @@ def write_error(what: Path, error: OSError) -> ProjectWriteError:
     return ProjectWriteError(f"Cannot write to {what}: {error.strerror or error}{hint}. The project is as it was")
 
 
+def project_file(folder: Path) -> Path | None:
+    """Return the file of the project in a folder, whose owner and mode new files of the project get."""
+    return min(folder.glob("*.qpproj"), default=None)
+
+
 def write_synced(path: Path, data: bytes, *, like: Path | None = None) -> None:
     """Write a new file and make sure that it is on the disk; with the attributes of `like`, where that is given."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -309,7 +317,7 @@ class Batch:
         backup : Path, optional
             Keep the former content here for good.
         like : Path, optional
-            A file whose owner, mode and extended attributes one that is made gets.
+            A file whose owner, mode and extended attributes one that is made gets, the project file by default.
 
         Returns
         -------
@@ -327,7 +335,7 @@ class Batch:
             former = self._keep_former(target, backup)
             new = self._new_name(target)
             self._staged.append(_Staged(target, new, former))
-            write_synced(new, data, like=like if former is None and like is not None and like.is_file() else former)
+            write_synced(new, data, like=former or (like if like and like.is_file() else project_file(self._folder)))
         except OSError as error:
             raise write_error(target, error) from error
         return new
