@@ -180,7 +180,7 @@ def test_ndpa_refuses_by_name(write: Write) -> None:
     assert len(imported.annotations) == 1
     assert [note.reason for note in imported.refused] == [
         "has no points",
-        "counts in 'pixels', and not in nanometres",
+        "counts in 'pixels', and not in nanometers",
         "is of the unknown type 'blob'",
         "is a view without a shape",
     ]
@@ -209,7 +209,7 @@ def test_ndpa_into_a_project_of_its_slide(tmp_path: Path) -> None:
 def test_ndpa_beside_a_slide_of_another_scanner_makes_no_project(tmp_path: Path) -> None:
     slide = write_pyramid(tmp_path / "a.tif", ramps(200, 200))
     (tmp_path / "a.ndpa").write_text(ndpa(state(freehand(SQUARE))))
-    with pytest.raises(ExchangeError, match=r"a\.ndpa: NDPA counts in nanometres .*XOffsetFromSlideCentre"):
+    with pytest.raises(ExchangeError, match=r"a\.ndpa: NDPA counts in nanometers .*XOffsetFromSlideCentre"):
         create_from_slides(tmp_path / "p", [slide], annotations=tmp_path, engine="embedded")
     assert not (tmp_path / "p").exists()
 

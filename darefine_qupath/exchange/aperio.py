@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,8 @@ from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 from darefine_qupath.annotations import RoiKind
 from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.imported import Note
-from darefine_qupath.exchange.layers import Hole, Region, add_regions, is_negative, layers, line_colour, vertices
+from darefine_qupath.exchange.layers import LayerReader
+from darefine_qupath.exchange.request import ReadRequest
 from darefine_qupath.exchange.shapes import crossings, ellipse, snapped
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from darefine_qupath.exchange.imported import Imported
 
-__all__ = ["read_aperio"]
+__all__ = ["is_aperio", "read_aperio"]
 
 # ImageScope's Region@Type. It also calls a freehand shape 1, so that two or four vertices make a rectangle.
 _RECTANGLE, _ELLIPSE, _ARROW, _RULER, _COUNTER = "1", "2", "3", "4", "5"
@@ -50,119 +50,114 @@ _OVERSHOOT = 0.01
 _MAX_LOOPS = 1000
 
 
-def read_aperio(
-    path: Path, root: Element, *, mpp: float | None = None, classes: Sequence[str] = (), class_from: Sequence[str] = ()
-) -> Imported:
+def is_aperio(root: Element) -> bool:
+    """Whether XML is Aperio's, where it is not HALO's."""
+    return root.tag == "Annotations"
+
+
+def read_aperio(request: ReadRequest, root: Element) -> Imported:
     """Read the layers of an ImageScope file.
 
     Parameters
     ----------
-    path : Path
-        The file, for messages.
+    request : ReadRequest
+        The file. The class stands in ``attribute``, ``layer``, ``text`` or ``description``.
     root : Element
         ``<Annotations>``.
-    mpp : float, optional
-        Micrometres per pixel of the image.
-    classes : sequence of str, optional
-        Class names of the project.
-    class_from : sequence of str, optional
-        Where the class stands, of ``attribute``, ``layer``, ``text`` and ``description``.
 
     Returns
     -------
     Imported
         One annotation per region that is not a cut-out.
-
-    Raises
-    ------
-    ExchangeError
-        If there is no such field, or the file cannot be read.
     """
-    collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
+    collector = request.collector(*_FIELDS)
     stated = _positive(root.get("MicronsPerPixel"))
-    if mpp is not None and stated is not None and abs(stated / mpp - 1) > _MPP_TOLERANCE:
+    if request.mpp is not None and stated is not None and abs(stated / request.mpp - 1) > _MPP_TOLERANCE:
         collector.warnings.append(
-            f"{path}: drawn at {stated:g} um/px, the image has {mpp:g}; coordinates were taken as they are, check them"
+            f"{request.path}: drawn at {stated:g} um/px, the image has {request.mpp:g}; coordinates were taken as they "
+            f"are, check them"
         )
-    for index, (layer, regions) in enumerate(layers(root), 1):
-        _read_layer(collector, layer, regions, f"layer {layer.get('Id') or index}", stated)
+    _AperioLayers(collector, stated).read(root)
     return collector.result("Aperio XML", mpp=stated)
 
 
-def _read_layer(
-    collector: Collector, layer: Element, elements: Sequence[Element], layer_name: str, mpp: float | None
-) -> None:
-    regions: list[Region] = []
-    holes: list[Hole] = []
-    for index, element in enumerate(elements, 1):
-        item = f"region {element.get('Id') or index} of {layer_name}"
-        with collector.item(item):
-            drawn, roi = _geometry(element, vertices(element, item, "Vertices/Vertex"))
-            geometry = collector.shape(item, drawn)
-            if geometry is None:
-                continue
-            if roi is None:
-                geometry = _without_overshoot(collector, item, drawn, geometry)
-            if is_negative(element):
-                holes.append(Hole(item, geometry))
-                continue
-            _check_area(collector, item, element, drawn, mpp)
-            choice = collector.choose(_fields(element, layer))
-            collector.color(choice.name, line_colour(layer))
-            name = (element.get("Text") or "").strip() or None
-            regions.append(Region(item, geometry, roi, choice, name))
-    add_regions(collector, layer_name, regions, holes)
+class _AperioLayers(LayerReader):
+    corner_tag = "Vertices/Vertex"
 
+    def __init__(self, collector: Collector, mpp: float | None) -> None:
+        super().__init__(collector)
+        self._mpp = mpp
 
-def _fields(element: Element, layer: Element) -> Mapping[str, str | None]:
-    """Give what may be the class of a region; a layer's name of nobody's giving comes last."""
-    name = layer.get("Name", "").strip()
-    fields = {
-        "attribute": _attribute(element),
-        "layer": name,
-        "text": element.get("Text"),
-        "description": _attribute(layer) or _description(layer),
-    }
-    if _NAMELESS.fullmatch(name):
-        fields["layer"] = fields.pop("layer")
-    return fields
+    def layer_name(self, layer: Element, index: int) -> str:
+        return f"layer {layer.get('Id') or index}"
 
+    def region_id(self, element: Element) -> str | None:
+        return element.get("Id")
 
-def _geometry(element: Element, vertices: NDArray[np.float64]) -> tuple[BaseGeometry, RoiKind | None]:
-    kind, count = element.get("Type", "0").strip(), len(vertices)
-    if kind == _COUNTER or count == 1:
-        return (Point(vertices[0]) if count == 1 else MultiPoint(vertices)), "Points"
-    (left, top), (right, bottom) = vertices.min(axis=0).tolist(), vertices.max(axis=0).tolist()
-    if kind == _ELLIPSE and count in (2, 4):
-        return ellipse(left, top, right, bottom), "Ellipse"
-    if kind == _RECTANGLE and count == 2:
-        return box(left, top, right, bottom), "Rectangle"
-    if kind in (_ARROW, _RULER) or count == 2:
-        return LineString(vertices), "Line" if count == 2 else "Polyline"
-    return Polygon(vertices), None
+    def geometry(
+        self,
+        element: Element,
+        corners: NDArray[np.float64],
+        item: str,  # noqa: ARG002
+    ) -> tuple[BaseGeometry, RoiKind | None]:
+        kind, count = element.get("Type", "0").strip(), len(corners)
+        if kind == _COUNTER or count == 1:
+            return (Point(corners[0]) if count == 1 else MultiPoint(corners)), "Points"
+        (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+        if kind == _ELLIPSE and count in (2, 4):
+            return ellipse(left, top, right, bottom), "Ellipse"
+        if kind == _RECTANGLE and count == 2:
+            return box(left, top, right, bottom), "Rectangle"
+        if kind in (_ARROW, _RULER) or count == 2:
+            return LineString(corners), "Line" if count == 2 else "Polyline"
+        return Polygon(corners), None
 
+    def mended(self, item: str, drawn: BaseGeometry, geometry: BaseGeometry) -> BaseGeometry:
+        """Drop what the pen enclosed the wrong way round when it overshot the start of the shape.
 
-def _without_overshoot(collector: Collector, item: str, drawn: BaseGeometry, geometry: BaseGeometry) -> BaseGeometry:
-    """Drop what the pen enclosed the wrong way round when it overshot the start of the shape.
+        ImageScope counts such a loop as negative. A larger one stays: somebody drew an eight.
+        """
+        if drawn.is_valid or crossings(drawn, _MAX_LOOPS) > _MAX_LOOPS:
+            return geometry
+        loops = shapely.get_parts(shapely.polygonize([shapely.node(drawn.exterior)]))
+        if not 1 < len(loops) <= _MAX_LOOPS:
+            return geometry
+        turns = np.array([_winding(drawn, loop.representative_point()) for loop in loops])
+        areas = shapely.area(loops)
+        is_backwards = turns * np.sign((turns * areas).sum()) < 0
+        lost = areas[is_backwards].sum()
+        if not 0 < lost <= _OVERSHOOT * areas.sum():
+            return geometry
+        kept, _ = snapped(shapely.union_all(loops[(turns != 0) & ~is_backwards]))
+        self.collector.repaired[-1] = Note(
+            item=item, reason=f"crossed itself; the pen overshot, {lost:.0f} of {areas.sum():.0f} px^2 dropped"
+        )
+        return kept if kept is not None else geometry
 
-    ImageScope counts such a loop as negative. A larger one stays: somebody drew an eight.
-    """
-    if drawn.is_valid or crossings(drawn, _MAX_LOOPS) > _MAX_LOOPS:
-        return geometry
-    loops = shapely.get_parts(shapely.polygonize([shapely.node(drawn.exterior)]))
-    if not 1 < len(loops) <= _MAX_LOOPS:
-        return geometry
-    turns = np.array([_winding(drawn, loop.representative_point()) for loop in loops])
-    areas = shapely.area(loops)
-    is_backwards = turns * np.sign((turns * areas).sum()) < 0
-    lost = areas[is_backwards].sum()
-    if not 0 < lost <= _OVERSHOOT * areas.sum():
-        return geometry
-    kept, _ = snapped(shapely.union_all(loops[(turns != 0) & ~is_backwards]))
-    collector.repaired[-1] = Note(
-        item=item, reason=f"crossed itself; the pen overshot, {lost:.0f} of {areas.sum():.0f} px^2 dropped"
-    )
-    return kept if kept is not None else geometry
+    def check(self, item: str, element: Element, drawn: BaseGeometry) -> None:
+        """Warn where the vertices do not enclose the area that the file states."""
+        stated = _positive(element.get("AreaMicrons"))
+        if stated is None or self._mpp is None or drawn.area == 0:
+            return
+        area = drawn.area * self._mpp**2
+        if abs(area / stated - 1) > _AREA_TOLERANCE:
+            self.collector.warnings.append(f"{item}: the file states {stated:.0f} um^2, its vertices {area:.0f}")
+
+    def fields(self, element: Element, layer: Element) -> Mapping[str, str | None]:
+        """Give what may be the class of a region; a layer's name that nobody gave comes last."""
+        name = layer.get("Name", "").strip()
+        fields = {
+            "attribute": _attribute(element),
+            "layer": name,
+            "text": element.get("Text"),
+            "description": _attribute(layer) or _description(layer),
+        }
+        if _NAMELESS.fullmatch(name):
+            fields["layer"] = fields.pop("layer")
+        return fields
+
+    def remark(self, element: Element) -> str | None:
+        return (element.get("Text") or "").strip() or None
 
 
 def _winding(polygon: BaseGeometry, point: Point) -> int:
@@ -171,15 +166,6 @@ def _winding(polygon: BaseGeometry, point: Point) -> int:
     (x1, y1), (x2, y2) = corners[:-1].T, corners[1:].T
     left = x1 * y2 - x2 * y1
     return int(np.sum((y1 <= 0) & (y2 > 0) & (left > 0)) - np.sum((y1 > 0) & (y2 <= 0) & (left < 0)))
-
-
-def _check_area(collector: Collector, item: str, element: Element, drawn: BaseGeometry, mpp: float | None) -> None:
-    """Warn where the vertices do not enclose the area that the file states."""
-    stated = _positive(element.get("AreaMicrons"))
-    if stated is None or mpp is None or drawn.area == 0:
-        return
-    if abs(drawn.area * mpp**2 / stated - 1) > _AREA_TOLERANCE:
-        collector.warnings.append(f"{item}: the file states {stated:.0f} um^2, its vertices {drawn.area * mpp**2:.0f}")
 
 
 def _attribute(element: Element) -> str | None:

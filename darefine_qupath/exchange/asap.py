@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from shapely.geometry import LineString, MultiPoint, Point, Polygon
 
 from darefine_qupath.annotations import Annotation, RoiKind
-from darefine_qupath.classes import Color
-from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.class_fields import ClassChoice
 from darefine_qupath.exchange.collector import Collector
-from darefine_qupath.exchange.values import number
+from darefine_qupath.exchange.request import ReadRequest
+from darefine_qupath.exchange.values import hex_color, number
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -24,34 +22,35 @@ if TYPE_CHECKING:
 
     from darefine_qupath.exchange.imported import Imported
 
-__all__ = ["read_asap"]
+__all__ = ["is_asap", "read_asap"]
 
 _FIELDS = ("group", "name")
 _AREAS = ("Polygon", "Spline", "Rectangle")
 
 
-def read_asap(path: Path, root: Element, *, classes: Sequence[str] = (), class_from: Sequence[str] = ()) -> Imported:
+def is_asap(root: Element) -> bool:
+    """Whether XML is ASAP's."""
+    return root.tag == "ASAP_Annotations"
+
+
+def read_asap(request: ReadRequest, root: Element) -> Imported:
     """Read the annotations of an ASAP file.
 
     Parameters
     ----------
-    path : Path
-        The file, for messages.
+    request : ReadRequest
+        The file. The class stands in ``group`` (the default) or ``name``.
     root : Element
         ``<ASAP_Annotations>``.
-    classes : sequence of str, optional
-        Class names of the project.
-    class_from : sequence of str, optional
-        Where the class stands, of ``group`` and ``name``.
 
     Returns
     -------
     Imported
         A spline becomes the polygon of its points.
     """
-    collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
+    collector = request.collector(*_FIELDS)
     for group in root.iterfind("AnnotationGroups/Group"):
-        collector.color(collector.class_name(group.get("Name")), _color(group.get("Color")))
+        collector.color(collector.class_name(group.get("Name")), hex_color(group.get("Color")))
     for index, element in enumerate(root.iterfind("Annotations/Annotation")):
         name = (element.get("Name") or "").strip()
         item = f"annotation {index} ({name})" if name else f"annotation {index}"
@@ -61,7 +60,7 @@ def read_asap(path: Path, root: Element, *, classes: Sequence[str] = (), class_f
             if geometry is None:
                 continue
             choice = _choice(collector, element, name)
-            collector.color(choice.name, _color(element.get("Color")))
+            collector.color(choice.name, hex_color(element.get("Color")))
             record = Annotation(geometry=geometry, path_class=choice.name, name=name or None, roi=roi)
             collector.add(item, record, choice)
     return collector.result("ASAP XML")
@@ -99,10 +98,3 @@ def _geometry(element: Element, points: NDArray[np.float64], item: str) -> tuple
     if len(points) < 3:
         raise ExchangeError(f"{item} has {len(points)} corners and encloses no area")
     return Polygon(points), None
-
-
-def _color(text: str | None) -> Color | None:
-    try:
-        return Color.from_hex(text or "")
-    except ClassMapError:
-        return None

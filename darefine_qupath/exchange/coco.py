@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,10 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry import shape as shapely_shape
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Color
-from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.collector import Collector
-from darefine_qupath.exchange.values import scalars
+from darefine_qupath.exchange.request import ReadRequest
+from darefine_qupath.exchange.values import band_color, hex_color, scalars
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from darefine_qupath.exchange.class_fields import ClassChoice
     from darefine_qupath.exchange.imported import Imported
 
-__all__ = ["Picture", "holds_coco", "read_coco"]
+__all__ = ["holds_coco", "read_coco"]
 
 _CATEGORY, _SUPER = "category", "supercategory"
 _OWN = ("id", "image_id", "category_id", "area", "iscrowd", "score", "segmentation", "bbox")
@@ -40,22 +39,6 @@ _MAX_MASK_PX = 100_000_000
 _ASPECT_TOLERANCE = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """The image of a project that a file is read for.
-
-    Attributes
-    ----------
-    name : str or None
-        Its file name.
-    size : tuple of int or None
-        Width and height in level-0 pixels.
-    """
-
-    name: str | None = None
-    size: tuple[int, int] | None = None
-
-
 def holds_coco(data: object) -> bool:
     """Whether JSON is a COCO data set, or the list of results that detectors write."""
     if isinstance(data, dict):
@@ -64,28 +47,16 @@ def holds_coco(data: object) -> bool:
     return isinstance(first, dict) and "category_id" in first and bool({"segmentation", "bbox"} & first.keys())
 
 
-def read_coco(
-    path: Path,
-    data: object,
-    picture: Picture,
-    *,
-    classes: Sequence[str] = (),
-    class_from: Sequence[str] = (),
-) -> Imported:
+def read_coco(request: ReadRequest, data: object) -> Imported:
     """Read the annotations of one image.
 
     Parameters
     ----------
-    path : Path
-        The file, for messages.
+    request : ReadRequest
+        The file and the image; a file of a single image is taken as being of it. The class stands in ``category`` (the
+        default), ``supercategory``, or an attribute.
     data : object
         Its JSON, of which `holds_coco` is true.
-    picture : Picture
-        Whose annotations; a file of a single image is taken as being of it.
-    classes : sequence of str, optional
-        Class names of the project.
-    class_from : sequence of str, optional
-        Where the class stands: ``category`` (the default), ``supercategory``, or an attribute.
 
     Returns
     -------
@@ -97,16 +68,16 @@ def read_coco(
     ExchangeError
         If the image is not in the file, or has another shape.
     """
-    collector = Collector(path, classes, class_from=class_from)
+    collector, path = request.collector(), request.path
     table: dict[str, Any] = data if isinstance(data, dict) else {"annotations": data}
     images = _dicts(table.get("images"))
-    image = _image(path, images, picture)
+    image = _image(path, images, request)
     if image is None:
         _check_one_image(path, table["annotations"])
     else:
-        _warn_of_another_name(collector, image, picture)
+        _warn_of_another_name(collector, image, request)
     categories = _by_id(path, _dicts(table.get("categories")), "categories", "name")
-    reader = _Reader(collector, categories, _scale(collector, image, picture), _size(image) or picture.size)
+    reader = _Reader(collector, categories, _scale(collector, image, request), _size(image) or request.image_size)
     others = 0
     for index, entry in enumerate(table["annotations"]):
         if image is not None and isinstance(entry, dict) and not _is_of(entry, image):
@@ -168,25 +139,27 @@ def _check_one_image(path: Path, entries: Sequence[object]) -> None:
         )
 
 
-def _warn_of_another_name(collector: Collector, image: Mapping[str, Any], picture: Picture) -> None:
+def _warn_of_another_name(collector: Collector, image: Mapping[str, Any], request: ReadRequest) -> None:
     name = image.get("file_name")
-    if picture.name is None or not isinstance(name, str) or _stem(name) == _stem(picture.name):
+    if request.image_name is None or not isinstance(name, str) or _stem(name) == _stem(request.image_name):
         return
-    collector.warnings.append(f"{collector.path}: its image is {name[:60]!r}, taken for {picture.name!r}")
+    collector.warnings.append(f"{collector.path}: its image is {name[:60]!r}, taken for {request.image_name!r}")
 
 
-def _image(path: Path, images: Sequence[Mapping[str, Any]], picture: Picture) -> Mapping[str, Any] | None:
+def _image(path: Path, images: Sequence[Mapping[str, Any]], request: ReadRequest) -> Mapping[str, Any] | None:
     """Entry of the image that is asked for; None where the file lists none."""
     _by_id(path, images, "images", "file_name")
     if len(images) <= 1:
         return images[0] if images else None
-    found = [entry for entry in images if picture.name and _stem(entry.get("file_name")) == _stem(picture.name)]
+    found = [
+        entry for entry in images if request.image_name and _stem(entry.get("file_name")) == _stem(request.image_name)
+    ]
     if len(found) == 1:
         return found[0]
     names = ", ".join(repr(str(entry.get("file_name"))[:60]) for entry in images[:5])
     raise ExchangeError(
         f"{path}: COCO of {len(images)} images ({names}{', ...' if len(images) > 5 else ''}), of which {len(found)} "
-        f"have the name of {picture.name!r}; keep the entry of this image"
+        f"have the name of {request.image_name!r}; keep the entry of this image"
     )
 
 
@@ -194,21 +167,21 @@ def _stem(name: object) -> str:
     return PurePosixPath(str(name).replace("\\", "/")).name.rsplit(".", 1)[0].casefold()
 
 
-def _scale(collector: Collector, image: Mapping[str, Any] | None, picture: Picture) -> tuple[float, float]:
+def _scale(collector: Collector, image: Mapping[str, Any] | None, request: ReadRequest) -> tuple[float, float]:
     """Level-0 pixels per pixel of the image that was annotated."""
     size = _size(image)
-    if picture.size is None or size is None or size == picture.size:
+    if request.image_size is None or size is None or size == request.image_size:
         return 1.0, 1.0
-    x, y = (whole / part for whole, part in zip(picture.size, size, strict=True))
+    x, y = (whole / part for whole, part in zip(request.image_size, size, strict=True))
     one_pixel = max(1 / side for side in size)
     if abs(x / y - 1) > max(_ASPECT_TOLERANCE, one_pixel):
         raise ExchangeError(
             f"{collector.path}: annotations of an image of {size[0]} x {size[1]} pixels, this one has "
-            f"{picture.size[0]} x {picture.size[1]}; they belong to another image, or to a part of it"
+            f"{request.image_size[0]} x {request.image_size[1]}; they belong to another image, or to a part of it"
         )
     collector.warnings.append(
         f"{collector.path}: drawn on a picture of {size[0]} x {size[1]} pixels; enlarged {x:.4g} times to the "
-        f"image's {picture.size[0]} x {picture.size[1]}"
+        f"image's {request.image_size[0]} x {request.image_size[1]}"
     )
     return x, y
 
@@ -251,7 +224,8 @@ class _Reader:
             return
         category = self._categories.get(_key(entry.get("category_id")) or "", {})
         choice = self._choice(entry, category)
-        self._collector.color(choice.name, _color(category.get("color")))
+        color = category.get("color")
+        self._collector.color(choice.name, band_color(color) or (hex_color(color) if isinstance(color, str) else None))
         self._collector.add(item, Annotation(geometry=geometry, path_class=choice.name), choice)
 
     def _choice(self, entry: Mapping[str, Any], category: Mapping[str, Any]) -> ClassChoice:
@@ -371,12 +345,3 @@ def _differences(text: str) -> Iterator[int]:
         value, shift, place = 0, 0, place + 1
     if shift:
         raise ValueError("run lengths whose text is cut short")
-
-
-def _color(value: object) -> Color | None:
-    if isinstance(value, list) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
-        return Color(*(min(max(int(band), 0), 255) for band in value[:3]))
-    try:
-        return Color.from_hex(value) if isinstance(value, str) else None
-    except ClassMapError:
-        return None

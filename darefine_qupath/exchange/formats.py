@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
-from xml.etree.ElementTree import ParseError
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange.aperio import read_aperio
-from darefine_qupath.exchange.asap import read_asap
-from darefine_qupath.exchange.coco import Picture, holds_coco, read_coco
+from darefine_qupath.exchange.aperio import is_aperio, read_aperio
+from darefine_qupath.exchange.asap import is_asap, read_asap
+from darefine_qupath.exchange.coco import holds_coco, read_coco
 from darefine_qupath.exchange.documents import Document, documents, first_bytes
 from darefine_qupath.exchange.file_names import is_annotation_file
 from darefine_qupath.exchange.geojson import holds_features, read_features
@@ -23,30 +23,28 @@ from darefine_qupath.exchange.imported import Imported, merged
 from darefine_qupath.exchange.label_masks import read_label_mask
 from darefine_qupath.exchange.ndpa import is_ndpa, read_ndpa
 from darefine_qupath.exchange.other_files import KNOWN, file_kind, json_kind, slide_kind, text_kind, xml_kind
+from darefine_qupath.exchange.request import ReadRequest
 from darefine_qupath.geometry import GlassFrame
 from darefine_qupath.limits import DATA, naming, parse_json
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 __all__ = ["read_annotations"]
 
 _IMAGE_STARTS = (b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
+_JSON_READERS: Sequence[tuple[Callable[[object], bool], Callable[[ReadRequest, Any], Imported]]] = (
+    (holds_features, read_features),
+    (holds_coco, read_coco),
+)
+_XML_READERS: Sequence[tuple[Callable[[Element], bool], Callable[[ReadRequest, Element], Imported]]] = (
+    (is_halo, read_halo),
+    (is_aperio, read_aperio),
+    (is_asap, read_asap),
+    (is_ndpa, read_ndpa),
+)
+"""Each format by how it is recognized, and its reader; the first that fits counts."""
+
 _PARSED = replace(DATA, depth=10_000)
 """A feature that is nested too deeply is refused, and not its file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """What the caller knows about the image, and wants."""
-
-    path: Path
-    mpp: float | None
-    picture: Picture
-    glass: Callable[[], GlassFrame | None] | None
-    classes: Sequence[str]
-    class_from: Sequence[str]
 
 
 def read_annotations(
@@ -105,22 +103,21 @@ def read_annotations(
         kind = slide_kind(path.name, start)
         if kind is not None:
             raise ExchangeError(f"it {kind}: {KNOWN}")
-        if start.startswith(_IMAGE_STARTS):
-            if class_from:
-                raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")
-            return read_label_mask(path, labels=labels, image_size=image_size, stretch=stretch, classes=classes)
-        request = _Request(
+        request = ReadRequest(
             path=path,
             mpp=mpp,
-            picture=Picture(name=image_name, size=image_size),
-            glass=glass,
             classes=classes,
+            labels=labels,
+            image_size=image_size,
+            stretch=stretch,
             class_from=class_from,
+            image_name=image_name,
+            glass=glass,
         )
-        return _read_all(request)
+        return read_label_mask(request) if start.startswith(_IMAGE_STARTS) else _read_all(request)
 
 
-def _read_all(request: _Request) -> Imported:
+def _read_all(request: ReadRequest) -> Imported:
     """Read the file, or those of an archive, of which one that is named otherwise need not be an annotation file."""
     parts, left_out = [], []
     for document in documents(request.path):
@@ -137,7 +134,7 @@ def _read_all(request: _Request) -> Imported:
     return replace(found, warnings=(*found.warnings, *(f"{request.path}: left out, {why}" for why in left_out)))
 
 
-def _read(request: _Request, document: Document) -> Imported:
+def _read(request: ReadRequest, document: Document) -> Imported:
     if document.member is None:
         return _read_text(request, document)
     with naming(document.member, ExchangeError):
@@ -145,7 +142,7 @@ def _read(request: _Request, document: Document) -> Imported:
     return found.in_member(document.member)
 
 
-def _read_text(request: _Request, document: Document) -> Imported:
+def _read_text(request: ReadRequest, document: Document) -> Imported:
     kind = file_kind(document.data)
     text = "" if kind else document.text
     start = text[:4096].lstrip()
@@ -156,28 +153,20 @@ def _read_text(request: _Request, document: Document) -> Imported:
     raise ExchangeError(f"it {kind or text_kind(text)}: {KNOWN}")
 
 
-def _read_json(request: _Request, text: str) -> Imported:
+def _read_json(request: ReadRequest, text: str) -> Imported:
     data = parse_json(text, _PARSED, non_finite=True, half_characters=True)
-    if holds_features(data):
-        return read_features(request.path, data, classes=request.classes, class_from=request.class_from)
-    if holds_coco(data):
-        return read_coco(request.path, data, request.picture, classes=request.classes, class_from=request.class_from)
-    raise ExchangeError(f"it {json_kind(data)}: {KNOWN}")
+    read = next((read for holds, read in _JSON_READERS if holds(data)), None)
+    if read is None:
+        raise ExchangeError(f"it {json_kind(data)}: {KNOWN}")
+    return read(request, data)
 
 
-def _read_xml(request: _Request, text: str) -> Imported:
+def _read_xml(request: ReadRequest, text: str) -> Imported:
     root = _parsed(text)
-    path, classes, class_from = request.path, request.classes, request.class_from
-    if root.tag == "Annotations" and is_halo(root):
-        return read_halo(path, root, classes=classes, class_from=class_from)
-    if root.tag == "Annotations":
-        return read_aperio(path, root, mpp=request.mpp, classes=classes, class_from=class_from)
-    if root.tag == "ASAP_Annotations":
-        return read_asap(path, root, classes=classes, class_from=class_from)
-    if is_ndpa(root):
-        frame = None if request.glass is None else request.glass()
-        return read_ndpa(path, root, frame, classes=classes, class_from=class_from)
-    raise ExchangeError(f"it {xml_kind(root)}: {KNOWN}")
+    read = next((read for is_of, read in _XML_READERS if is_of(root)), None)
+    if read is None:
+        raise ExchangeError(f"it {xml_kind(root)}: {KNOWN}")
+    return read(request, root)
 
 
 _MANY_ELEMENTS = 200_000

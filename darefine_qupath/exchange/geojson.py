@@ -23,8 +23,9 @@ from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.class_fields import ClassChoice
 from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.imported import Imported
+from darefine_qupath.exchange.request import ReadRequest
 from darefine_qupath.exchange.shapes import snapped
-from darefine_qupath.exchange.values import plain_text, scalars
+from darefine_qupath.exchange.values import band_color, plain_text, scalars
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import spoken
 
@@ -71,19 +72,15 @@ _NO_CLASS = ("null", "none", "nan", "undefined")
 """What table programs write for a value that is not there."""
 
 
-def read_features(path: Path, data: object, *, classes: Sequence[str] = (), class_from: Sequence[str] = ()) -> Imported:
+def read_features(request: ReadRequest, data: object) -> Imported:
     """Read a feature collection, a list of features or a single feature.
 
     Parameters
     ----------
-    path : Path
-        The file, for messages.
+    request : ReadRequest
+        The file; its `class_from` names properties that hold the class, by default ``classification``.
     data : object
         Its JSON, of which `holds_features` is true.
-    classes : sequence of str, optional
-        Class names of the project.
-    class_from : sequence of str, optional
-        Properties that hold the class; default ``classification``.
 
     Returns
     -------
@@ -95,7 +92,7 @@ def read_features(path: Path, data: object, *, classes: Sequence[str] = (), clas
     ExchangeError
         If no feature has a property of `class_from`.
     """
-    collector = Collector(path, classes, class_from=class_from)
+    collector = request.collector()
     waiting = [(f"feature {index}", item, _Place()) for index, item in enumerate(_items(data))][::-1]
     while waiting:
         item, value, place = waiting.pop()
@@ -323,9 +320,7 @@ def _color(value: object) -> Color | None:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return Color.from_argb(value)
-    if isinstance(value, (list, tuple)) and len(value) >= 3 and all(isinstance(band, int) for band in value[:3]):
-        return Color(*(min(max(int(band), 0), 255) for band in value[:3]))
-    return None
+    return band_color(value)
 
 
 def _colour_value(text: str) -> object:

@@ -21,6 +21,7 @@ from darefine_qupath.classes import IGNORE, Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.imported import Imported
+from darefine_qupath.exchange.request import ReadRequest
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.masks import LabelPainter
@@ -40,30 +41,15 @@ _IGNORE_CLASS = "Ignore*"
 _LISTED = 8
 
 
-def read_label_mask(
-    path: Path,
-    *,
-    labels: Mapping[int, str] | None = None,
-    image_size: tuple[int, int] | None = None,
-    stretch: bool = False,
-    classes: Sequence[str] = (),
-) -> Imported:
+def read_label_mask(request: ReadRequest) -> Imported:
     """Turn a label mask into polygons, one per connected area.
 
     Parameters
     ----------
-    path : Path
-        PNG or TIFF of one 8-bit or 16-bit band.
-    labels : mapping of int to str, optional
-        Class of each label; others are left out. Default what `write_label_tiff` noted in the file; else every label
-        but 0 is ``Label <n>``, and 255 beside them ``Ignore*`` in a mask of no label beyond it.
-    image_size : tuple of int, optional
-        Width and height of the image that the mask covers, in level-0 pixels; default what the file notes, else the
-        mask's own size.
-    stretch : bool, optional
-        Scale a mask of another aspect ratio, or one that notes another image size, to the image all the same.
-    classes : sequence of str, optional
-        Class names of the project. A name that differs only in case becomes the project's.
+    request : ReadRequest
+        PNG or TIFF of one 8-bit or 16-bit band. Without `labels` the classes are those that `write_label_tiff` noted in
+        the file; else every label but 0 is ``Label <n>``, and 255 beside them ``Ignore*`` in a mask of no label beyond
+        it. Without `image_size` it covers what it notes, else its own size.
 
     Returns
     -------
@@ -76,9 +62,11 @@ def read_label_mask(
         If the file cannot be read, is no label mask, has several pages of its size, has none of the labels that are
         asked for or only one that says nothing (255), or does not have the shape of the image.
     """
-    pixels, palette, notes = _read(path)
-    collector = Collector(path, classes)
-    scale_x, scale_y = _scale(collector, pixels, image_size, notes, stretch=stretch)
+    if request.class_from:
+        raise ExchangeError("it is a label mask, which has no fields; give its classes with --label N=CLASS")
+    collector, labels = request.collector(), request.labels
+    pixels, palette, notes = _read(request.path)
+    scale_x, scale_y = _scale(collector, pixels, request.image_size, notes, stretch=request.stretch)
     known = _classes(collector, pixels, labels, notes)
     known = {label: collector.class_name(name) or name for label, name in known.items()}
     for label, name in known.items():

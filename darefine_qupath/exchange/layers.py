@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import shapely
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["Hole", "Region", "add_regions", "is_negative", "layers", "line_colour", "vertices"]
+__all__ = ["LayerReader", "layers"]
 
 _MAX_CUT = 200_000
 """Corners of the holes of all regions, on top of the file's own, up to which a layer is cut in seconds."""
@@ -69,12 +70,79 @@ def layers(root: Element) -> Iterator[tuple[Element, list[Element]]]:
     return iter(found if found[0][1] else found[1:])
 
 
-def is_negative(element: Element) -> bool:
-    """Whether a region cuts a hole into the others of its layer."""
+class LayerReader(ABC):
+    """Reads layers of regions; each program's own reader says how it names, draws and classifies them."""
+
+    corner_tag: ClassVar[str]
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+
+    def read(self, root: Element) -> None:
+        """Collect the regions of all layers, with the negative ones cut out of the others of their layer."""
+        for index, (layer, elements) in enumerate(layers(root), 1):
+            layer_name = self.layer_name(layer, index)
+            regions: list[Region] = []
+            holes: list[Hole] = []
+            for position, element in enumerate(elements, 1):
+                item = f"region {self.region_id(element) or position} of {layer_name}"
+                with self.collector.item(item):
+                    found = self._region(layer, element, item)
+                    if isinstance(found, Region):
+                        regions.append(found)
+                    elif found is not None:
+                        holes.append(found)
+            _add_regions(self.collector, layer_name, regions, holes)
+
+    def _region(self, layer: Element, element: Element, item: str) -> Region | Hole | None:
+        drawn, roi = self.geometry(element, _corners(element, item, self.corner_tag), item)
+        geometry = self.collector.shape(item, drawn)
+        if geometry is None:
+            return None
+        if roi is None:
+            geometry = self.mended(item, drawn, geometry)
+        if _is_negative(element):
+            return Hole(item, geometry)
+        self.check(item, element, drawn)
+        choice = self.collector.choose(self.fields(element, layer))
+        self.collector.color(choice.name, _line_color(layer))
+        return Region(item, geometry, roi, choice, self.remark(element))
+
+    @abstractmethod
+    def layer_name(self, layer: Element, index: int) -> str:
+        """Name of a layer in messages."""
+
+    def region_id(self, element: Element) -> str | None:  # noqa: ARG002
+        """Id of a region in messages; None = its number in the layer."""
+        return None
+
+    @abstractmethod
+    def geometry(
+        self, element: Element, corners: NDArray[np.float64], item: str
+    ) -> tuple[BaseGeometry, RoiKind | None]:
+        """Shape of a region as it was drawn, and its kind in QuPath."""
+
+    def mended(self, item: str, drawn: BaseGeometry, geometry: BaseGeometry) -> BaseGeometry:  # noqa: ARG002
+        """Shape of a freehand region with what the program does wrong put right."""
+        return geometry
+
+    def check(self, item: str, element: Element, drawn: BaseGeometry) -> None:  # noqa: B027 - not every format can
+        """Compare a region with what the file states about it."""
+
+    @abstractmethod
+    def fields(self, element: Element, layer: Element) -> Mapping[str, str | None]:
+        """Texts that may be the class of a region, the best first."""
+
+    @abstractmethod
+    def remark(self, element: Element) -> str | None:
+        """Name of a region in QuPath."""
+
+
+def _is_negative(element: Element) -> bool:
     return element.get("NegativeROA", "").strip().casefold() in ("1", "true", "yes")
 
 
-def vertices(element: Element, item: str, tag: str) -> NDArray[np.float64]:
+def _corners(element: Element, item: str, tag: str) -> NDArray[np.float64]:
     """Corners of a region, shape (N, 2)."""
     points = [(number(vertex.get("X"), item), number(vertex.get("Y"), item)) for vertex in element.iterfind(tag)]
     if not points:
@@ -82,7 +150,7 @@ def vertices(element: Element, item: str, tag: str) -> NDArray[np.float64]:
     return np.array(points, np.float64)
 
 
-def add_regions(collector: Collector, layer_name: str, regions: Sequence[Region], holes: Sequence[Hole]) -> None:
+def _add_regions(collector: Collector, layer_name: str, regions: Sequence[Region], holes: Sequence[Hole]) -> None:
     """Cut the holes of a layer, and take its regions in.
 
     Raises
@@ -146,8 +214,8 @@ def _meetings(
     return region[order], hole[order]
 
 
-def line_colour(layer: Element) -> Color | None:
-    """Colour of a layer's lines; a COLORREF of Windows has red in its lowest byte."""
+def _line_color(layer: Element) -> Color | None:
+    """Color of a layer's lines; a COLORREF of Windows has red in its lowest byte."""
     try:
         packed = int(layer.get("LineColor") or "")
     except ValueError:

@@ -6,18 +6,17 @@ where a shape lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shapely.geometry import LineString, Point, Polygon
 
 from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import Color
-from darefine_qupath.errors import ClassMapError, ExchangeError
+from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.request import ReadRequest
 from darefine_qupath.exchange.shapes import ellipse
-from darefine_qupath.exchange.values import number
+from darefine_qupath.exchange.values import hex_color, number
 from darefine_qupath.geometry import GlassFrame
 
 if TYPE_CHECKING:
@@ -38,28 +37,15 @@ def is_ndpa(root: Element) -> bool:
     return root.tag == "annotations" and (len(root) == 0 or root.find("ndpviewstate") is not None)
 
 
-def read_ndpa(
-    path: Path,
-    root: Element,
-    frame: GlassFrame | None,
-    *,
-    classes: Sequence[str] = (),
-    class_from: Sequence[str] = (),
-) -> Imported:
+def read_ndpa(request: ReadRequest, root: Element) -> Imported:
     """Read the shapes of an NDPA file.
 
     Parameters
     ----------
-    path : Path
-        The file, for messages.
+    request : ReadRequest
+        The file; its `glass` says where the image lies. The class stands in ``title`` (the default) or ``details``.
     root : Element
         ``<annotations>``.
-    frame : GlassFrame or None
-        Where the image lies on its glass; None where it does not say.
-    classes : sequence of str, optional
-        Class names of the project.
-    class_from : sequence of str, optional
-        Where the class stands, of ``title`` (the default) and ``details``.
 
     Returns
     -------
@@ -69,15 +55,16 @@ def read_ndpa(
     Raises
     ------
     ExchangeError
-        If there is no such field, or the place of the image is not known.
+        If the place of the image on its glass is not known.
     """
+    frame = None if request.glass is None else request.glass()
     if frame is None:
         raise ExchangeError(
-            f"{path}: NDPA counts in nanometres from the center of the glass, and the image does not say where it lies "
-            f"there (hamamatsu.XOffsetFromSlideCentre, hamamatsu.YOffsetFromSlideCentre and pixel size of an .ndpi "
-            f"file); import it into a project of the original .ndpi slide, or export GeoJSON"
+            f"{request.path}: NDPA counts in nanometers from the center of the glass, and the image does not say where "
+            f"it lies there (hamamatsu.XOffsetFromSlideCentre, hamamatsu.YOffsetFromSlideCentre and pixel size of an "
+            f".ndpi file); import it into a project of the original .ndpi slide, or export GeoJSON"
         )
-    collector = Collector(path, classes, class_from=class_from, fields=_FIELDS)
+    collector = request.collector(*_FIELDS)
     for index, state in enumerate(root.iterfind("ndpviewstate"), 1):
         title = (state.findtext("title") or "").strip()
         item = f"shape {state.get('id') or index}" + (f" ({title})" if title else "")
@@ -89,7 +76,7 @@ def read_ndpa(
 def _read_state(collector: Collector, item: str, state: Element, frame: GlassFrame) -> None:
     unit = (state.findtext("coordformat") or "nanometers").strip().lower()
     if unit not in ("nanometers", "nanometres"):
-        raise ExchangeError(f"{item} counts in {unit!r}, and not in nanometres")
+        raise ExchangeError(f"{item} counts in {unit!r}, and not in nanometers")
     element = state.find("annotation")
     if element is None:
         raise ExchangeError(f"{item} is a view without a shape")
@@ -103,7 +90,7 @@ def _read_state(collector: Collector, item: str, state: Element, frame: GlassFra
         # A remark; a class only where the user says so.
         fields.pop("details")
     choice = collector.choose(fields)
-    collector.color(choice.name, _color(element.get("color")))
+    collector.color(choice.name, hex_color(element.get("color")))
     name = (title or "").strip() or None
     collector.add(item, Annotation(geometry=geometry, path_class=choice.name, name=name, roi=roi), choice)
 
@@ -158,10 +145,3 @@ _KINDS: dict[str, Callable[[Element, str, GlassFrame], tuple[BaseGeometry, RoiKi
 
 def _point(element: Element, item: str, suffix: str = "") -> tuple[float, float]:
     return number(element.findtext(f"x{suffix}"), item), number(element.findtext(f"y{suffix}"), item)
-
-
-def _color(text: str | None) -> Color | None:
-    try:
-        return Color.from_hex((text or "").strip())
-    except ClassMapError:
-        return None

@@ -1,13 +1,14 @@
-"""Read numbers and texts as other programs write them."""
+"""Read numbers, colors and texts as other programs write them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 
-from darefine_qupath.errors import ExchangeError
+from darefine_qupath.classes import Color
+from darefine_qupath.errors import ClassMapError, ExchangeError
 
-__all__ = ["number", "plain_text", "scalars"]
+__all__ = ["band_color", "hex_color", "number", "plain_text", "scalars"]
 
 
 def number(text: str | None, item: str) -> float:
@@ -25,6 +26,21 @@ def number(text: str | None, item: str) -> float:
     if not math.isfinite(value):
         raise ExchangeError(f"{item} has {text!r} where a number should be")
     return value
+
+
+def hex_color(text: str | None) -> Color | None:
+    """Color that is written as ``#rrggbb``; None for anything else."""
+    try:
+        return Color.from_hex((text or "").strip())
+    except ClassMapError:
+        return None
+
+
+def band_color(value: object) -> Color | None:
+    """Color that is written as a list of red, green and blue; None for anything else."""
+    if not isinstance(value, (list, tuple)) or len(value) < 3 or not all(isinstance(band, int) for band in value[:3]):
+        return None
+    return Color(*(min(max(int(band), 0), 255) for band in value[:3]))
 
 
 def plain_text(value: str | float) -> str:
