@@ -1,4 +1,4 @@
-"""From a label map to class polygons that share their borders exactly.
+"""Turn a label map into class polygons that share their borders exactly.
 
 The map is sieved, traced with 4-connectivity, rounded by less than half a map pixel, and simplified as a coverage
 (Visvalingam-Whyatt on the shared borders, `shapely.coverage_simplify`), so neighbours have the same border to the
@@ -13,7 +13,9 @@ last bit: no gap, no overlap. Three facts make that hold from the first pixel to
   would get more vertices than QuPath handles well stays cut, its pieces sharing straight borders exactly.
 """
 
-from darefine_qupath.polygons.plan import FEWEST_VERTICES, GRID, ClassPolygon, Dataset, MapSource, snap
+from darefine_qupath.polygons.class_polygon import ClassPolygon
+from darefine_qupath.polygons.map_reader import Dataset, MapSource
+from darefine_qupath.polygons.settings import FEWEST_VERTICES, GRID, snap
 from darefine_qupath.polygons.vectorize import vectorize
 
 __all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "MapSource", "snap", "vectorize"]

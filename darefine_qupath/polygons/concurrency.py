@@ -1,4 +1,4 @@
-"""What threads must not do at the same time, and memory that each has for itself."""
+"""The lock and the scratch memory of the threads that work on blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces joined across the cuts, and what is said of each polygon."""
+"""Merge pieces across the cuts between blocks into polygons, fill small holes, merge small polygons."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import shapely
 from shapely.geometry import Polygon
 
 from darefine_qupath.errors import PolygonError
-from darefine_qupath.polygons.pieces import DisjointSets, MapPieces, group_pieces
-from darefine_qupath.polygons.plan import ClassPolygon, Plan
+from darefine_qupath.polygons.class_polygon import ClassPolygon
+from darefine_qupath.polygons.disjoint_sets import DisjointSets
+from darefine_qupath.polygons.pieces import MapPieces, group_pieces
+from darefine_qupath.polygons.settings import VectorizeSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,9 +24,9 @@ __all__ = ["fill_small_holes", "merge_pieces", "merge_small_polygons"]
 _ROUNDING = 1e-9
 
 
-def merge_pieces(pieces: MapPieces, plan: Plan, mpp: float | None, threads: int) -> list[ClassPolygon]:
+def merge_pieces(pieces: MapPieces, settings: VectorizeSettings, mpp: float | None, threads: int) -> list[ClassPolygon]:
     """Join the pieces across the cuts into polygons."""
-    groups = group_pieces(pieces, plan)
+    groups = group_pieces(pieces, settings)
     with ThreadPoolExecutor(max(1, threads)) as workers:
         # Most regions are one piece, for which a thread is not worth its while.
         unions = [workers.submit(_union, pieces.outlines[group]) if len(group) > 1 else None for group in groups]

@@ -1,4 +1,4 @@
-"""The pieces of all blocks, and which of them become one polygon."""
+"""Collect the pieces of all blocks and group those that become one polygon."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import shapely
 
-from darefine_qupath.polygons.plan import Plan
+from darefine_qupath.polygons.disjoint_sets import DisjointSets
+from darefine_qupath.polygons.settings import VectorizeSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BlockPieces", "DisjointSets", "MapPieces", "group_pieces"]
+__all__ = ["BlockPieces", "MapPieces", "group_pieces"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +94,14 @@ def _pairs(parts: Sequence[BlockPieces], labels: NDArray[np.int64]) -> NDArray[n
     return np.column_stack([pairs, shared]).astype(np.int64)
 
 
-def group_pieces(pieces: MapPieces, plan: Plan) -> list[list[int]]:
+def group_pieces(pieces: MapPieces, settings: VectorizeSettings) -> list[list[int]]:
     """Pieces that become one polygon each."""
-    wanted = ~np.isin(pieces.labels, list(plan.skip_labels))
+    wanted = ~np.isin(pieces.labels, list(settings.skip_labels))
     pairs = pieces.pairs[wanted[pieces.pairs[:, 0]]] if len(pieces.pairs) else pieces.pairs
     whole = DisjointSets(len(pieces.labels))
     for first, second, _ in pairs.tolist():
         whole.union(first, second)
-    if plan.max_vertices is None:
+    if settings.max_vertices is None:
         return whole.members(wanted)
     vertices = shapely.get_num_coordinates(pieces.outlines).tolist()
     total: dict[int, int] = {}
@@ -109,37 +110,6 @@ def group_pieces(pieces: MapPieces, plan: Plan) -> list[list[int]]:
     parts = DisjointSets(len(pieces.labels), vertices)
     # Pieces that share most are joined first, which keeps the parts of a region that is too large compact.
     for first, second, _ in pairs[np.argsort(-pairs[:, 2], kind="stable")].tolist():
-        limit = math.inf if total[whole.find(first)] <= plan.max_vertices else plan.max_vertices
+        limit = math.inf if total[whole.find(first)] <= settings.max_vertices else settings.max_vertices
         parts.union(first, second, limit)
     return parts.members(wanted)
-
-
-class DisjointSets:
-    """Disjoint sets of piece numbers, with a weight each."""
-
-    def __init__(self, count: int, weights: Sequence[int] | None = None) -> None:
-        self._parent = list(range(count))
-        self._weight = list(weights) if weights is not None else [0] * count
-
-    def find(self, index: int) -> int:
-        """Return the number that stands for the set."""
-        while self._parent[index] != index:
-            self._parent[index] = self._parent[self._parent[index]]
-            index = self._parent[index]
-        return index
-
-    def union(self, first: int, second: int, limit: float = math.inf) -> None:
-        """Make two sets one, unless that would weigh more than `limit`."""
-        first, second = self.find(first), self.find(second)
-        if first == second or self._weight[first] + self._weight[second] > limit:
-            return
-        first, second = min(first, second), max(first, second)
-        self._parent[second] = first
-        self._weight[first] += self._weight[second]
-
-    def members(self, wanted: NDArray[np.bool_]) -> list[list[int]]:
-        """List the sets of what is wanted."""
-        found: dict[int, list[int]] = {}
-        for index in np.flatnonzero(wanted).tolist():
-            found.setdefault(self.find(index), []).append(index)
-        return list(found.values())

@@ -1,4 +1,4 @@
-"""Regions below the smallest area go to their neighbours, pixel by pixel, before anything is traced."""
+"""Give regions below the smallest area to their neighbors, pixel by pixel, before anything is traced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rasterio import features
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons.concurrency import WARNINGS_LOCK
-from darefine_qupath.polygons.plan import MapReader, Plan
+from darefine_qupath.polygons.map_reader import MapReader
+from darefine_qupath.polygons.settings import VectorizeSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,12 +27,12 @@ IN_MEMORY_PIXELS = 1 << 30
 _SIEVES = 4
 
 
-def sieve_labels(source: MapReader, plan: Plan, scratch: Path) -> NDArray[np.uint8]:
+def sieve_labels(source: MapReader, settings: VectorizeSettings, scratch: Path) -> NDArray[np.uint8]:
     """Map inside the image with regions below the smallest area given to their largest neighbour."""
-    width, height = plan.columns[1] - plan.columns[0], plan.rows[1] - plan.rows[0]
+    width, height = settings.columns[1] - settings.columns[0], settings.rows[1] - settings.rows[0]
     large = width * height > IN_MEMORY_PIXELS
-    current = _read_all(source, plan, _canvas((height, width), scratch / "labels" if large else None))
-    threshold = min(math.ceil(plan.min_area_px), current.size - 1)
+    current = _read_all(source, settings, _canvas((height, width), scratch / "labels" if large else None))
+    threshold = min(math.ceil(settings.min_area_px), current.size - 1)
     if threshold < 2:
         return current
     other = _canvas((height, width), scratch / "sieved" if large else None)
@@ -55,12 +56,12 @@ def _changed(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
     return sum(int(np.count_nonzero(first[row : row + 512] != second[row : row + 512])) for row in rows)
 
 
-def _read_all(source: MapReader, plan: Plan, canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _read_all(source: MapReader, settings: VectorizeSettings, canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = canvas.shape
     step = max(1, (1 << 24) // width)
     for row in range(0, height, step):
         count = min(step, height - row)
-        strip = source.read(Box(plan.columns[0], plan.rows[0] + row, width, count))
+        strip = source.read(Box(settings.columns[0], settings.rows[0] + row, width, count))
         if strip.dtype != np.uint8 or strip.shape != (count, width):
             raise PolygonError(
                 f"A label map is uint8 and {width} wide here, rows {row} to {row + count} are {strip.dtype} of shape "

@@ -1,4 +1,4 @@
-"""Borders rounded, thinned and simplified, the same for both neighbours."""
+"""Round, thin and simplify borders, the same way for both neighbors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shapely
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons.concurrency import WARNINGS_LOCK
-from darefine_qupath.polygons.plan import Plan
+from darefine_qupath.polygons.settings import VectorizeSettings
 from darefine_qupath.polygons.trace import Rings
 
 if TYPE_CHECKING:
@@ -24,16 +24,18 @@ _PASSES = 4
 _THIN_FROM_PX = 16
 
 
-def simplify_outlines(rings: Rings, window: NDArray[np.uint8], block: Box, plan: Plan) -> NDArray[np.object_]:
+def simplify_outlines(
+    rings: Rings, window: NDArray[np.uint8], block: Box, settings: VectorizeSettings
+) -> NDArray[np.object_]:
     """Simplified outline per piece in level-0 pixels."""
     fixed = _fixed(rings.points, window)
-    origin = (block.x + plan.columns[0], block.y + plan.rows[0])
+    origin = (block.x + settings.columns[0], block.y + settings.rows[0])
     # Rounding and thinning keep the topology but for contrived maps, so what comes out is checked; on the bare lattice
     # nothing can go wrong.
-    for smooth in (True, False) if plan.smooth else (False,):
-        moved = _smoothed(rings, fixed, plan.limit) if smooth else rings.points.astype(np.float64)
-        keep = _thinned(rings, fixed) if smooth and plan.min_area_px >= _THIN_FROM_PX else np.ones(len(moved), bool)
-        outlines = _simplified(_polygons(rings, plan.place(moved + origin), keep), plan.tolerance)
+    for smooth in (True, False) if settings.smooth else (False,):
+        moved = _smoothed(rings, fixed, settings.limit) if smooth else rings.points.astype(np.float64)
+        keep = _thinned(rings, fixed) if smooth and settings.min_area_px >= _THIN_FROM_PX else np.ones(len(moved), bool)
+        outlines = _simplified(_polygons(rings, settings.place(moved + origin), keep), settings.tolerance)
         if outlines is not None:
             return outlines
     raise PolygonError(f"No valid outlines for the map pixels of {block}; please report this with the map")

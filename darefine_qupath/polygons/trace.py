@@ -1,4 +1,4 @@
-"""Borders traced on the lattice of pixel corners, and sums over what they enclose."""
+"""Trace borders on the lattice of pixel corners, and sum layers over what they enclose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a label map to class polygons, step by step."""
+"""Vectorize a label map: sieve, trace, simplify, merge."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from darefine_qupath.classes import IGNORE
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 from darefine_qupath.polygons.blocks import trace_blocks
+from darefine_qupath.polygons.class_polygon import ClassPolygon
+from darefine_qupath.polygons.map_reader import MapReader, MapSource
 from darefine_qupath.polygons.merge import fill_small_holes, merge_pieces, merge_small_polygons
-from darefine_qupath.polygons.plan import GRID, ClassPolygon, MapReader, MapSource, Plan
+from darefine_qupath.polygons.settings import GRID, VectorizeSettings
 from darefine_qupath.polygons.sieve import sieve_labels
 
 __all__ = ["vectorize"]
@@ -91,7 +93,7 @@ def vectorize(
     """
     source = MapReader.of(labels, size)
     scale = (box.width / source.width, box.height / source.height)
-    plan = Plan(
+    settings = VectorizeSettings(
         box=box,
         scale=scale,
         columns=_inside(source.width, box.x, scale[0], None if image_size is None else image_size[0]),
@@ -109,19 +111,19 @@ def vectorize(
         },
         runner_up=None if runner_up is None else MapReader.of(runner_up, (source.width, source.height)),
     )
-    plan.check(source, block_px)
-    if plan.columns[0] >= plan.columns[1] or plan.rows[0] >= plan.rows[1]:
+    settings.check(source, block_px)
+    if settings.columns[0] >= settings.columns[1] or settings.rows[0] >= settings.rows[1]:
         return ()
     hole = min_hole_um2 if mpp is not None and min_hole_um2 is not None else None
     hole_px = _pixels(hole, min_hole_px or 0.0, mpp, scale)
     # Windows does not remove a file that an error's traceback still maps; the error is what must be seen.
     with tempfile.TemporaryDirectory(prefix="darefine-", ignore_cleanup_errors=True) as scratch:
-        sieved = sieve_labels(source, plan, Path(scratch))
-        pieces = trace_blocks(sieved, plan, block_px, threads, progress)
+        sieved = sieve_labels(source, settings, Path(scratch))
+        pieces = trace_blocks(sieved, settings, block_px, threads, progress)
         # A map in a temporary file is let go of before its folder goes.
         del sieved
-    polygons = merge_pieces(pieces, plan, mpp, threads)
-    if polygons and hole_px > plan.min_area_px:
+    polygons = merge_pieces(pieces, settings, mpp, threads)
+    if polygons and hole_px > settings.min_area_px:
         polygons = fill_small_holes(polygons, hole_px * scale[0] * scale[1], mpp)
     if polygons and mpp is not None and min_area_um2 is not None:
         polygons = merge_small_polygons(polygons, min_area_um2 / mpp**2, mpp)
