@@ -38,6 +38,7 @@ import shapely
 
 from darefine_qupath import cli
 from darefine_qupath.annotations import Annotation
+from darefine_qupath.cli import group
 from darefine_qupath.project import Changes, Project, list_backups, open_project
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "qupath"
@@ -358,7 +359,7 @@ def go_on(place: Place, name: str) -> None:
 
 def kill_commands(names: Sequence[str], kills: int, seed: int) -> None:
     """Kill commands in turn and print what came of them."""
-    for module in ("apply", "learn", "project"):
+    for module in {module for module, _ in group.COMMANDS.values()}:
         # Before the forks: what is killed is the work, not the loading.
         importlib.import_module(f"darefine_qupath.cli.{module}")
     rng = random.Random(seed)
