@@ -64,14 +64,14 @@ def request_of(project: Path, model: Path) -> Request:
 def test_an_image_whose_polygons_fail_does_not_stop_the_others(
     request_of: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = predict._polygons
+    whole = predict._vectorize_map
 
     def fails_once(image, *rest):  # noqa: ANN001, ANN002, ANN202
         if image.name == "train-2.tif":
             raise PolygonError("a ring crosses itself")
         return whole(image, *rest)
 
-    monkeypatch.setattr(predict, "_polygons", fails_once)
+    monkeypatch.setattr(predict, "_vectorize_map", fails_once)
     found = predict_project(request_of())
     errors = {outcome.image.name: outcome.error for outcome in found.outcomes}
     assert errors == {"train-1.tif": None, "train-2.tif": "a ring crosses itself", "test-3.tif": None}

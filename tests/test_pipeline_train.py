@@ -33,7 +33,7 @@ from darefine_qupath.geometry import Size
 from darefine_qupath.models import Normalization, build_model
 from darefine_qupath.pipeline import run_record, train, train_setup
 from darefine_qupath.pipeline.hard_examples import hard_weights
-from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, former_model, summary
+from darefine_qupath.pipeline.provenance import MODEL_FILE, LabelCollector, find_former_model, summarize_objects
 from darefine_qupath.pipeline.selection import collect_training_images
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide, hold_back, save_roles
@@ -281,14 +281,14 @@ def test_reviewed_labels_are_noted_object_by_object(tmp_path: Path) -> None:
         "reviewed": (str(accepted.id),),
         "rejected": (str(rejected.id),),
     }
-    assert {key: summary(learnt.objects)[key] for key in ("drawn", "reviewed", "rejected")} == {
+    assert {key: summarize_objects(learnt.objects)[key] for key in ("drawn", "reviewed", "rejected")} == {
         "drawn": 1,
         "reviewed": 1,
         "rejected": 1,
     }
     manual = LabelCollector("manual")
     assert [record.id for record in manual(project, SLIDE)] == [drawn.id]
-    assert summary(manual.objects)["sha256"] != summary(learnt.objects)["sha256"]
+    assert summarize_objects(manual.objects)["sha256"] != summarize_objects(learnt.objects)["sha256"]
     assert learnt.of({"8"}) == {}
 
 
@@ -297,14 +297,14 @@ def test_the_model_that_was_reviewed_is_found(
 ) -> None:
     model = read_header(always_normal).model_id
     project = FakeProject(tmp_path)
-    assert former_model(project) is None
+    assert find_former_model(project) is None
     write(project, grid(2), model="older")
-    assert former_model(project) is None
+    assert find_former_model(project) is None
     assert "The model older, whose predictions were reviewed, cannot be found; give it with --from" in caplog.text
     write(project, grid(2, shift=50.0), model=model, parameters={MODEL_FILE: str(always_normal)})
-    assert former_model(project) == always_normal
+    assert find_former_model(project) == always_normal
     always_normal.unlink()
-    assert former_model(project) is None
+    assert find_former_model(project) is None
     assert f"is not at {always_normal}" in caplog.text
 
 
@@ -555,7 +555,7 @@ def test_hard_tiles_come_from_a_former_model(
 def test_reviewed_labels_go_on_from_the_model_that_was_reviewed(
     tiny: Path, tmp_path: Path, trained: Trained, always_normal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "former_model", lambda _: always_normal)
+    monkeypatch.setattr(train, "find_former_model", lambda _: always_normal)
     (tiny / "darefine.toml").write_text('[classes]\nunlabelled = "Normal"\n')
     base = request(tiny, tmp_path / "a")
     reviewed = replace(base, tiles=replace(base.tiles, labels="reviewed"))
@@ -568,7 +568,7 @@ def test_reviewed_labels_go_on_from_the_model_that_was_reviewed(
     assert trained.calls[1][2]["init_from"] is None
     train_on_project(replace(base, out=tmp_path / "c"))
     assert trained.calls[2][2]["init_from"] is None
-    monkeypatch.setattr(train, "former_model", lambda _: None)
+    monkeypatch.setattr(train, "find_former_model", lambda _: None)
     resume_training(tmp_path / "a")
     assert trained.calls[3][2]["init_from"] == always_normal
 

@@ -18,7 +18,7 @@ from darefine_qupath.cli.options import (
     settings_option,
 )
 from darefine_qupath.cli.output import echo_json, json_option, note, number, percent, table
-from darefine_qupath.cli.predict import model_option, network_options, predict_options, tissue_option, within_option
+from darefine_qupath.cli.predict import model_option, network_options, slide_fields, tissue_option, within_option
 from darefine_qupath.cli.progress import show_progress
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.evaluate import EvaluateRequest, Evaluation, evaluate_project
@@ -58,12 +58,6 @@ __all__ = ["evaluate"]
 @settings_option
 @json_option
 def evaluate(
-    project: Path,
-    model: Path,
-    images: tuple[str, ...],
-    truth: Path | None,
-    context: tuple[Any, ...],
-    annotators: tuple[str, ...],
     unpredicted: Unpredicted,
     csv_path: Path | None,
     as_json: bool,
@@ -73,20 +67,8 @@ def evaluate(
 
     Without --image these are the images that have annotations to compare with and that the model was not trained on.
     """
-    request = EvaluateRequest(
-        project=project,
-        model=model,
-        settings=given["settings"],
-        images=images,
-        mpp=given["mpp"],
-        within=given["within"],
-        options=predict_options(given),
-        scheduler=given["scheduler"],
-        truth=truth,
-        annotators=annotators,
-        context=context,
-        unpredicted=unpredicted,
-    )
+    comparison = {key: given[key] for key in ("truth", "annotators", "context")}
+    request = EvaluateRequest(**slide_fields(given), **comparison, unpredicted=unpredicted)
     with show_progress("Evaluating") as listener:
         found = evaluate_project(request, listener=listener)
     if csv_path is not None:

@@ -28,7 +28,15 @@ from darefine_qupath.polygons import FEWEST_VERTICES
 from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.review import RunResult, WriteOptions
 
-__all__ = ["OPEN_IN_QUPATH", "model_option", "network_options", "predict", "predict_options", "within_option"]
+__all__ = [
+    "OPEN_IN_QUPATH",
+    "model_option",
+    "network_options",
+    "predict",
+    "slide_fields",
+    "tissue_option",
+    "within_option",
+]
 
 OPEN_IN_QUPATH = (
     "If an image is open in QuPath, do not save it there: use File > Reload data. QuPath's Save would overwrite what "
@@ -80,9 +88,9 @@ def network_options() -> Callable[[Any], Any]:
     )
 
 
-def predict_options(given: dict[str, Any]) -> PredictOptions:
-    """Make `PredictOptions` of the options of `network_options` and `tissue_option`."""
-    return PredictOptions(
+def slide_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `SlideRequest` by the options above, and by those that every command shares."""
+    options_given = PredictOptions(
         device=given["device"],
         precision=given["precision"],
         batch_size=given["batch_size"],
@@ -94,6 +102,8 @@ def predict_options(given: dict[str, Any]) -> PredictOptions:
         strict=given["strict"],
         resume=not given["restart"],
     )
+    keys = ("project", "model", "settings", "images", "mpp", "within", "scheduler")
+    return {**{key: given[key] for key in keys}, "options": options_given}
 
 
 @click.command(cls=Command, short_help="Predict the slides of a project and write polygons back.")
@@ -156,9 +166,6 @@ def predict_options(given: dict[str, Any]) -> PredictOptions:
 @settings_option
 @json_option
 def predict(
-    project: Path,
-    model: Path,
-    images: tuple[str, ...],
     csv_path: Path | None,
     as_json: bool,
     engine: Engine,
@@ -178,14 +185,8 @@ def predict(
         min_area_um2=given["min_area_um2"],
     )
     request = PredictRequest(
-        project=project,
-        model=model,
-        settings=given["settings"],
+        **slide_fields(given),
         engine=engine,
-        images=images,
-        mpp=given["mpp"],
-        within=given["within"],
-        options=predict_options(given),
         polygons=PolygonOptions(
             simplify_um=given["simplify_um"],
             min_area_um2=given["min_area_um2"],
@@ -196,7 +197,6 @@ def predict(
             min_confidence=given["min_confidence"],
         ),
         write=None if given["maps_only"] else write,
-        scheduler=given["scheduler"],
         dry_run=given["dry_run"],
     )
     with show_progress("Predicting") as listener:

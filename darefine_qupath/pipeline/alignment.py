@@ -106,7 +106,7 @@ def check_alignment(slide: Slide, shapes: Sequence[BaseGeometry]) -> Iterator[Al
     for (column, row), indices in blocks.items():
         block = Box(column * _BLOCK_PX, row * _BLOCK_PX, _BLOCK_PX, _BLOCK_PX).intersection(Box.of(slide.size))
         assert block is not None
-        yield from _in_block(slide, block, factor, [(index, shapes[index], points[index]) for index in indices])
+        yield from _check_block(slide, block, factor, [(index, shapes[index], points[index]) for index in indices])
 
 
 def _coarse_factor(slide: Slide) -> float:
@@ -115,7 +115,7 @@ def _coarse_factor(slide: Slide) -> float:
     return next((factor for factor in factors if factor >= _COARSE), 4.0)
 
 
-def _in_block(
+def _check_block(
     slide: Slide, block: Box, factor: float, items: Sequence[tuple[int, BaseGeometry, NDArray[np.int64]]]
 ) -> Iterator[AlignmentCheck]:
     size = scaled_size(block.size, factor)
@@ -124,9 +124,9 @@ def _in_block(
     coarse = slide.read(block, size).astype(np.float32)
     white = fine.min(axis=2) > _WHITE
     fine, coarse = fine.mean(axis=2), coarse.mean(axis=2)
-    x, y = _shift(fine, coarse)
+    x, y = _find_shift(fine, coarse)
     for index, shape, point in items:
-        rows, columns, mask = _mask(shape, block, size)
+        rows, columns, mask = _rasterize(shape, block, size)
         count = int(mask.sum())
         below, above = fine[rows, columns][mask], coarse[rows, columns][mask]
         yield AlignmentCheck(
@@ -139,7 +139,7 @@ def _in_block(
         )
 
 
-def _mask(shape: BaseGeometry, block: Box, size: Size) -> tuple[slice, slice, NDArray[np.bool_]]:
+def _rasterize(shape: BaseGeometry, block: Box, size: Size) -> tuple[slice, slice, NDArray[np.bool_]]:
     """Rows and columns of the block around a shape, and which pixels there it touches: a small cell has some too."""
     step_x, step_y = block.width / size.width, block.height / size.height
     left, top, right, bottom = shape.bounds
@@ -151,7 +151,7 @@ def _mask(shape: BaseGeometry, block: Box, size: Size) -> tuple[slice, slice, ND
     return rows, columns, np.asarray(rasterize([shape], out_shape=out, transform=transform, all_touched=True) > 0)
 
 
-def _shift(fine: NDArray[np.float32], coarse: NDArray[np.float32]) -> tuple[int, int]:
+def _find_shift(fine: NDArray[np.float32], coarse: NDArray[np.float32]) -> tuple[int, int]:
     """Coarse pixels in x and y by which `coarse` must be moved back to lie on `fine`; 0 unless that is clear."""
     side = _FARTHEST
     if min(fine.shape) < 8 * side:

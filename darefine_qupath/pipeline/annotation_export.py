@@ -14,8 +14,8 @@ from darefine_qupath.pipeline.selection import (
     check_annotators,
     choose_images,
     every_annotation,
-    say_several_annotators,
-    say_what_cannot_train,
+    warn_of_several_annotators,
+    warn_of_unlearnable_objects,
 )
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.project import ImageEntry, Project
@@ -97,8 +97,8 @@ def export_labels(
     ]
     counts = class_counts(record for _, records in drawn for record in records)
     class_map = settings.class_map(project.classes, {k: v for k, v in counts.items() if not is_ignored(k)})
-    say_what_cannot_train(drawn)
-    say_several_annotators(records for _, records in drawn)
+    warn_of_unlearnable_objects(drawn)
+    warn_of_several_annotators(records for _, records in drawn)
     records_of = {image.id: records for image, records in drawn if class_counts(records)}
 
     def write(image: ImageEntry) -> tuple[int, int] | None:

@@ -213,7 +213,7 @@ def read_for_image(
         stretch=options.stretch,
         glass=None if path is None else partial(read_glass_frame, path),
     )
-    found = _storable(found)
+    found = _refuse_unstorable(found)
     if found.refused and not found.annotations:
         more = f" and {len(found.refused) - 1} more" if len(found.refused) > 1 else ""
         raise ExchangeError(f"{found.path} holds no annotation that can be used: {found.refused[0]}{more}")
@@ -228,11 +228,11 @@ def _other_kinds(records: Sequence[Annotation]) -> str:
     return f"{kinds.total()} objects are no annotations and do not train: {counted}" if kinds else ""
 
 
-def _storable(found: Imported) -> Imported:
+def _refuse_unstorable(found: Imported) -> Imported:
     """Annotations as QuPath will store them; those that it cannot hold are refused, one by one."""
     kept: dict[int, Annotation] = {}
     refused = []
-    for number, stored in _stored(found.annotations, 0):
+    for number, stored in _store_each(found.annotations, 0):
         if isinstance(stored, str):
             refused.append(Note(item=found.items[number], reason=stored))
         else:
@@ -242,7 +242,9 @@ def _storable(found: Imported) -> Imported:
     names = {found.annotations[number].path_class: record.path_class for number, record in kept.items()}
     return replace(
         found,
-        annotations=tuple(replace(record, parent=_standing(record.parent, above, ids)) for record in kept.values()),
+        annotations=tuple(
+            replace(record, parent=_nearest_kept_parent(record.parent, above, ids)) for record in kept.values()
+        ),
         items=tuple(found.items[number] for number in kept),
         own_ids=found.own_ids & ids,
         refused=(*found.refused, *refused),
@@ -250,14 +252,14 @@ def _storable(found: Imported) -> Imported:
     )
 
 
-def _standing(parent: UUID | None, above: Mapping[UUID, UUID | None], ids: Collection[UUID]) -> UUID | None:
+def _nearest_kept_parent(parent: UUID | None, above: Mapping[UUID, UUID | None], ids: Collection[UUID]) -> UUID | None:
     """Nearest object above that is imported."""
     while parent is not None and parent not in ids:
         parent = above.get(parent)
     return parent
 
 
-def _stored(records: Sequence[Annotation], first: int) -> Iterator[tuple[int, Annotation | str]]:
+def _store_each(records: Sequence[Annotation], first: int) -> Iterator[tuple[int, Annotation | str]]:
     """Each record as it will be stored, or why it cannot be; all at once where nothing is wrong."""
     try:
         with naming("object", ExchangeError):
@@ -269,8 +271,8 @@ def _stored(records: Sequence[Annotation], first: int) -> Iterator[tuple[int, An
             yield first, str(error).removeprefix("object: ")
             return
         half = len(records) // 2
-        yield from _stored(records[:half], first)
-        yield from _stored(records[half:], first + half)
+        yield from _store_each(records[:half], first)
+        yield from _store_each(records[half:], first + half)
     else:
         yield from enumerate(stored, first)
 
@@ -290,7 +292,7 @@ def add_to_project(
     for found, image in read:
         state = states[image.id] if image.id in states else project.state(image)
         origin = Origin(path=found.path, image=image.id, annotator=options.annotator)
-        plan = _without_cores(reconcile(found, state.objects, origin, replaces=options.replaces))
+        plan = _leave_cores_out(reconcile(found, state.objects, origin, replaces=options.replaces))
         plans.append((found, image, plan, None if image.id in states else state.version))
         # The next file meets what this one leaves.
         gone = {*plan.remove, *(record.id for record in plan.update)}
@@ -330,7 +332,7 @@ def _naming_what_was_written(imports: Sequence[Import]) -> Iterator[None]:
         raise type(error)(f"{error}; imported before that: {names}") from error
 
 
-def _without_cores(plan: Reconciled) -> Reconciled:
+def _leave_cores_out(plan: Reconciled) -> Reconciled:
     """Leave out new cores of a TMA grid, which only QuPath makes."""
     cores = {record.id for record in plan.add if record.kind == "tma core"}
     if not cores:

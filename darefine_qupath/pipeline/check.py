@@ -110,7 +110,7 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
             names_of = ", ".join(repr(image.name) for image in images if image.uri == uri)
             message = f"{number} entries show the same file {uri}: {names_of}; annotate one of them"
             yield Finding("warning", "", message)
-    for same in _copies(images):
+    for same in _find_copies(images):
         names_of = ", ".join(repr(image.name) for image in same)
         message = (
             f"{len(same)} files have the same content: {names_of}; keep one, or a split may put them on both sides"
@@ -118,7 +118,7 @@ def _check_duplicates(images: Sequence[ImageEntry]) -> Iterator[Finding]:
         yield Finding("error", "", message)
 
 
-def _copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
+def _find_copies(images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
     """Images of different files that hold the same, compared by their size and three of their megabytes."""
     by_size: dict[int, dict[Path, ImageEntry]] = {}
     for image in images:
@@ -194,8 +194,8 @@ def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], sli
         message = f"annotations of several annotators ({', '.join(sorted(names))}); {OVERLAP}"
         yield Finding("warning", entry.name, message)
     problems: dict[str, list[str]] = {}
-    for record, outside in zip(annotations, _shares_outside(annotations, slide), strict=True):
-        kind, detail = _problem(record, outside)
+    for record, outside in zip(annotations, _measure_overhang(annotations, slide), strict=True):
+        kind, detail = _describe_problem(record, outside)
         if kind:
             label = record.name or record.path_class or "annotation"
             problems.setdefault(kind, []).append(f"{label} {record.id}: {detail}")
@@ -208,7 +208,7 @@ def _check_annotations(entry: ImageEntry, annotations: Sequence[Annotation], sli
     yield from _check_pixels(entry, annotations, slide)
 
 
-def _shares_outside(annotations: Sequence[Annotation], slide: Slide) -> list[float]:
+def _measure_overhang(annotations: Sequence[Annotation], slide: Slide) -> list[float]:
     """Share of each annotation's area beyond the image; 0 for what has no valid area."""
     whole = shapely.box(0, 0, *slide.size)
     return [
@@ -230,7 +230,7 @@ def _is_sound(geometry: BaseGeometry) -> bool:
     return bool(np.isfinite(geometry.bounds).all() and geometry.is_valid and geometry.area > 0)
 
 
-def _problem(record: Annotation, outside: float) -> tuple[str, str]:
+def _describe_problem(record: Annotation, outside: float) -> tuple[str, str]:
     """Kind and description of what is wrong with an annotation; empty where nothing is."""
     geometry = record.geometry
     if geometry is None or geometry.is_empty:

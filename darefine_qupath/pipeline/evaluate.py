@@ -18,8 +18,8 @@ from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.pipeline.identity import trained_on
 from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.scoring import SlideScore, Unpredicted, score_context, score_slide, slide_size, truth_of
-from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, say_several_annotators
-from darefine_qupath.pipeline.slide_tasks import SlideRequest, keep_former_map, plan_slides, predict_slides
+from darefine_qupath.pipeline.selection import Skipped, check_annotators, choose_images, warn_of_several_annotators
+from darefine_qupath.pipeline.slide_tasks import SlideRequest, plan_slides, predict_slides, spare_former_map
 from darefine_qupath.prediction.area import PredictionArea
 from darefine_qupath.prediction.tasks import SlideResult, SlideTask, load_model
 from darefine_qupath.project import ImageEntry, Project, image_titles, open_project
@@ -152,11 +152,11 @@ def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -
         images, missing = choose_images(project, request.images)
         failed = list(missing if request.images else ())
         titles = image_titles({image.id: image.name for image in images})
-        truths = _truths(project, images, request, failed)
+        truths = _read_truths(project, images, request, failed)
         if not truths:
             where = project.path if request.truth is None else request.truth
             raise PredictionError(
-                _reasons(failed, titles)
+                _join_reasons(failed, titles)
                 or f"No image has annotations in {where} to compare with; annotate some, or give --truth"
             )
         trained = trained_on(header, project, [image for image, _ in truths])
@@ -166,17 +166,17 @@ def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -
         failed += plan.failed
         records_of = {image.id: (image, records) for image, records in chosen}
         slides: list[SlideScore] = []
-        for result in predict_slides([keep_former_map(task, header) for task in plan.tasks], request, listener):
+        for result in predict_slides([spare_former_map(task, header) for task in plan.tasks], request, listener):
             image, records = records_of[result.task.key]
             try:
                 with wording(PredictionError):
-                    slides.append(_scored(image, result, records, header.classes, request.unpredicted))
+                    slides.append(_score(image, result, records, header.classes, request.unpredicted))
             except DarefineError as error:
                 failed.append(Skipped.of(image, error))
         if not slides:
-            raise PredictionError(_reasons(failed, titles) or "Nothing was predicted")
+            raise PredictionError(_join_reasons(failed, titles) or "Nothing was predicted")
         scored = {slide.id for slide in slides}
-        context = _context_scores([item for item in chosen if item[0].id in scored], request)
+        context = _score_contexts([item for item in chosen if item[0].id in scored], request)
     return Evaluation(
         model=header.model_id,
         classes=header.classes,
@@ -187,7 +187,7 @@ def evaluate_project(request: EvaluateRequest, *, listener: Listener = SILENT) -
     )
 
 
-def _truths(
+def _read_truths(
     project: Project, images: Sequence[ImageEntry], request: EvaluateRequest, failed: list[Skipped]
 ) -> list[tuple[ImageEntry, tuple[Annotation, ...]]]:
     """Images with the annotations to compare with; those whose annotations cannot be read join the failed ones."""
@@ -201,15 +201,15 @@ def _truths(
     check_annotators((record for _, records in read for record in records), request.annotators)
     chosen = [(image, by_annotators(records, request.annotators)) for image, records in read]
     annotated = [(image, records) for image, records in chosen if any(record.path_class for record in records)]
-    say_several_annotators(records for _, records in annotated)
+    warn_of_several_annotators(records for _, records in annotated)
     return annotated
 
 
-def _reasons(failed: Sequence[Skipped], titles: Mapping[str, str]) -> str:
+def _join_reasons(failed: Sequence[Skipped], titles: Mapping[str, str]) -> str:
     return "; ".join(f"{titles.get(image.id, image.name)}: {image.why}" for image in failed)
 
 
-def _context_scores(
+def _score_contexts(
     truths: Sequence[tuple[ImageEntry, Sequence[Annotation]]], request: EvaluateRequest
 ) -> dict[str, ConfusionMatrix]:
     if not request.context:
@@ -219,7 +219,7 @@ def _context_scores(
     return score_context(load_model(request.model), truths, modes, mpp=request.given_mpp, device=device)
 
 
-def _scored(
+def _score(
     image: ImageEntry,
     result: SlideResult,
     records: Sequence[Annotation],
@@ -228,11 +228,11 @@ def _scored(
 ) -> SlideScore:
     if result.score_map is None:
         raise PredictionError(str(result.error))
-    region = _region(result.task, classes)
+    region = _predicted_region(result.task, classes)
     return score_slide(image, result.score_map, records, slide_size(image), region=region, unpredicted=unpredicted)
 
 
-def _region(task: SlideTask, classes: ClassMap) -> PredictionArea:
+def _predicted_region(task: SlideTask, classes: ClassMap) -> PredictionArea:
     """Find what of a slide was to be predicted."""
     defaults = {classes.unlabelled, classes.region_unlabelled} - {UNLABELLED_IGNORE}
     if not (task.options.tissue and defaults):

@@ -49,7 +49,7 @@ def hard_weights(
     _check_fit(path, former, data.tiles.classes, data.tiles.spec)
     network = former.build().to(device)
     weights: dict[str, float] = {}
-    for loaded in load_batches(data, _in_order(len(data)), workers=workers):
+    for loaded in load_batches(data, _plan_in_order(len(data)), workers=workers):
         batch = loaded.batch.to(torch.device(device))
         contexts = former.normalization.of_context.apply(batch.contexts)
         with full_float32():
@@ -61,7 +61,7 @@ def hard_weights(
     return weights
 
 
-def _in_order(number: int) -> list[BatchPlan]:
+def _plan_in_order(number: int) -> list[BatchPlan]:
     starts = range(0, number, _BATCH)
     chosen = [tuple(range(start, min(start + _BATCH, number))) for start in starts]
     return [BatchPlan(epoch=0, step=step, tiles=tiles, positions=tiles) for step, tiles in enumerate(chosen)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +80,6 @@ class ProjectSummary:
     class_names: tuple[str, ...]
     images: tuple[ImageSummary, ...]
 
-    @property
-    def totals(self) -> dict[str, int]:
-        """Annotations per class over all images."""
-        counts: Counter[str] = Counter()
-        for image in self.images:
-            counts.update({item.name: item.num_annotations for item in image.classes})
-        return dict(sorted(counts.items()))
-
 
 def summarize(project: Project) -> ProjectSummary:
     """Describe a project without opening its slides.
@@ -115,12 +106,12 @@ def summarize(project: Project) -> ProjectSummary:
 def _summarize_image(project: Project, entry: ImageEntry, problem: str | None) -> ImageSummary:
     try:
         with wording(ProjectError):
-            return _counted(entry, project.objects(entry), problem)
+            return _count_annotations(entry, project.objects(entry), problem)
     except DarefineError as error:
         return ImageSummary(entry=entry, num_objects=0, classes=(), problem=str(error))
 
 
-def _counted(entry: ImageEntry, objects: Sequence[Annotation], problem: str | None) -> ImageSummary:
+def _count_annotations(entry: ImageEntry, objects: Sequence[Annotation], problem: str | None) -> ImageSummary:
     annotations = [record for record in objects if record.kind == "annotation"]
     names = sorted({record.path_class or "" for record in annotations})
     classes = []

@@ -59,12 +59,16 @@ def find_places(
     def unlike(image: ImageEntry, boxes: Sequence[Box]) -> list[float]:
         run = sort_objects(project, image).run
         trained = None if run is None else run.parameters.get("stain")
-        return _unlike(image, boxes, StainStatistics.from_json(trained)) if trained else [0.0] * len(boxes)
+        return (
+            _measure_stain_distances(image, boxes, StainStatistics.from_json(trained))
+            if trained
+            else [0.0] * len(boxes)
+        )
 
     return next_places(project, chosen, count=count, maps=layers, unlike=unlike, on_error=on_error)
 
 
-def _unlike(image: ImageEntry, boxes: Sequence[Box], trained: StainStatistics) -> list[float]:
+def _measure_stain_distances(image: ImageEntry, boxes: Sequence[Box], trained: StainStatistics) -> list[float]:
     """How far the stain of each place is from that of the training data, 0 to 1; 0 where the slide is not there."""
     if image.path is None or not image.exists or image.unsupported is not None:
         return [0.0] * len(boxes)

@@ -84,12 +84,12 @@ def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | 
     size = fit_within((score_map.box.width, score_map.box.height), (side, side))
     with open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
         thumbnail = slide.read(score_map.box, size)
-    predicted = _shrunk(score_map.read("class"), size)
+    predicted = _shrink(score_map.read("class"), size)
     records = truth_of(project, image, truth)
     panels = [Panel(title=image.name), Panel(title="Prediction", labels=predicted)]
     compare = None
     if any(record.path_class in score_map.classes.names for record in records):
-        labels = _truth_map(records, score_map, slide_size(image), size)
+        labels = _draw_truth(records, score_map, slide_size(image), size)
         panels.insert(1, Panel(title="Truth", labels=labels))
         compare = (labels, predicted)
     hidden = score_map.classes.unlabelled_label
@@ -102,13 +102,13 @@ def _draw_overlay(project: Project, image: ImageEntry, out: Path, truth: Path | 
     return path
 
 
-def _truth_map(records: Sequence[Annotation], score_map: ScoreMap, image_size: Size, size: Size) -> NDArray[np.uint8]:
+def _draw_truth(records: Sequence[Annotation], score_map: ScoreMap, image_size: Size, size: Size) -> NDArray[np.uint8]:
     known = [record for record in records if score_map.classes.knows(record.path_class)]
     labels = truth_labels(LabelPainter(known, score_map.classes), score_map, image_size, (0, score_map.size.height))
-    return _shrunk(labels, size)
+    return _shrink(labels, size)
 
 
-def _shrunk(labels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+def _shrink(labels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """Labels at a smaller size, by the pixel at each centre."""
     rows = ((np.arange(size.height) + 0.5) * labels.shape[0] / size.height).astype(int)
     columns = ((np.arange(size.width) + 0.5) * labels.shape[1] / size.width).astype(int)

@@ -260,7 +260,7 @@ def predict_project(request: PredictRequest, *, listener: Listener = SILENT) -> 
             else:
                 for warning in result.score_map.warnings:
                     _log.warning("%s: %s", names[image.id], warning.message)
-                outcomes.append(_finish(project, image, result.score_map, request, left_out, batch))
+                outcomes.append(_vectorize_and_write(project, image, result.score_map, request, left_out, batch))
                 # The first run lends its id to the others of this call, so that they are undone together.
                 batch = batch or (outcomes[-1].written.run if outcomes[-1].written else None)
         return Prediction(
@@ -288,7 +288,7 @@ def _check_overlapped_classes(project: Project, images: Sequence[ImageEntry], na
         raise ClassMapError(f"{project.path} has no classes {unknown} (--allow-overlap); it has {sorted(known)}")
 
 
-def _finish(
+def _vectorize_and_write(
     project: Project,
     image: ImageEntry,
     score_map: ScoreMap,
@@ -298,13 +298,13 @@ def _finish(
 ) -> ImagePrediction:
     try:
         with wording(PredictionError):
-            polygons, written = _written(project, image, score_map, request, left_out, batch)
+            polygons, written = _write_polygons(project, image, score_map, request, left_out, batch)
     except DarefineError as error:
         return ImagePrediction(image=image, score_map=score_map, error=str(error))
     return ImagePrediction(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
 
 
-def _written(
+def _write_polygons(
     project: Project,
     image: ImageEntry,
     score_map: ScoreMap,
@@ -312,7 +312,7 @@ def _written(
     left_out: frozenset[int],
     batch: str | None,
 ) -> tuple[tuple[ClassPolygon, ...], RunResult | None]:
-    polygons = _polygons(image, score_map, request.polygons, left_out)
+    polygons = _vectorize_map(image, score_map, request.polygons, left_out)
     written = None
     if request.write is not None:
         written = write_back(
@@ -337,7 +337,7 @@ def _written(
     return polygons, written
 
 
-def _polygons(
+def _vectorize_map(
     image: ImageEntry, score_map: ScoreMap, options: PolygonOptions, left_out: frozenset[int]
 ) -> tuple[ClassPolygon, ...]:
     threshold = round(options.min_confidence * 255)

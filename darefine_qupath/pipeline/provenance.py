@@ -15,7 +15,7 @@ from darefine_qupath.errors import DarefineError
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import manual_annotations, reviewed_annotations, run_states
 
-__all__ = ["MODEL_FILE", "LabelCollector", "Labels", "former_model", "summary"]
+__all__ = ["MODEL_FILE", "LabelCollector", "Labels", "find_former_model", "summarize_objects"]
 
 MODEL_FILE = "model_file"
 """Parameter of a prediction run under which its model file stands."""
@@ -75,14 +75,14 @@ class LabelCollector:
         return {image: objects for image, objects in sorted(self.objects.items()) if image in images}
 
 
-def summary(objects: Mapping[str, Objects]) -> dict[str, Any]:
+def summarize_objects(objects: Mapping[str, Objects]) -> dict[str, Any]:
     """Count objects by kind, with a digest of all their ids: what goes into a model file."""
     counts = {kind: sum(len(of_image[kind]) for of_image in objects.values()) for kind in _KINDS}
     ids = sorted(each for of_image in objects.values() for found in of_image.values() for each in found)
     return {**counts, "sha256": sha256("\n".join(ids).encode()).hexdigest()}
 
 
-def former_model(project: Project) -> Path | None:
+def find_former_model(project: Project) -> Path | None:
     """Model file of the newest prediction that stands in a project.
 
     Returns
@@ -90,7 +90,7 @@ def former_model(project: Project) -> Path | None:
     Path or None
         None where nothing has been predicted, or the file is gone or has become another model; that is logged.
     """
-    done = [run for run, state in run_states(project, on_error=_pass_over) if state == "done"]
+    done = [run for run, state in run_states(project, on_error=_warn) if state == "done"]
     if not done:
         return None
     newest = max(done, key=lambda run: run.order)
@@ -110,5 +110,5 @@ def former_model(project: Project) -> Path | None:
     return path
 
 
-def _pass_over(_: str, error: DarefineError) -> None:
+def _warn(_: str, error: DarefineError) -> None:
     _log.warning("%s", error)

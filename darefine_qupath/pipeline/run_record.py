@@ -16,7 +16,7 @@ from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.pipeline.hard_examples import hard_weights
 from darefine_qupath.pipeline.identity import IDENTITY
-from darefine_qupath.pipeline.provenance import summary
+from darefine_qupath.pipeline.provenance import summarize_objects
 from darefine_qupath.pipeline.settings import Settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, save_roles
 from darefine_qupath.pipeline.tiles import Tiles
@@ -35,7 +35,7 @@ __all__ = [
     "LABELS_FILE",
     "REQUEST_FILE",
     "SETTINGS_FILE",
-    "provenance_of_run",
+    "describe_provenance",
     "read_json",
     "record_hard_tiles",
     "record_labels_of_folds",
@@ -109,9 +109,9 @@ def record_hard_tiles(request: TrainRequest, sampling: SamplingSpec, data: TileD
         _write_json(file, hard_weights(model, data, boost=sampling.hard_boost, device=group.device))
 
 
-def provenance_of_run(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
+def describe_provenance(request: TrainRequest, tiles: Tiles, split: Split, training: TilePart) -> dict[str, Any]:
     """Where a model comes from: project, slides, labels, split and stain, for its file."""
-    found = stain_statistics(_sample(training.tiles, tiles.reader))
+    found = stain_statistics(_sample_slices(training.tiles, tiles.reader))
     folder = request.tiles_at
     images = [training.tiles.images[number] for number in np.unique(training.tiles.image).tolist()]
     roles = read_json(request.out / SPLIT_FILE)["images"]
@@ -120,7 +120,7 @@ def provenance_of_run(request: TrainRequest, tiles: Tiles, split: Split, trainin
         IDENTITY: dict(tiles.identity),
         "labels": request.tiles.labels,
         # Which objects these are stands in the run folder.
-        "objects": summary(read_json(request.out / LABELS_FILE)["objects"]),
+        "objects": summarize_objects(read_json(request.out / LABELS_FILE)["objects"]),
         "data": None if folder is None else dataset_digest(folder),
         "split": {"images": roles, "spatial": split.is_spatial},
         "images": {image.id: image.name for image in tiles.index.images},
@@ -130,7 +130,7 @@ def provenance_of_run(request: TrainRequest, tiles: Tiles, split: Split, trainin
     }
 
 
-def _sample(tiles: TileIndex, reader: TileReader) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+def _sample_slices(tiles: TileIndex, reader: TileReader) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
     """Slices from all over the training tiles."""
     step = max(1, len(tiles) // _STAIN_TILES)
     return (reader.read(tiles[position]).slice for position in range(0, len(tiles), step))

@@ -27,10 +27,10 @@ __all__ = [
     "choose_images",
     "collect_training_images",
     "every_annotation",
-    "say_several_annotators",
-    "say_what_cannot_train",
     "size_mismatch",
     "source_of",
+    "warn_of_several_annotators",
+    "warn_of_unlearnable_objects",
 ]
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[Im
     wanted = tuple(project.image(name) for name in names) if names else project.images
     chosen, skipped = [], []
     for image in wanted:
-        why = _unreadable(image)
+        why = _why_unreadable(image)
         if why is None:
             chosen.append(image)
         else:
@@ -152,7 +152,7 @@ def choose_images(project: Project, names: Sequence[str] = ()) -> tuple[tuple[Im
     return tuple(chosen), tuple(skipped)
 
 
-def _unreadable(image: ImageEntry) -> str | None:
+def _why_unreadable(image: ImageEntry) -> str | None:
     if image.unsupported is not None:
         return image.unsupported
     if image.path is None:
@@ -179,14 +179,14 @@ def size_mismatch(image: ImageEntry, mpp: float | None = None) -> str | None:
     except SlideError as error:
         return str(error)
     if image.width is None or image.height is None or (image.width, image.height) == tuple(size):
-        return _not_square(image, by_file) if mpp is None else None
+        return _why_not_square(image, by_file) if mpp is None else None
     return (
         f"QuPath lists it as {image.width} x {image.height} px, but its file has {size.width} x {size.height}; "
         f"annotations would be misplaced"
     )
 
 
-def _not_square(image: ImageEntry, by_file: PixelSize | None) -> str | None:
+def _why_not_square(image: ImageEntry, by_file: PixelSize | None) -> str | None:
     by_project = image.pixel_size if image.pixel_size is not None and image.pixel_size.is_possible else None
     pixel = by_project or by_file
     if pixel is None or pixel.is_square:
@@ -244,14 +244,14 @@ def collect_training_images(
         If an annotation has a class that the settings do not know.
     """
     wanted = tuple(project.image(name) for name in names) if names else project.images
-    drawn, damaged = _drawn(project, wanted, annotations_of)
+    drawn, damaged = _read_annotations(project, wanted, annotations_of)
     annotated = [image.id for image in wanted if class_counts(drawn[image.id])]
-    say_what_cannot_train([(image, drawn[image.id]) for image in wanted])
-    say_several_annotators(drawn.values())
+    warn_of_unlearnable_objects([(image, drawn[image.id]) for image in wanted])
+    warn_of_several_annotators(drawn.values())
     readable, skipped = choose_images(project, annotated) if annotated else ((), ())
     skipped = (*damaged, *skipped)
     if not readable:
-        raise TileError(_nothing_to_learn(project, skipped))
+        raise TileError(_explain_no_image(project, skipped))
     records = [record for image in readable for record in drawn[image.id]]
     counts = class_counts(record for record in records if record.kind == "annotation")
     classes = settings.class_map(project.classes, counts)
@@ -261,17 +261,17 @@ def collect_training_images(
     skipped += tuple(Skipped.of(i, why) for i in readable if (why := wrong[i.id]) is not None)
     readable = tuple(image for image in readable if wrong[image.id] is None)
     if not readable:
-        raise TileError(_nothing_to_learn(project, skipped))
+        raise TileError(_explain_no_image(project, skipped))
     titles = image_titles({image.id: image.name for image in wanted})
     for left_out in skipped:
         _log.warning("%s is left out: %s", titles[left_out.id], left_out.why)
     if skipped:
         _log.warning("%d of %d annotated images are left out", len(skipped), len(skipped) + len(readable))
-    sources = _same_file_same_case([source_of(image, drawn[image.id], given) for image in readable])
+    sources = _join_cases_of_same_file([source_of(image, drawn[image.id], given) for image in readable])
     return TrainingSet(classes=classes, sources=sources, skipped=skipped)
 
 
-def _drawn(
+def _read_annotations(
     project: Project, images: Sequence[ImageEntry], annotations_of: AnnotationsOf
 ) -> tuple[dict[str, tuple[Annotation, ...]], tuple[Skipped, ...]]:
     """Annotations by entry id, and the images whose data is damaged."""
@@ -288,7 +288,7 @@ def _drawn(
     return drawn, tuple(damaged)
 
 
-def say_what_cannot_train(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]]]) -> None:
+def warn_of_unlearnable_objects(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]]]) -> None:
     """Log, image by image, how many annotations give no label, and why."""
     for image, records in drawn:
         size = None if image.width is None or image.height is None else (image.width, image.height)
@@ -297,7 +297,7 @@ def say_what_cannot_train(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]
             _log.warning("%s: %s", image.name, line)
 
 
-def say_several_annotators(drawn: Iterable[Sequence[Annotation]]) -> None:
+def warn_of_several_annotators(drawn: Iterable[Sequence[Annotation]]) -> None:
     """Log how many images have annotations of several people, of whom nobody chose."""
     found = [names for records in drawn if len(names := annotators_in(records)) > 1]
     if found:
@@ -305,7 +305,7 @@ def say_several_annotators(drawn: Iterable[Sequence[Annotation]]) -> None:
         _log.warning("%d images have annotations of several annotators (%s); %s", len(found), everyone, OVERLAP)
 
 
-def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:
+def _join_cases_of_same_file(sources: Sequence[TileSource]) -> tuple[TileSource, ...]:
     """Give entries of the same file the same case: pixels must not both train and validate."""
     by_file: dict[Path, list[TileSource]] = {}
     for source in sources:
@@ -317,7 +317,7 @@ def _same_file_same_case(sources: Sequence[TileSource]) -> tuple[TileSource, ...
     return tuple(replace(source, case=cases[source.id]) if source.id in cases else source for source in sources)
 
 
-def _nothing_to_learn(project: Project, skipped: Sequence[Skipped]) -> str:
+def _explain_no_image(project: Project, skipped: Sequence[Skipped]) -> str:
     if skipped:
         titles = image_titles({image.id: image.name for image in skipped})
         reasons = "; ".join(f"{titles[image.id]}: {image.why}" for image in skipped)

@@ -179,24 +179,24 @@ class Settings:
     def tile_filter(self, **changes: Any) -> TileFilter:  # noqa: ANN401 - any field
         """Which tiles are worth having, by the ``[tiles]`` table; `changes` that are not None go over it."""
         self._check_tile_keys()
-        return self._made(TileFilter, "tiles", changes)
+        return self._build(TileFilter, "tiles", changes)
 
     def storage(self, **changes: Any) -> Storage:  # noqa: ANN401 - any field
         """How tiles are stored, by the ``[tiles]`` table; `changes` that are not None go over it."""
         self._check_tile_keys()
-        return self._made(Storage, "tiles", changes)
+        return self._build(Storage, "tiles", changes)
 
     def split_spec(self, **changes: Any) -> SplitSpec:  # noqa: ANN401 - any field
         """How tiles are divided, by the ``[split]`` table; `changes` that are not None or empty go over it."""
         _refuse_unknown(self.split, [name for name in _names(SplitSpec) if name != "fold"], "split", self.path)
-        return self._made(SplitSpec, "split", {key: value for key, value in changes.items() if value != ()})
+        return self._build(SplitSpec, "split", {key: value for key, value in changes.items() if value != ()})
 
     def sampling_spec(self, **changes: Any) -> SamplingSpec:  # noqa: ANN401 - any field
         """Which training tiles an epoch draws, by the ``[sampling]`` table; `changes` that are not None go over it."""
         _refuse_unknown(self.sampling, _names(SamplingSpec), "sampling", self.path)
-        return self._made(SamplingSpec, "sampling", changes)
+        return self._build(SamplingSpec, "sampling", changes)
 
-    def _made(self, kind: type[T], section: str, changes: Mapping[str, Any]) -> T:
+    def _build(self, kind: type[T], section: str, changes: Mapping[str, Any]) -> T:
         """Record of the keys of a table that are its fields; a value of another type is named with its key."""
         values: dict[str, Any] = {}
         for item in fields(kind):  # type: ignore[arg-type]  # every caller gives a dataclass

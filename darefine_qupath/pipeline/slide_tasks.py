@@ -27,11 +27,11 @@ from darefine_qupath.slides import open_slide
 __all__ = [
     "SlidePlan",
     "SlideRequest",
-    "keep_former_map",
     "map_folder",
     "plan_slides",
     "predict_elsewhere",
     "predict_slides",
+    "spare_former_map",
 ]
 
 
@@ -91,7 +91,7 @@ def plan_slides(project: Project, images: Sequence[ImageEntry], request: SlideRe
         if why is None and request.within is not None:
             try:
                 with wording(ProjectError):
-                    area = _area_of(project.annotations(image), request.within)
+                    area = _find_area(project.annotations(image), request.within)
             except DarefineError as error:
                 why = str(error)
             else:
@@ -115,7 +115,7 @@ def plan_slides(project: Project, images: Sequence[ImageEntry], request: SlideRe
     return SlidePlan(tasks=tuple(tasks), skipped=tuple(skipped), failed=tuple(failed))
 
 
-def keep_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
+def spare_former_map(task: SlideTask, header: CheckpointHeader) -> SlideTask:
     """Give an evaluation another folder where a map lies that is not the same, or is unfinished."""
     is_free = not any((task.out / name).exists() for name in ("scoremap.json", "partial"))
     if is_free or _is_finished(task, header):
@@ -140,7 +140,7 @@ def _is_finished(task: SlideTask, header: CheckpointHeader) -> bool:
         return False
 
 
-def _area_of(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:
+def _find_area(annotations: Sequence[Annotation], path_class: str) -> shapely.Geometry | None:
     shapes = [record.geometry for record in annotations if record.path_class == path_class and record.area > 0]
     if not shapes:
         return None

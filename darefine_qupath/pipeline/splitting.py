@@ -166,14 +166,14 @@ def divide(tiles: TileIndex, spec: SplitSpec, *, seed: int) -> Split:
     """
     fixed = roles_of_metadata(tiles.images)
     if spec.folds:
-        return _fold(tiles, spec, fixed, seed)
+        return _choose_fold(tiles, spec, fixed, seed)
     if spec.validation_images:
         fixed = {key: role for key, role in fixed.items() if role != "validation"}
         fixed.update(explicit_roles(tiles.images, {"validation": spec.validation_images}))
     return split_tiles(tiles, validation=spec.validation, test=spec.test, seed=seed, fixed=fixed)
 
 
-def _fold(tiles: TileIndex, spec: SplitSpec, fixed: Mapping[str, Role], seed: int) -> Split:
+def _choose_fold(tiles: TileIndex, spec: SplitSpec, fixed: Mapping[str, Role], seed: int) -> Split:
     test = {image for image, role in fixed.items() if role == "test"}
     if spec.test and not test:
         held_back = split_images(tiles, validation=0, test=spec.test, seed=seed)

@@ -13,13 +13,13 @@ from darefine_qupath.limits import naming
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.identity import identity_of
 from darefine_qupath.pipeline.listener import SILENT, Listener
-from darefine_qupath.pipeline.provenance import former_model
+from darefine_qupath.pipeline.provenance import find_former_model
 from darefine_qupath.pipeline.run_record import (
     HARD_FILE,
     LABELS_FILE,
     REQUEST_FILE,
     SETTINGS_FILE,
-    provenance_of_run,
+    describe_provenance,
     read_json,
     record_hard_tiles,
     record_labels_of_folds,
@@ -29,7 +29,12 @@ from darefine_qupath.pipeline.run_record import (
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec, divide
 from darefine_qupath.pipeline.tiles import Tiles, make_tiles
 from darefine_qupath.pipeline.train_request import TILES_FOLDER, TrainRequest
-from darefine_qupath.pipeline.train_setup import describe_run, given_train_fields, new_run_config, resumed_run_config
+from darefine_qupath.pipeline.train_setup import (
+    collect_train_fields,
+    configure_new_run,
+    configure_resumed_run,
+    describe_run,
+)
 from darefine_qupath.project import open_project
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
 from darefine_qupath.tiles.roles import Split, TilePart
@@ -93,7 +98,7 @@ def train_on_project(request: TrainRequest, *, listener: Listener = SILENT) -> T
             f"{request.out} holds a training run already; go on with --resume {request.out}, or give another folder"
         )
     try:
-        return _train_or_cross_validate(_with_former_model(request), listener, resume=False)
+        return _train_or_cross_validate(_find_former_model(request), listener, resume=False)
     except DarefineError:
         # A run that never began must not take the folder: the same command is made again with the mistake mended, and
         # finds the tiles that were cut.
@@ -144,12 +149,12 @@ def _has_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "state.safetensors"))
 
 
-def _with_former_model(request: TrainRequest) -> TrainRequest:
+def _find_former_model(request: TrainRequest) -> TrainRequest:
     """Decide which model the run starts from, so that a later --resume need not."""
     if request.init_from is not None or not request.fine_tune or request.tiles.labels != "reviewed":
         return replace(request, fine_tune=False)
     with open_project(request.tiles.project, engine="embedded") as project:
-        former = former_model(project)
+        former = find_former_model(project)
     if former is not None:
         _log.warning(
             "Fine-tuning starts from %s, whose predictions were reviewed; --from none starts from scratch", former
@@ -164,7 +169,7 @@ def _train_or_cross_validate(request: TrainRequest, listener: Listener, *, resum
         return _train_once(request, listener, resume=resume)[0]
     if request.save_roles:
         raise ConfigError("In a cross-validation every case validates once, so images have no roles to save")
-    if join_process_group(TrainConfig.from_mapping(given_train_fields(settings, request)).device).is_main:
+    if join_process_group(TrainConfig.from_mapping(collect_train_fields(settings, request)).device).is_main:
         record_request(request, settings)
     results = []
     cut: Tiles | None = None
@@ -191,7 +196,7 @@ def _train_once(
     split_spec, sampling = settings.split_spec(**request.split), settings.sampling_spec(**request.sampling)
     begun = read_run(request.out) if resume else None
     model_wanted, config, spec = (
-        new_run_config(settings, request) if begun is None else resumed_run_config(begun, request)
+        configure_new_run(settings, request) if begun is None else configure_resumed_run(begun, request)
     )
     group = join_process_group(config.device)
     with group.report_lost_peers(request.out):
@@ -201,14 +206,14 @@ def _train_once(
             if group.is_main:
                 if begun is None:
                     record_request(request, settings)
-                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=resume, listener=listener)
+                tiles = cut or _load_or_cut_tiles(request, split_spec, spec, begun, is_cut=resume, listener=listener)
                 if is_fold:
                     tiles = record_labels_of_folds(request.out.parent / LABELS_FILE, tiles, begun)
         with group.fail_together():
             if not group.is_main:
                 # What the first process has cut is there by now.
-                tiles = cut or _tiles_of_run(request, split_spec, spec, begun, is_cut=True, listener=SILENT)
-            model, split, parts = _divided(tiles, model_wanted, split_spec, sampling, seed=config.seed)
+                tiles = cut or _load_or_cut_tiles(request, split_spec, spec, begun, is_cut=True, listener=SILENT)
+            model, split, parts = _divide(tiles, model_wanted, split_spec, sampling, seed=config.seed)
             if group.is_main:
                 if begun is None:
                     record_origin(request, tiles, split, parts[0])
@@ -216,7 +221,7 @@ def _train_once(
                 for sentence in describe_run(settings, request, model, config, group, parts):
                     listener.on_notice(sentence)
         with group.fail_together():
-            provenance = provenance_of_run(request, tiles, split, parts[0]) if begun is None else begun.provenance
+            provenance = describe_provenance(request, tiles, split, parts[0]) if begun is None else begun.provenance
             hard = read_json(request.out / HARD_FILE) if sampling.hard_model is not None else None
         training, validation = (TileDataset(part.tiles, tiles.reader) for part in parts)
         result = train(
@@ -236,7 +241,7 @@ def _train_once(
     return result, tiles
 
 
-def _divided(
+def _divide(
     tiles: Tiles, wanted: ModelConfig, split_spec: SplitSpec, sampling: SamplingSpec, *, seed: int
 ) -> tuple[ModelConfig, Split, tuple[TilePart, TilePart]]:
     """Network for the classes of the tiles, their split, and the tiles to learn from and to validate by."""
@@ -246,7 +251,7 @@ def _divided(
     return model, split, (replace(training, tiles=sampling.cap(training.tiles, seed=seed)), validation)
 
 
-def _tiles_of_run(
+def _load_or_cut_tiles(
     request: TrainRequest,
     split: SplitSpec,
     default_spec: TileSpec | None,

