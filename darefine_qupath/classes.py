@@ -1,4 +1,4 @@
-"""Path classes, labels and colours: the only place where names and labels meet.
+"""Map path classes to labels and colors: the only place where names and labels meet.
 
 A QuPath class whose name ends in ``*`` is not a class to learn: pixels under ``Ignore*`` are `IGNORE` whatever else
 covers them; where ``Region*`` annotations exist, only their inside counts.
@@ -24,14 +24,14 @@ __all__ = [
 ]
 
 IGNORE = 255
-"""Label of a pixel that says nothing: outside the slide, unlabelled, ignored."""
+"""Label of a pixel that nothing is known of: outside the slide, unlabelled, ignored."""
 
 REGION = "Region*"
 """Where annotations of this class exist, only their inside counts."""
 
 UNLABELLED_IGNORE = "ignore"
 
-_HEX_COLOUR = re.compile("#?[0-9a-fA-F]{6}")
+_HEX_COLOR = re.compile("#?[0-9a-fA-F]{6}")
 
 
 class Color(NamedTuple):
@@ -43,19 +43,19 @@ class Color(NamedTuple):
 
     @classmethod
     def from_argb(cls, argb: int) -> Color:
-        """Colour of a signed or unsigned 32-bit ARGB integer as Java packs it."""
+        """Unpack a signed or unsigned 32-bit ARGB integer, as Java packs colors."""
         return cls((argb >> 16) & 255, (argb >> 8) & 255, argb & 255)
 
     @classmethod
     def from_hex(cls, text: str) -> Color:
-        """Colour of ``#rrggbb``."""
-        if not _HEX_COLOUR.fullmatch(text):
+        """Read ``#rrggbb``."""
+        if not _HEX_COLOR.fullmatch(text):
             raise ClassMapError(f"{text!r} is not a colour; write it as #rrggbb")
         return cls(*bytes.fromhex(text.removeprefix("#")))
 
     @property
     def argb(self) -> int:
-        """Opaque colour as the signed 32-bit integer QuPath stores."""
+        """Opaque color as the signed 32-bit integer QuPath stores."""
         return ((255 << 24) | (self.red << 16) | (self.green << 8) | self.blue) - (1 << 32)
 
     @property
@@ -87,7 +87,7 @@ _WHEEL = (
 
 
 def default_color(name: str) -> Color:
-    """Colour for a class that has none: fixed per name."""
+    """Choose a color for a class that has none: fixed per name."""
     known = _KNOWN_COLORS.get(name.lower())
     return known or _WHEEL[sum(name.encode()) % len(_WHEEL)]
 
@@ -105,7 +105,7 @@ class PathClass:
     ----------
     name : str
         Full name; the parts of a derived class are joined by ``": "``.
-    colour : Colour
+    color : Color
         As QuPath draws it.
     """
 
@@ -121,7 +121,7 @@ class ClassMap:
     ----------
     names : tuple of str
         Training classes; the index is the label.
-    colours : tuple of Colour
+    colors : tuple of Color
         One per name; filled from `default_color` when empty.
     sources : mapping of str to str
         Project class to training class (many to one). A training class always maps to itself.
@@ -187,7 +187,7 @@ class ClassMap:
         return path_class is None or is_ignored(path_class) or path_class in self.names or path_class in self.sources
 
     def label(self, path_class: str) -> int:
-        """Label of a project class.
+        """Find the label of a project class.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Boxes in level-0 pixels and the only arithmetic with downsamples.
+"""Compute with boxes in level-0 pixels and with downsamples; nothing else multiplies by a downsample.
 
 Every stored coordinate of darefine is a level-0 pixel of the image as QuPath sees it, half-open, ``(x, y)`` and
 ``(width, height)``; arrays are ``(row, column)``. Level sizes come from the level's own dimensions, never from
@@ -216,7 +216,7 @@ def level_box(box: Box, base: tuple[int, int], level: tuple[int, int]) -> FloatB
     Returns
     -------
     FloatBox
-        The same place in level pixels, not rounded: who reads rounds once, outwards.
+        The same place in level pixels, not rounded: the reader rounds once, outwards.
     """
     scale_x, scale_y = level_scale(base, level)
     return FloatBox(box.x * scale_x, box.y * scale_y, box.width * scale_x, box.height * scale_y)

@@ -1,4 +1,4 @@
-"""How well a label map matches the truth: a confusion matrix and what follows from it.
+"""Measure how well a label map matches the truth: a confusion matrix and what follows from it.
 
 Accuracy, IoU and the BACH score are those of the paper ([1]_, Section III-C). Every metric here is a function of the
 confusion matrix, so that tiles, slides and processes add up.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from darefine_qupath.classes import IGNORE
 
-__all__ = ["ConfusionMatrix", "bach_score"]
+__all__ = ["ConfusionMatrix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +98,7 @@ class ConfusionMatrix:
     def merged(cls, matrices: Iterable[ConfusionMatrix]) -> ConfusionMatrix:
         """Sum of several matrices; needs at least one."""
         first, *others = matrices
-        for other in others:
-            first = first + other
-        return first
+        return sum(others, start=first)
 
     def __add__(self, other: ConfusionMatrix) -> ConfusionMatrix:
         if not isinstance(other, ConfusionMatrix):
@@ -174,8 +172,22 @@ class ConfusionMatrix:
 
     @property
     def bach_score(self) -> float:
-        """Score of the BACH challenge; see `bach_score`. Label 0 must be the normal class."""
-        return bach_score(self.counts, self.missed)
+        """Score that weighs an error by its distance on the scale from normal to invasive ([1]_, Eq. 10-11).
+
+        ``1 - sum |pred - gt| / sum max(|gt - 0|, |gt - (K - 1)|) * [1 - (1 - pred_bin) (1 - gt_bin)]`` over the
+        pixels, where ``bin`` is 0 for the normal class (label 0) and 1 for any other. Pixels that are normal in both
+        truth and prediction are thus not counted in the denominator. A pixel without a prediction is the worst error
+        that its class allows. K is 4 in the paper. NaN if truth and prediction are normal everywhere, or there is one
+        class only.
+        """
+        labels = np.arange(self.num_classes)
+        truth, prediction = labels[:, None], labels[None, :]
+        largest = np.maximum(truth, self.num_classes - 1 - truth)
+        is_counted = 1 - (prediction == 0) * (truth == 0)
+        lost = int((self.missed * largest[:, 0]).sum())
+        wrong = int((self.counts * np.abs(prediction - truth)).sum()) + lost
+        worst = int((self.counts * largest * is_counted).sum()) + lost
+        return 1 - wrong / worst if worst else float("nan")
 
     @property
     def _hits(self) -> NDArray[np.int64]:
@@ -219,37 +231,6 @@ class ConfusionMatrix:
     def from_json(cls, data: dict[str, Any]) -> ConfusionMatrix:
         """Rebuild the matrix that `to_json` wrote."""
         return cls(np.array(data["confusion"], dtype=np.int64), np.array(data.get("missed", []), dtype=np.int64))
-
-
-def bach_score(counts: NDArray[np.int64], missed: NDArray[np.int64] | None = None) -> float:
-    """Score that weighs an error by its distance on the scale from normal to invasive ([1]_, Eq. 10-11).
-
-    ``1 - sum |pred - gt| / sum max(|gt - 0|, |gt - (K - 1)|) * [1 - (1 - pred_bin) (1 - gt_bin)]`` over the pixels,
-    where ``bin`` is 0 for the normal class (label 0) and 1 for any other. Pixels that are normal in both truth and
-    prediction are thus not counted in the denominator. K is 4 in the paper.
-
-    Parameters
-    ----------
-    counts : ndarray of int64, shape (K, K)
-        Confusion matrix, truth in rows.
-    missed : ndarray of int64, shape (K,), optional
-        Pixels by true class without a prediction: each the worst error that its class allows.
-
-    Returns
-    -------
-    float
-        1 for a perfect prediction; NaN if truth and prediction are normal everywhere, or there is one class only.
-    """
-    labels = np.arange(len(counts))
-    truth, prediction = labels[:, None], labels[None, :]
-    distance = np.abs(prediction - truth)
-    largest = np.maximum(truth, len(counts) - 1 - truth)
-    is_counted = 1 - (prediction == 0) * (truth == 0)
-    wrong = int((counts * distance).sum())
-    worst = int((counts * largest * is_counted).sum())
-    lost = 0 if missed is None else int((missed * largest[:, 0]).sum())
-    wrong, worst = wrong + lost, worst + lost
-    return 1 - wrong / worst if worst else float("nan")
 
 
 def _ratio(part: NDArray[np.int64] | np.int64, whole: NDArray[np.int64] | np.int64) -> NDArray[np.float64]:

@@ -111,7 +111,6 @@ def test_the_context_may_have_a_size_of_its_own() -> None:
 )
 def test_json_gives_the_same_spec_back(spec: TileSpec) -> None:
     assert TileSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    assert spec.is_parent == (spec.placement == "parent")
 
 
 def test_other_json_is_refused() -> None:

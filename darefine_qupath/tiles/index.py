@@ -1,4 +1,4 @@
-"""The list of all tiles: where each lies and how many pixels of each class it holds.
+"""List all tiles of some images: where each lies and how many pixels of each class it holds.
 
 Columns are arrays, so that a million tiles take some 60 MB and sampling is arithmetic on columns.
 """
@@ -28,7 +28,7 @@ _CASE_KEYS = ("caseid", "case", "patientid", "patient", "subjectid", "subject")
 
 
 def case_of(metadata: Mapping[str, str]) -> str | None:
-    """Case that an image's metadata names.
+    """Find the case that an image's metadata name.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class TileImage:
 
     @property
     def group(self) -> tuple[str, str]:
-        """What a split keeps together: the case, or the image where no case is named."""
+        """What a split keeps together: the case, or the image where none is named."""
         return ("image", self.id) if self.case is None else ("case", self.case)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class TileImage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TileImage:
-        """Image of what `to_json` gave."""
+        """Rebuild the image that `to_json` wrote."""
         image = cls(**{**data, "size": Size(*map(int, data["size"]))})
         if not all(isinstance(text, str) for text in (image.id, image.name, image.case or "")):
             raise TypeError("id, name and case of an image are not all text")
@@ -199,13 +199,8 @@ class TileIndex:
         """Tiles per class that hold at least one pixel of it, shape (K,)."""
         return np.asarray(np.count_nonzero(self.counts[:, :-1], axis=0), np.int64)
 
-    @property
-    def labelled_fraction(self) -> NDArray[np.float64]:
-        """Share of each mask that has a label, shape (N,)."""
-        return np.asarray(1 - self.counts[:, -1] / self.counts.sum(axis=1))
-
     def ids(self) -> list[str]:
-        """Tile ids, in order."""
+        """Return the tile ids, in order."""
         names = [image.id for image in self.images]
         corners = zip(self.image.tolist(), self.slice_xy.tolist(), strict=True)
         return [f"{names[image]}/{x}_{y}" for image, (x, y) in corners]
@@ -224,7 +219,7 @@ class TileIndex:
 
     @classmethod
     def of_rows(cls, spec: TileSpec, classes: ClassMap, images: tuple[TileImage, ...], rows: ArrayLike) -> TileIndex:
-        """Index of rows.
+        """Make an index of a table.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Contact sheets: what the network will see, on one page."""
+"""Draw a contact sheet of tiles: what the network will see, on one page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EDGE = 3
 
 
 def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[np.int64]:
-    """Tiles to look at: every class in turn, rarest first, each time one that shows much of it.
+    """Choose tiles to look at: every class in turn, rarest first, each time one that shows much of it.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[
 
 
 def check_sheet(path: Path) -> str:
-    """Picture format of a contact sheet, by the suffix of its file.
+    """Tell the picture format of a contact sheet by the suffix of its file.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def _fitted(text: str, width: int) -> str:
 
 
 def _outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """Draw where the labels of a mask change, in the colour of the label, over its slice; as large as it is shown."""
+    """Draw where the labels of a mask change, in the color of the label, over its slice; as large as it is shown."""
     labels = mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
     indices = Image.fromarray(np.asarray(labels))
     edges = np.asarray(indices.filter(ImageFilter.MaxFilter(_EDGE))) != np.asarray(

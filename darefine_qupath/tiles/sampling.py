@@ -1,4 +1,4 @@
-"""Which tiles an epoch shows, and how often: arithmetic on an index, no copies."""
+"""Choose which tiles an epoch shows, and how often: arithmetic on an index, no copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tile_weights(
     hard: Mapping[str, float] | None = None,
     max_ratio: float = 20.0,
 ) -> NDArray[np.float64]:
-    """Weights by which drawn tiles show the classes evenly, by the pixels that are really in them.
+    """Weigh tiles so that draws show the classes evenly, by the pixels that are really in them.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def tile_weights(
     hard : mapping of str to float, optional
         Factor per tile id, of a former run's errors, say; 1 for tiles it does not name.
     max_ratio : float, optional
-        No weight is larger than this many times the mean, so that a rare class is not learned by heart from one tile.
+        No weight is larger than this many times the mean, so that a rare class is not learned from one tile alone.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def _balanced(pixels: NDArray[np.float64], balance: float) -> NDArray[np.float64
 
 
 def _clipped(weights: NDArray[np.float64], max_ratio: float) -> NDArray[np.float64]:
-    """Weights of mean 1, none above `max_ratio`."""
+    """Bring weights to mean 1, none above `max_ratio`."""
     weights = weights / weights.mean()
     for _ in range(_ROUNDS):
         if weights.max() <= max_ratio * (1 + 1e-9):
@@ -104,7 +104,7 @@ def rarest_class(tiles: TileIndex) -> NDArray[np.int64]:
 def cap_tiles(
     tiles: TileIndex, *, per_image: int | None = None, per_image_class: int | None = None, seed: int = 0
 ) -> TileIndex:
-    """Thin out what there is too much of.
+    """Leave out tiles of images and classes that have too many.
 
     Parameters
     ----------
@@ -113,8 +113,8 @@ def cap_tiles(
     per_image : int, optional
         Most tiles of an image.
     per_image_class : int, optional
-        Most tiles of an image with the same rarest class (see `rarest_class`), so that a large slide's Normal does
-        not drown the rest.
+        Most tiles of an image with the same rarest class (see `rarest_class`), so that the Normal of a
+        large slide does not outnumber the rest.
     seed : int, optional
         Which tiles stay.
 
@@ -151,7 +151,7 @@ def epoch_order(
     epoch: int,
     num_samples: int | None = None,
 ) -> NDArray[np.int64]:
-    """Order in which an epoch shows the tiles.
+    """Draw the order in which an epoch shows the tiles.
 
     Every tile comes as often as its weight says, rounded down or up; without weights every tile comes once, or as
     near to it as `num_samples` allows.

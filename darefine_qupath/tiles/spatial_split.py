@@ -75,7 +75,7 @@ def spatial_split(
 
 
 def _roles_by_tile(tiles: TileIndex, parts: list[tuple[Role, float]], rng: np.random.Generator) -> dict[str, Role]:
-    """Roles by tile id, without the tiles that take no part."""
+    """Give tiles their roles by id, without the tiles that take no part."""
     blocks = next(
         (found for found in (_context_blocks(tiles), _slice_blocks(tiles)) if len(set(found)) > 2 * len(parts)), None
     )
@@ -88,9 +88,9 @@ def _roles_by_tile(tiles: TileIndex, parts: list[tuple[Role, float]], rng: np.ra
 
 
 def _context_blocks(tiles: TileIndex) -> list[Group]:
-    """Image and context of every tile; for centred contexts, image and square of a context's size."""
+    """Name the image and context of every tile; for centred contexts, image and square of a context's size."""
     corners = tiles.context_xy
-    if not tiles.spec.is_parent:
+    if tiles.spec.placement == "centred":
         sides = np.array([spec.context_px for spec in tiles.pixel_specs])[tiles.image]
         corners = tiles.slice_xy // sides[:, None]
     return _blocks(tiles, corners)
@@ -107,7 +107,7 @@ def _blocks(tiles: TileIndex, corners: NDArray[np.int32]) -> list[Group]:
 
 
 def _without_overlap(tiles: TileIndex, roles: list[Role]) -> list[Role | None]:
-    """Roles, None for training tiles that show a pixel of another part and validation tiles that show one of test."""
+    """Return roles; None for training tiles that show a pixel of another part, and validation tiles of test."""
     kept: list[Role | None] = list(roles)
     sides = np.array([spec.slice_px for spec in tiles.pixel_specs])[tiles.image]
     # Half a pixel less on every side, so that slices side by side do not meet; a band of its own for every image.

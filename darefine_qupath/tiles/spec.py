@@ -1,4 +1,4 @@
-"""What a tile is: a fine slice and the coarse context around it, in micrometres or in level-0 pixels."""
+"""Specify tiles: a fine slice and the coarse context around it, in micrometres or in level-0 pixels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PixelSpec:
             value = getattr(self, field.name)
             if field.name != "placement" and value < 1:
                 raise TileError(f"{field.name} must be at least 1 pixel, got {value}")
-        _check_room(self)
+        _check_limits(self)
         _check_order(self.slice_px, self.context_px, self.stride_px, "px")
 
     @property
@@ -107,7 +107,7 @@ class TileSpec:
         for name, size in (("input_px", self.input_px), ("context_input_px", self.context_input_px)):
             if size is not None and size < 1:
                 raise TileError(f"{name} must be at least 1 pixel, got {size}")
-        _check_room(self)
+        _check_limits(self)
         micrometers, pixels = self._triple("um"), self._triple("px")
         given = [triple for triple in (micrometers, pixels) if any(value is not None for value in triple)]
         if len(given) != 1 or None in given[0]:
@@ -118,7 +118,7 @@ class TileSpec:
         _check_order(*given[0], "um" if self.is_physical else "px")
 
     def _check_types(self) -> None:
-        """Refuse what a file may hold in the place of a number."""
+        """Refuse what a file may hold instead of a number."""
         for name, value in asdict(self).items():
             kinds = (int, float) if name.endswith("_um") else (int,)
             is_left_out = value is None and name != "input_px"
@@ -130,7 +130,7 @@ class TileSpec:
 
     @classmethod
     def paper(cls) -> TileSpec:
-        """Slices of 1000 px every 500 px inside contexts of 5000 px, both resized to 500 px [1]_.
+        """Return slices of 1000 px every 500 px inside contexts of 5000 px, both resized to 500 px [1]_.
 
         References
         ----------
@@ -143,13 +143,8 @@ class TileSpec:
         """Whether the sides are micrometres, so that every slide needs an mpp."""
         return self.slice_um is not None
 
-    @property
-    def is_parent(self) -> bool:
-        """Whether slices share contexts."""
-        return self.placement == "parent"
-
     def at(self, mpp: float | None) -> PixelSpec:
-        """Tiles of a slide in its level-0 pixels.
+        """Give the sides in level-0 pixels of a slide.
 
         The stride is rounded to whole pixels first; a side that is a whole multiple of the stride in micrometres
         is the same multiple in pixels, so that the grid closes without gaps or accidental overlap.
@@ -174,7 +169,7 @@ class TileSpec:
         if self.is_physical or mpp is not None:
             self._check_mpp(mpp)
         if self.slice_um is None or self.context_um is None or self.stride_um is None or mpp is None:
-            # __post_init__ has seen to it that the other triple is there.
+            # __post_init__ has checked that the other triple is there.
             return self._pixels(self.slice_px or 0, self.context_px or 0, self.stride_px or 0)
         stride = max(1, round(self.stride_um / mpp))
         side = _multiple(self.slice_um, self.stride_um, stride)
@@ -222,8 +217,8 @@ def with_current_names(table: Mapping[str, Any]) -> dict[str, Any]:
     return {FORMER_NAMES.get(name, name): value for name, value in table.items()}
 
 
-def _check_room(spec: PixelSpec | TileSpec) -> None:
-    """Refuse sides that no slide and no memory has room for, whoever wrote them."""
+def _check_limits(spec: PixelSpec | TileSpec) -> None:
+    """Refuse sides that no slide or no memory has room for."""
     require_finite(spec, TileError)
     for field in fields(spec):
         value = getattr(spec, field.name)
@@ -243,7 +238,7 @@ def _check_order(side: float, context: float, stride: float, unit: str) -> None:
 
 
 def _multiple(length_um: float, unit_um: float, unit_px: int) -> int:
-    """Pixels of a length that is measured in units of `unit_um`, of which each is `unit_px` pixels."""
+    """Convert a length to pixels, exactly where it is a whole multiple of a unit of `unit_px` pixels."""
     ratio = length_um / unit_um
     whole = round(ratio)
     return whole * unit_px if abs(ratio - whole) < 1e-6 else max(unit_px, round(ratio * unit_px))

@@ -1,4 +1,4 @@
-"""Files of a dataset's pixels: where each lies and how it is encoded."""
+"""Encode the pixels of a dataset and keep them in files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Storage:
     Attributes
     ----------
     pixels : str
-        ``"jpeg"`` (in full colour resolution) or ``"webp"`` (lossless; half the time and three quarters of the
+        ``"jpeg"`` (in full color resolution) or ``"webp"`` (lossless; half the time and three quarters of the
         bytes of a PNG).
     quality : int
         Of the JPEG, 1 to 100.
@@ -68,19 +68,19 @@ class Storage:
 
 
 def palette(classes: ClassMap) -> bytes:
-    """Colours of the labels 0 to 255, three bytes each: class colours, black where no class is, `IGNORE_COLOR`."""
+    """Return the colors of the labels 0 to 255, three bytes each; black where no class is, `IGNORE_COLOR` for 255."""
     colors = [*classes.colors, *[Color(0, 0, 0)] * (IGNORE - classes.num_classes), IGNORE_COLOR]
     return bytes(value for color in colors for value in color)
 
 
 def encode_mask(mask: NDArray[np.uint8], colors: bytes) -> bytes:
-    """Encode labels as a PNG that viewers show in class colours and whose pixel values are the labels.
+    """Encode labels as a PNG that viewers show in class colors and whose pixel values are the labels.
 
     Parameters
     ----------
     mask : ndarray of uint8, shape (height, width)
         Labels.
-    colours : bytes
+    colors : bytes
         From `palette`.
 
     Returns
@@ -97,7 +97,7 @@ def encode_mask(mask: NDArray[np.uint8], colors: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class PixelFolder:
-    """The files of a dataset's pixels; pickles.
+    """Write and read the files of a dataset's pixels; pickles.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class PixelFolder:
     storage : Storage
         How slices and contexts are stored.
     classes : ClassMap
-        Colours of the masks.
+        Colors of the masks.
     """
 
     root: Path
