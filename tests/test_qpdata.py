@@ -37,8 +37,8 @@ from darefine_qupath.project.qpdata.create import create_image_data
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.edit import edit_document
 from darefine_qupath.project.qpdata.geometries import fill
-from darefine_qupath.project.qpdata.items import Opaque
 from darefine_qupath.project.qpdata.objects import Reader
+from darefine_qupath.project.qpdata.properties import Opaque
 from darefine_qupath.project.qpdata.read import ImageData, read_image_data
 from darefine_qupath.project.qpdata.stored import expected_objects, stored_record
 from darefine_qupath.project.qpdata.summary import summarize

@@ -16,20 +16,11 @@ from darefine_qupath.javaserial.protocol import (
     I4,
     I8,
     MAX_SUPERCLASSES,
-    SC_BLOCK_DATA,
-    SC_ENUM,
-    SC_EXTERNALIZABLE,
-    SC_SERIALIZABLE,
-    TC_CLASSDESC,
-    TC_ENDBLOCKDATA,
-    TC_LONGSTRING,
-    TC_NULL,
-    TC_PROXYCLASSDESC,
-    TC_REFERENCE,
-    TC_STRING,
     U2,
     U4,
     WIDTHS,
+    Flag,
+    Tag,
 )
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8, text_of
 
@@ -51,10 +42,10 @@ class Layout(NamedTuple):
 
 def layout_of(desc: AnyDesc, start: int) -> Layout:
     """Work out how objects of a class are read; `start` is where the first one stands, for errors."""
-    if not desc.flags & (SC_SERIALIZABLE | SC_EXTERNALIZABLE) or desc.flags & SC_ENUM:
+    if not desc.flags & (Flag.SERIALIZABLE | Flag.EXTERNALIZABLE) or desc.flags & Flag.ENUM:
         raise JavaStreamError(f"{desc.name} is not a class that has serialized objects", offset=start)
-    if desc.flags & SC_EXTERNALIZABLE:
-        if not desc.flags & SC_BLOCK_DATA:
+    if desc.flags & Flag.EXTERNALIZABLE:
+        if not desc.flags & Flag.BLOCK_DATA:
             raise JavaStreamError(
                 f"{desc.name} is externalized by stream protocol 1, whose objects only their own class can read",
                 offset=start,
@@ -145,11 +136,11 @@ class ClassReader(ABC):
 
     def _string_or_handle(self) -> JavaString:
         tag, start = self.data[self.pos], self.pos
-        if tag == TC_STRING:
+        if tag == Tag.STRING:
             return self._string()
-        if tag == TC_LONGSTRING:
+        if tag == Tag.LONG_STRING:
             return self._long_string()
-        node = self._referred() if tag == TC_REFERENCE else None
+        node = self._referred() if tag == Tag.REFERENCE else None
         if not isinstance(node, JavaString):
             raise JavaStreamError("A string should stand here", offset=start)
         return node
@@ -163,7 +154,7 @@ class ClassReader(ABC):
     def _desc_of(self, what: str, start: int) -> AnyDesc:
         """Descriptor of an object's class; not null, and complete."""
         number = -1
-        if self.data[self.pos] == TC_REFERENCE:
+        if self.data[self.pos] == Tag.REFERENCE:
             number = U4.unpack_from(self.data, self.pos + 1)[0] - FIRST_HANDLE + self.first
             known = self.described.get(number)
             if known is not None:
@@ -187,9 +178,9 @@ class ClassReader(ABC):
         while True:
             tag, start = self.data[self.pos], self.pos
             desc: Content
-            if tag == TC_CLASSDESC:
+            if tag == Tag.CLASS_DESC:
                 desc = self._new_class_desc()
-            elif tag == TC_PROXYCLASSDESC:
+            elif tag == Tag.PROXY_CLASS_DESC:
                 desc = self._new_proxy_desc()
             else:
                 desc = self._known_desc(chain)
@@ -208,10 +199,10 @@ class ClassReader(ABC):
 
     def _known_desc(self, chain: list[AnyDesc]) -> AnyDesc | None:
         start = self.pos
-        if self.data[start] == TC_NULL:
+        if self.data[start] == Tag.NULL:
             self.pos += 1
             return None
-        desc = self._referred() if self.data[start] == TC_REFERENCE else None
+        desc = self._referred() if self.data[start] == Tag.REFERENCE else None
         if not isinstance(desc, (ClassDesc, ProxyDesc)) or not desc.is_complete:
             raise JavaStreamError("A class descriptor should stand here", offset=start)
         if chain and len(chain) + len(class_chain(desc)) > MAX_SUPERCLASSES:
@@ -227,7 +218,7 @@ class ClassReader(ABC):
         desc.is_complete = False
         self._register(desc, start)
         self.pos += DESC_HEAD.size
-        if flags & SC_SERIALIZABLE and flags & SC_EXTERNALIZABLE:
+        if flags & Flag.SERIALIZABLE and flags & Flag.EXTERNALIZABLE:
             raise JavaStreamError(f"{name} is both serializable and externalizable", offset=start)
         desc.fields = tuple([self._field() for _ in range(num_fields)])
         order = [field.code not in WIDTHS for field in desc.fields]
@@ -262,7 +253,7 @@ class ClassReader(ABC):
         return desc
 
     def _annotation(self) -> tuple[Content, ...]:
-        if self.data[self.pos] == TC_ENDBLOCKDATA:
+        if self.data[self.pos] == Tag.END_BLOCK_DATA:
             self.pos += 1
             return ()
         self.annotation_depth += 1

@@ -25,30 +25,7 @@ from darefine_qupath.javaserial.nodes import (
     paused_garbage_collection,
 )
 from darefine_qupath.javaserial.packed import PackedObject, Template
-from darefine_qupath.javaserial.protocol import (
-    ARRAY_CODES,
-    FIRST_HANDLE,
-    I4,
-    MAGIC,
-    SC_ENUM,
-    TC_ARRAY,
-    TC_BLOCKDATA,
-    TC_BLOCKDATALONG,
-    TC_CLASS,
-    TC_CLASSDESC,
-    TC_ENDBLOCKDATA,
-    TC_ENUM,
-    TC_EXCEPTION,
-    TC_LONGSTRING,
-    TC_NULL,
-    TC_OBJECT,
-    TC_PROXYCLASSDESC,
-    TC_REFERENCE,
-    TC_RESET,
-    TC_STRING,
-    U4,
-    WIDTHS,
-)
+from darefine_qupath.javaserial.protocol import ARRAY_CODES, FIRST_HANDLE, I4, MAGIC, U4, WIDTHS, Flag, Tag
 from darefine_qupath.javaserial.templates import MAX_NODES, MIN_NODES, template_of
 
 __all__ = ["decode", "first_of"]
@@ -106,17 +83,17 @@ class _Decoder(ClassReader):
 
     def _top_level(self) -> TopLevel:
         tag = self.data[self.pos]
-        if tag == TC_RESET:
+        if tag == Tag.RESET:
             self.pos += 1
             self._forget()
             return Reset()
-        if tag == TC_EXCEPTION:
+        if tag == Tag.EXCEPTION:
             self.pos += 1
             self._forget()
             exception = self._value()
             self._forget()
             return Aborted(exception)
-        if tag in (TC_BLOCKDATA, TC_BLOCKDATALONG):
+        if tag in (Tag.BLOCK_DATA, Tag.BLOCK_DATA_LONG):
             block: bytes = _READERS[tag](self, -1)
             return block
         return self._value()
@@ -140,16 +117,16 @@ class _Decoder(ClassReader):
             out, left = frame.out, frame.left
             while left:
                 tag = data[self.pos]
-                if tag == TC_REFERENCE:
+                if tag == Tag.REFERENCE:
                     number = uint(data, self.pos + 1)[0] - offset
                     if not lowest <= number < len(nodes):
                         self._referred()
                     out.append(shared(number) if nodes[number].__class__ is PackedObject else nodes[number])
                     self.pos += 5
-                elif tag == TC_NULL:
+                elif tag == Tag.NULL:
                     out.append(None)
                     self.pos += 1
-                elif tag == TC_ENDBLOCKDATA and left < 0:
+                elif tag == Tag.END_BLOCK_DATA and left < 0:
                     self.pos += 1
                     break
                 else:
@@ -240,7 +217,7 @@ class _Decoder(ClassReader):
         raise JavaStreamError(f"Byte 0x{tag:02x} where {wanted} should begin", offset=self.pos)
 
     def _nested_mark(self, _: int) -> None:
-        what = "a reset" if self.data[self.pos] == TC_RESET else "an exception (the writer failed here)"
+        what = "a reset" if self.data[self.pos] == Tag.RESET else "an exception (the writer failed here)"
         raise JavaStreamError(f"There is {what} inside an object", offset=self.pos)
 
     def _block(self, left: int) -> bytes:
@@ -323,7 +300,7 @@ class _Decoder(ClassReader):
         start = self.pos
         self.pos += 1
         desc = self._desc_of("an enum constant", start)
-        if not desc.flags & SC_ENUM:
+        if not desc.flags & Flag.ENUM:
             raise JavaStreamError(f"{desc.name} is not an enum", offset=start)
         node = JavaEnum.__new__(JavaEnum)
         node.desc = desc
@@ -334,18 +311,18 @@ class _Decoder(ClassReader):
 
 _Reading = Callable[[_Decoder, int], Any]
 _TAG_READERS: dict[int, _Reading] = {
-    TC_CLASSDESC: _Decoder._desc_value,
-    TC_PROXYCLASSDESC: _Decoder._desc_value,
-    TC_OBJECT: _Decoder._object,
-    TC_STRING: _Decoder._string,
-    TC_LONGSTRING: _Decoder._long_string,
-    TC_ARRAY: _Decoder._array,
-    TC_CLASS: _Decoder._class,
-    TC_ENUM: _Decoder._enum,
-    TC_BLOCKDATA: _Decoder._block,
-    TC_BLOCKDATALONG: _Decoder._long_block,
-    TC_RESET: _Decoder._nested_mark,
-    TC_EXCEPTION: _Decoder._nested_mark,
+    Tag.CLASS_DESC: _Decoder._desc_value,
+    Tag.PROXY_CLASS_DESC: _Decoder._desc_value,
+    Tag.OBJECT: _Decoder._object,
+    Tag.STRING: _Decoder._string,
+    Tag.LONG_STRING: _Decoder._long_string,
+    Tag.ARRAY: _Decoder._array,
+    Tag.CLASS: _Decoder._class,
+    Tag.ENUM: _Decoder._enum,
+    Tag.BLOCK_DATA: _Decoder._block,
+    Tag.BLOCK_DATA_LONG: _Decoder._long_block,
+    Tag.RESET: _Decoder._nested_mark,
+    Tag.EXCEPTION: _Decoder._nested_mark,
 }
 _READERS: list[_Reading] = [_TAG_READERS.get(tag, _Decoder._unknown) for tag in range(256)]
 

@@ -6,13 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from darefine_qupath.errors import JavaStreamError
-from darefine_qupath.javaserial.protocol import (
-    MAX_SUPERCLASSES,
-    SC_EXTERNALIZABLE,
-    SC_SERIALIZABLE,
-    SC_WRITE_METHOD,
-    WIDTHS,
-)
+from darefine_qupath.javaserial.protocol import MAX_SUPERCLASSES, WIDTHS, Flag
 from darefine_qupath.javaserial.strings import JavaString
 
 __all__ = ["AnyDesc", "ClassDesc", "Field", "ProxyDesc", "class_chain"]
@@ -36,7 +30,7 @@ class ClassDesc:
     uid : int
         serialVersionUID, signed.
     flags : int
-        ``SC_`` flags.
+        As in `Flag`.
     fields : sequence of Field
         Primitives before references, as Java orders them.
     parent : ClassDesc, ProxyDesc or None
@@ -69,7 +63,7 @@ class ClassDesc:
     @property
     def is_externalizable(self) -> bool:
         """Whether objects write themselves as they please, fields or not."""
-        return bool(self.flags & SC_EXTERNALIZABLE)
+        return bool(self.flags & Flag.EXTERNALIZABLE)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -110,7 +104,7 @@ class ProxyDesc:
         self.is_complete = True
 
     name = "a dynamic proxy"
-    flags = SC_SERIALIZABLE
+    flags = Flag.SERIALIZABLE
     fields: tuple[Field, ...] = ()
     is_externalizable = False
 
@@ -144,7 +138,7 @@ def _layout(desc: AnyDesc) -> Iterator[int]:
     if desc.is_externalizable:
         return
     for part in class_chain(desc):
-        if not part.flags & SC_SERIALIZABLE:
+        if not part.flags & Flag.SERIALIZABLE:
             continue
         size = sum(WIDTHS.get(field.code, 0) for field in part.fields)
         if size:
@@ -152,7 +146,7 @@ def _layout(desc: AnyDesc) -> Iterator[int]:
         references = sum(field.code not in WIDTHS for field in part.fields)
         if references:
             yield -references
-        if part.flags & SC_WRITE_METHOD:
+        if part.flags & Flag.WRITE_METHOD:
             yield 0
 
 
@@ -160,7 +154,7 @@ def _field_index(desc: AnyDesc) -> dict[str, tuple[int, int, str]]:
     index: dict[str, tuple[int, int, str]] = {}
     position = 0
     for part in class_chain(desc):
-        if not part.flags & SC_SERIALIZABLE:
+        if not part.flags & Flag.SERIALIZABLE:
             continue
         offset = 0
         for field in part.fields:
@@ -172,7 +166,7 @@ def _field_index(desc: AnyDesc) -> dict[str, tuple[int, int, str]]:
             if field.code not in WIDTHS:
                 index[field.name] = (position, 0, field.code)
                 position += 1
-        if part.flags & SC_WRITE_METHOD:
+        if part.flags & Flag.WRITE_METHOD:
             index[f"@{part.name}"] = (position, 0, "@")
             position += 1
     return index

@@ -21,32 +21,7 @@ from darefine_qupath.javaserial.nodes import (
     paused_garbage_collection,
 )
 from darefine_qupath.javaserial.packed import PackedObject, Template
-from darefine_qupath.javaserial.protocol import (
-    DESC_HEAD,
-    FIRST_HANDLE,
-    I4,
-    I8,
-    MAGIC,
-    REFERENCE,
-    SC_EXTERNALIZABLE,
-    TC_ARRAY,
-    TC_BLOCKDATA,
-    TC_BLOCKDATALONG,
-    TC_CLASS,
-    TC_CLASSDESC,
-    TC_ENDBLOCKDATA,
-    TC_ENUM,
-    TC_EXCEPTION,
-    TC_LONGSTRING,
-    TC_NULL,
-    TC_OBJECT,
-    TC_PROXYCLASSDESC,
-    TC_REFERENCE,
-    TC_RESET,
-    TC_STRING,
-    U2,
-    WIDTHS,
-)
+from darefine_qupath.javaserial.protocol import DESC_HEAD, FIRST_HANDLE, I4, I8, MAGIC, REFERENCE, U2, WIDTHS, Flag, Tag
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 
 __all__ = ["encode"]
@@ -91,10 +66,10 @@ class _Encoder:
     def run(self, contents: Iterable[TopLevel]) -> bytes:
         for value in contents:
             if isinstance(value, Reset):
-                self.out.append(TC_RESET)
+                self.out.append(Tag.RESET)
                 self._forget()
             elif isinstance(value, Aborted):
-                self.out.append(TC_EXCEPTION)
+                self.out.append(Tag.EXCEPTION)
                 self._forget()
                 self._values((value.exception,))
                 self._forget()
@@ -128,11 +103,11 @@ class _Encoder:
         while stack:
             for value in stack[-1]:
                 if value is None:
-                    out.append(TC_NULL)
+                    out.append(Tag.NULL)
                     continue
                 handle = handles.get(id(value))
                 if handle is not None:
-                    out += REFERENCE.pack(TC_REFERENCE, handle)
+                    out += REFERENCE.pack(Tag.REFERENCE, handle)
                     continue
                 nested = writers[value.__class__](value)
                 if nested is not None:
@@ -154,22 +129,22 @@ class _Encoder:
         if len(block) > 255:
             self._long_block(block)
         else:
-            self.out.append(TC_BLOCKDATA)
+            self.out.append(Tag.BLOCK_DATA)
             self.out.append(len(block))
             self.out += block
 
     def _long_block(self, block: bytes) -> None:
-        self.out.append(TC_BLOCKDATALONG)
+        self.out.append(Tag.BLOCK_DATA_LONG)
         self.out += I4.pack(len(block))
         self.out += block
 
     def _string(self, string: JavaString) -> None:
         self._register(string)
         if string.is_long:
-            self.out.append(TC_LONGSTRING)
+            self.out.append(Tag.LONG_STRING)
             self.out += I8.pack(len(string.raw))
         else:
-            self.out.append(TC_STRING)
+            self.out.append(Tag.STRING)
             self.out += U2.pack(len(string.raw))
         self.out += string.raw
 
@@ -178,17 +153,17 @@ class _Encoder:
         if handle is None:
             self._string(string)
         else:
-            self.out += REFERENCE.pack(TC_REFERENCE, handle)
+            self.out += REFERENCE.pack(Tag.REFERENCE, handle)
 
     def _end(self, _: _End) -> None:
-        self.out.append(TC_ENDBLOCKDATA)
+        self.out.append(Tag.END_BLOCK_DATA)
 
     def _object(self, node: JavaObject) -> Iterator[Content]:
-        self.out.append(TC_OBJECT)
+        self.out.append(Tag.OBJECT)
         desc, data = node.desc, node.data
         self._desc(desc)
         self._register(node)
-        if desc.flags & SC_EXTERNALIZABLE:
+        if desc.flags & Flag.EXTERNALIZABLE:
             return chain(data, _END)
         if desc not in self.leading:
             self.leading[desc] = _leading_numbers(desc)
@@ -225,7 +200,7 @@ class _Encoder:
             handle = self.handles.get(id(node))
             if handle is None:
                 return False
-            REFERENCE.pack_into(literals[part], offset, TC_REFERENCE, handle)
+            REFERENCE.pack_into(literals[part], offset, Tag.REFERENCE, handle)
         is_same = literals == template.literals()
         self.patched[template] = None if is_same else [bytes(literal) for literal in literals]
         return True
@@ -238,13 +213,13 @@ class _Encoder:
                 out += next(values)
             elif step == 0:
                 yield from next(values)
-                out.append(TC_ENDBLOCKDATA)
+                out.append(Tag.END_BLOCK_DATA)
             else:
                 for _ in range(-step):
                     yield next(values)
 
     def _array(self, node: JavaArray) -> Iterator[Content] | None:
-        self.out.append(TC_ARRAY)
+        self.out.append(Tag.ARRAY)
         self._desc(node.desc)
         self._register(node)
         if isinstance(node.data, bytes):
@@ -255,13 +230,13 @@ class _Encoder:
         return iter(node.data)
 
     def _enum(self, node: JavaEnum) -> None:
-        self.out.append(TC_ENUM)
+        self.out.append(Tag.ENUM)
         self._desc(node.desc)
         self._register(node)
         self._string_or_handle(node.constant)
 
     def _class(self, node: JavaClass) -> None:
-        self.out.append(TC_CLASS)
+        self.out.append(Tag.CLASS)
         self._desc(node.desc)
         self._register(node)
 
@@ -271,7 +246,7 @@ class _Encoder:
     def _desc(self, desc: AnyDesc | None) -> None:
         handle = self.handles.get(id(desc))
         if handle is not None:
-            self.out += REFERENCE.pack(TC_REFERENCE, handle)
+            self.out += REFERENCE.pack(Tag.REFERENCE, handle)
         else:
             self._new_desc(desc)
 
@@ -279,19 +254,19 @@ class _Encoder:
         while desc is not None:
             handle = self.handles.get(id(desc))
             if handle is not None:
-                self.out += REFERENCE.pack(TC_REFERENCE, handle)
+                self.out += REFERENCE.pack(Tag.REFERENCE, handle)
                 return
             if isinstance(desc, ClassDesc):
                 self._class_desc(desc)
             else:
                 self._proxy_desc(desc)
             self._values(desc.annotation)
-            self.out.append(TC_ENDBLOCKDATA)
+            self.out.append(Tag.END_BLOCK_DATA)
             desc = desc.parent
-        self.out.append(TC_NULL)
+        self.out.append(Tag.NULL)
 
     def _class_desc(self, desc: ClassDesc) -> None:
-        self.out.append(TC_CLASSDESC)
+        self.out.append(Tag.CLASS_DESC)
         self._utf(desc.name)
         self._register(desc)
         self.out += DESC_HEAD.pack(desc.uid, desc.flags, len(desc.fields))
@@ -302,7 +277,7 @@ class _Encoder:
                 self._string_or_handle(field.type)
 
     def _proxy_desc(self, desc: ProxyDesc) -> None:
-        self.out.append(TC_PROXYCLASSDESC)
+        self.out.append(Tag.PROXY_CLASS_DESC)
         self._register(desc)
         self.out += I4.pack(len(desc.interfaces))
         for name in desc.interfaces:

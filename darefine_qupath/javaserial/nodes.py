@@ -14,11 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from darefine_qupath.javaserial.descriptors import AnyDesc, ClassDesc, ProxyDesc, class_chain
-from darefine_qupath.javaserial.protocol import (
-    SC_SERIALIZABLE,
-    SC_WRITE_METHOD,
-    WIDTHS,
-)
+from darefine_qupath.javaserial.protocol import WIDTHS, Flag
 from darefine_qupath.javaserial.strings import JavaString
 
 __all__ = [
@@ -80,13 +76,13 @@ class JavaObject:
         """
         data: list[Any] = []
         for part in class_chain(desc):
-            if not part.flags & SC_SERIALIZABLE:
+            if not part.flags & Flag.SERIALIZABLE:
                 continue
             numbers = [field for field in part.fields if field.code in WIDTHS]
             if numbers:
                 data.append(b"".join([_STRUCTS[item.code].pack(values.get(item.name, 0)) for item in numbers]))
             data.extend(values.get(field.name) for field in part.fields if field.code not in WIDTHS)
-            if part.flags & SC_WRITE_METHOD:
+            if part.flags & Flag.WRITE_METHOD:
                 data.append(tuple(values.get(f"@{part.name}", ())))
         return cls(desc, data)
 

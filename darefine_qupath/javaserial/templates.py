@@ -8,25 +8,7 @@ from typing import Any, NamedTuple
 from darefine_qupath.javaserial.descriptors import ClassDesc
 from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaEnum, JavaObject
 from darefine_qupath.javaserial.packed import Maker, Part, Reference, Template
-from darefine_qupath.javaserial.protocol import (
-    ARRAY_CODES,
-    FIRST_HANDLE,
-    I4,
-    SC_BLOCK_DATA,
-    SC_ENUM,
-    SC_EXTERNALIZABLE,
-    SC_SERIALIZABLE,
-    TC_ARRAY,
-    TC_BLOCKDATA,
-    TC_ENDBLOCKDATA,
-    TC_ENUM,
-    TC_NULL,
-    TC_OBJECT,
-    TC_REFERENCE,
-    TC_STRING,
-    U4,
-    WIDTHS,
-)
+from darefine_qupath.javaserial.protocol import ARRAY_CODES, FIRST_HANDLE, I4, U4, WIDTHS, Flag, Tag
 from darefine_qupath.javaserial.strings import JavaString
 
 __all__ = ["MAX_NODES", "MIN_NODES", "template_of"]
@@ -144,7 +126,7 @@ class _Outliner:
 
     def desc(self) -> ClassDesc:
         self.position += 1
-        desc = self.reference() if self.data[self.position] == TC_REFERENCE else None
+        desc = self.reference() if self.data[self.position] == Tag.REFERENCE else None
         if not isinstance(desc, ClassDesc):
             raise _IrregularError
         self.count += 1
@@ -152,9 +134,9 @@ class _Outliner:
 
     def value(self, depth: int) -> Maker | _Fixed:
         tag = self.data[self.position]
-        if tag == TC_REFERENCE:
+        if tag == Tag.REFERENCE:
             return _Fixed(self.reference())
-        if tag == TC_NULL:
+        if tag == Tag.NULL:
             self.position += 1
             return _Fixed(None)
         if depth > _MAX_DEPTH or tag not in _OUTLINES:
@@ -165,7 +147,7 @@ class _Outliner:
         """Follow `count` values, or those up to the end mark when negative."""
         values: list[Maker | _Fixed] = []
         while count:
-            if count < 0 and self.data[self.position] == TC_ENDBLOCKDATA:
+            if count < 0 and self.data[self.position] == Tag.END_BLOCK_DATA:
                 self.position += 1
                 break
             values.append(self.value(depth))
@@ -203,9 +185,9 @@ class _Outliner:
     def object(self, depth: int) -> Maker:
         desc = self.desc()
         self.classes.add(desc.name)
-        if desc.flags & SC_EXTERNALIZABLE and desc.flags & SC_BLOCK_DATA:
+        if desc.flags & Flag.EXTERNALIZABLE and desc.flags & Flag.BLOCK_DATA:
             return _node_maker(JavaObject, desc, _tuple_maker(self.values(-1, depth + 1)))
-        if not desc.flags & SC_SERIALIZABLE or desc.flags & SC_ENUM:
+        if not desc.flags & Flag.SERIALIZABLE or desc.flags & Flag.ENUM:
             raise _IrregularError
         values: list[Maker | _Fixed] = []
         for step in desc.steps:
@@ -219,11 +201,11 @@ class _Outliner:
 
 
 _OUTLINES: dict[int, Callable[[_Outliner, int], Maker | _Fixed]] = {
-    TC_OBJECT: _Outliner.object,
-    TC_ARRAY: _Outliner.array,
-    TC_STRING: _Outliner.string,
-    TC_BLOCKDATA: _Outliner.block,
-    TC_ENUM: _Outliner.enum,
+    Tag.OBJECT: _Outliner.object,
+    Tag.ARRAY: _Outliner.array,
+    Tag.STRING: _Outliner.string,
+    Tag.BLOCK_DATA: _Outliner.block,
+    Tag.ENUM: _Outliner.enum,
 }
 
 

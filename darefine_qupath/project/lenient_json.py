@@ -18,7 +18,7 @@ from typing import Any
 from darefine_qupath.errors import LimitError, ProjectFormatError
 from darefine_qupath.limits import NOTES, check_depth
 
-__all__ = ["LIMITS", "JsonObject", "json_bytes", "parse_json"]
+__all__ = ["LIMITS", "JsonObject", "json_bytes", "json_object", "parse_json"]
 
 JsonObject = dict[str, Any]
 
@@ -210,3 +210,12 @@ def json_bytes(value: object, *, pretty: bool = True) -> bytes:
         UTF-8 without a line break at the end.
     """
     return _encode(value, "\n" if pretty else "").encode()
+
+
+def json_object(text: str) -> JsonObject | None:
+    """Parse a text in which control characters may stand; None where it is no JSON object."""
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

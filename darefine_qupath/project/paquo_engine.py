@@ -31,8 +31,8 @@ from darefine_qupath.project.interface import Changes, ImageEntry
 from darefine_qupath.project.jvm import java_array, java_class, java_errors, paquo_java, start_qupath
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.edit import edit_document
-from darefine_qupath.project.qpdata.items import Stains
 from darefine_qupath.project.qpdata.read import ImageData, read_image_data
+from darefine_qupath.project.qpdata.stains import Stains
 from darefine_qupath.project.qpdata.stored import expected_objects
 from darefine_qupath.project.qpdata.verify import verify_objects
 

@@ -8,25 +8,16 @@ from uuid import UUID, uuid4
 
 from darefine_qupath.errors import ProjectUnsupportedError
 from darefine_qupath.javaserial.encode import encode
-from darefine_qupath.javaserial.nodes import JavaObject, Stream
+from darefine_qupath.javaserial.nodes import Stream
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8
 from darefine_qupath.project import lenient_json, servers
-from darefine_qupath.project.qpdata.build import (
-    NodeBuilder,
-)
+from darefine_qupath.project.qpdata.build import NodeBuilder
 from darefine_qupath.project.qpdata.schema import EOF, HIERARCHY, IMAGE_TYPE, ROOT, STAINS, WORKFLOW
+from darefine_qupath.project.qpdata.stains import DEFAULT_STAINS, default_stains
 
 __all__ = ["create_image_data"]
 
-_HEMATOXYLIN = (0.6511078257574492, 0.7011930431234068, 0.29049426072255424)
-_EOSIN = (0.21589893562087106, 0.8011960501132093, 0.5580972485873467)
-_DAB = (0.26916687204956063, 0.5682411743268502, 0.777593185920953)
-_DEFAULT_STAINS = {
-    "BRIGHTFIELD_H_E": ("H&E default", ("Hematoxylin", _HEMATOXYLIN), ("Eosin", _EOSIN)),
-    "BRIGHTFIELD_H_DAB": ("H-DAB default", ("Hematoxylin", _HEMATOXYLIN), ("DAB", _DAB)),
-    "BRIGHTFIELD_OTHER": ("H-DAB default", ("Hematoxylin", _HEMATOXYLIN), ("DAB", _DAB)),
-}
-_IMAGE_TYPES = (*_DEFAULT_STAINS, "FLUORESCENCE", "OTHER", "UNSET")
+_IMAGE_TYPES = (*DEFAULT_STAINS, "FLUORESCENCE", "OTHER", "UNSET")
 
 
 def create_image_data(
@@ -64,7 +55,8 @@ def create_image_data(
     """
     if image_type not in _IMAGE_TYPES:
         raise ProjectUnsupportedError(f"{image_type!r} is not an image type; give one of {', '.join(_IMAGE_TYPES)}")
-    builder = NodeBuilder(Stream(()), is_modern=servers.is_since(version, 0, 6), colors={})
+    is_modern = servers.is_since(version, 0, 6)
+    builder = NodeBuilder(Stream(()), is_modern=is_modern, colors={})
     header = {"dataVersion": 3, "qupathVersion": version} | ({} if server is None else {"server": dict(server)})
     empty = JavaString("")
     locale = dict.fromkeys(("country", "extensions", "script", "variant"), empty) | {"language": JavaString("en")}
@@ -73,6 +65,10 @@ def create_image_data(
         ROOT,
         (None, None, builder.metadata({}, root_id or uuid4()), None, bytes(4)),
     )
+    stains = None
+    if image_type in DEFAULT_STAINS:
+        described = JavaString(default_stains(image_type, is_modern=is_modern))
+        stains = builder.external(STAINS, ((1).to_bytes(4, "big"), described))
     properties = builder.hash_map((JavaString("PROJECT_ENTRY_ID"), JavaString(entry_id)))
     return encode(
         Stream(
@@ -81,7 +77,7 @@ def create_image_data(
                 JavaString(lenient_json.json_bytes(header, pretty=False).decode()),
                 builder.object("java.util.Locale", {"hashcode": -1, **locale}),
                 builder.enum(IMAGE_TYPE, image_type),
-                _stains(builder, image_type, version),
+                stains,
                 builder.external(WORKFLOW, (bytes.fromhex("0000000100000000"),)),
                 builder.object(HIERARCHY, {"rootObject": root}),
                 properties,
@@ -89,17 +85,3 @@ def create_image_data(
             )
         )
     )
-
-
-def _stains(builder: NodeBuilder, image_type: str, version: str) -> JavaObject | None:
-    if image_type not in _DEFAULT_STAINS:
-        return None
-    name, *stains = _DEFAULT_STAINS[image_type]
-    digits = "{!r}" if servers.is_since(version, 0, 6) else "{:.8f}"
-    parts = {"Name": name}
-    for number, (stain, values) in enumerate(stains, 1):
-        parts |= {f"Stain {number}": stain, f"Values {number}": " ".join(digits.format(value) for value in values)}
-    parts["Background"] = " 255 255 255"
-    described = ", ".join(f'"{key}" : "{value}"' for key, value in parts.items())
-    content = ((1).to_bytes(4, "big"), JavaString(f"{{{described}}}"))
-    return builder.external(STAINS, content)

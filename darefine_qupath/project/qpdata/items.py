@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.javaserial import values
 from darefine_qupath.javaserial.decode import first_of
-from darefine_qupath.javaserial.nodes import Content, JavaEnum, JavaObject, Stream
+from darefine_qupath.javaserial.nodes import JavaEnum, JavaObject, Stream
 from darefine_qupath.javaserial.strings import JavaString
-from darefine_qupath.javaserial.values import NodeError, list_items, map_items, text, type_name
+from darefine_qupath.javaserial.values import NodeError, list_items, text, type_name
+from darefine_qupath.project.lenient_json import json_object
+from darefine_qupath.project.qpdata.properties import read_properties
 from darefine_qupath.project.qpdata.schema import EOF, HIERARCHY, IMAGE_TYPE, ROOT, STAINS, WORKFLOW
+from darefine_qupath.project.qpdata.stains import Stains, read_stains
 
-__all__ = [
-    "Items",
-    "Opaque",
-    "StainVector",
-    "Stains",
-    "TmaGrid",
-    "WorkflowStep",
-    "image_type_of",
-    "read_items",
-    "root_of",
-    "tma_grid",
-]
+__all__ = ["Items", "TmaGrid", "WorkflowStep", "image_type_of", "read_items", "root_of", "tma_grid"]
 
 _VERSION_PREFIX = "Data file version"
-_MAX_PROPERTY_DEPTH = 16
-
-
-class StainVector(NamedTuple):
-    """A stain: name, unit vector in red, green, blue optical density, and whether it is what the others leave."""
-
-    name: str
-    rgb: tuple[float, float, float]
-    residual: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stains:
-    """Colour deconvolution of a brightfield image.
-
-    Attributes
-    ----------
-    name : str
-        As shown in QuPath.
-    vectors : tuple of StainVector
-        Always three; the third is computed where the file names two.
-    background : tuple of float
-        Red, green and blue of no stain.
-    """
-
-    name: str
-    vectors: tuple[StainVector, ...]
-    background: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +50,6 @@ class TmaGrid:
     width: int
     height: int
     cores: tuple[UUID, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """A value that is kept and not interpreted, by its Java class."""
-
-    java_class: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +138,7 @@ def image_type_of(head: bytes) -> str | None:
 
 
 def _server(described: str) -> dict[str, Any]:
-    wrapper = _json(described) or {}
+    wrapper = json_object(described) or {}
     version, server = wrapper.get("qupathVersion"), wrapper.get("server")
     return {
         "server_text": described,
@@ -195,50 +150,6 @@ def _server(described: str) -> dict[str, Any]:
 def _locale(node: JavaObject) -> str:
     parts = [text(values.field(node, name)) or "" for name in ("language", "country", "variant")]
     return "_".join(parts).rstrip("_")
-
-
-def _triple(value: object, node: JavaObject) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(part) for part in str(value).split())
-    except ValueError:
-        raise NodeError(f"{value!r} is not a stain vector", node) from None
-    return red, green, blue
-
-
-def _unit(vector: tuple[float, float, float]) -> tuple[float, float, float]:
-    length = math.sqrt(sum(part * part for part in vector))
-    if not length > 0:
-        return vector
-    return vector[0] / length, vector[1] / length, vector[2] / length
-
-
-def _cross(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float, float]:
-    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
-
-
-def _stains(node: JavaObject) -> Stains:
-    described = next((text(part) for part in node.content if isinstance(part, JavaString)), None)
-    values = _json(described or "")
-    if values is None:
-        raise NodeError("The colour deconvolution stains cannot be read", node)
-    vectors = []
-    for number in (1, 2, 3):
-        if f"Stain {number}" in values:
-            rgb = _unit(_triple(values.get(f"Values {number}"), node))
-            vectors.append(StainVector(str(values[f"Stain {number}"]), rgb, residual=False))
-    if len(vectors) == 2:
-        vectors.append(StainVector("Residual", _unit(_cross(vectors[0].rgb, vectors[1].rgb)), residual=True))
-    background = _triple(values.get("Background", "255 255 255"), node)
-    return Stains(name=str(values.get("Name", "")), vectors=tuple(vectors), background=background)
-
-
-def _json(described: str) -> dict[str, Any] | None:
-    """Parse as QuPath's lenient Gson would; None for what is no JSON object."""
-    try:
-        value = json.loads(described, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _workflow(node: JavaObject) -> tuple[WorkflowStep, ...]:
@@ -284,54 +195,13 @@ _STEPS: dict[str, Callable[[JavaObject], _Step]] = {
 }
 
 
-def _properties(node: JavaObject) -> dict[str, Any]:
-    known: dict[int, Any] = {}
-    return {str(_key(key)): _plain_value(value, 0, known) for key, value in map_items(node)}
-
-
-_NUMBERS = {f"java.lang.{name}" for name in ("Integer", "Double", "Boolean", "Long", "Float", "Short", "Byte")}
-
-
-def _plain_value(node: Content, depth: int, known: dict[int, Any]) -> Any:  # noqa: ANN401 - a property is anything
-    """Python value of a property; each node once, since handles may share one a million times."""
-    if node is None or isinstance(node, JavaString):
-        return text(node)
-    if id(node) not in known:
-        known[id(node)] = Opaque(type_name(node))
-        if isinstance(node, JavaObject) and depth < _MAX_PROPERTY_DEPTH:
-            known[id(node)] = _plain_object(node, depth, known)
-    return known[id(node)]
-
-
-def _plain_object(node: JavaObject, depth: int, known: dict[int, Any]) -> Any:  # noqa: ANN401
-    name = node.desc.name
-    if name in _NUMBERS:
-        return values.number(node)
-    try:
-        if name.endswith("Map"):
-            pairs = map_items(node)
-            return {_key(key): _plain_value(value, depth + 1, known) for key, value in pairs}
-        if name.endswith("List") or name == "java.util.CollSer":
-            return [_plain_value(item, depth + 1, known) for item in list_items(node)]
-    except NodeError:
-        return Opaque(name)
-    return Opaque(name)
-
-
-def _key(node: Content) -> str | float | int | bool | None:
-    """Text or number of a key; of any other its class, since lists that share lists have no end as text."""
-    if node is None or isinstance(node, JavaString):
-        return text(node)
-    return values.number(node) if type_name(node) in _NUMBERS else type_name(node)
-
-
 _READERS: dict[str, tuple[str, Callable[[JavaObject], Any]]] = {
     "java.util.Locale": ("locale", _locale),
-    STAINS: ("stains", _stains),
+    STAINS: ("stains", read_stains),
     WORKFLOW: ("workflow", _workflow),
     HIERARCHY: ("hierarchy", lambda node: node),
-    "java.util.HashMap": ("properties", _properties),
-    "java.util.LinkedHashMap": ("properties", _properties),
+    "java.util.HashMap": ("properties", read_properties),
+    "java.util.LinkedHashMap": ("properties", read_properties),
 }
 
 

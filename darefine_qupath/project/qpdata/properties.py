@@ -1,19 +1,70 @@
-"""Set image properties in the map that stands beside the objects."""
+"""Read image properties, and set them in the map that stands beside the objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, takewhile
+from typing import Any
 
+from darefine_qupath.javaserial import values
 from darefine_qupath.javaserial.nodes import Content, JavaObject, Stream, TopLevel
 from darefine_qupath.javaserial.strings import JavaString, modified_utf8
-from darefine_qupath.javaserial.values import map_items
+from darefine_qupath.javaserial.values import NodeError, list_items, map_items, text, type_name
 from darefine_qupath.project.qpdata.build import NodeBuilder
 from darefine_qupath.project.qpdata.schema import EOF
 
-__all__ = ["beside", "set_properties"]
+__all__ = ["Opaque", "read_properties", "set_properties", "without_properties"]
 
 _MAPS = ("java.util.HashMap", "java.util.LinkedHashMap")
+_NUMBERS = {f"java.lang.{name}" for name in ("Integer", "Double", "Boolean", "Long", "Float", "Short", "Byte")}
+_MAX_PROPERTY_DEPTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that is kept and not interpreted, by its Java class."""
+
+    java_class: str
+
+
+def read_properties(node: JavaObject) -> dict[str, Any]:
+    """Read the map of the image properties as Python values."""
+    known: dict[int, Any] = {}
+    return {str(_key(key)): _plain_value(value, 0, known) for key, value in map_items(node)}
+
+
+def _plain_value(node: Content, depth: int, known: dict[int, Any]) -> Any:  # noqa: ANN401 - a property is anything
+    """Python value of a property; each node once, since handles may share one a million times."""
+    if node is None or isinstance(node, JavaString):
+        return text(node)
+    if id(node) not in known:
+        known[id(node)] = Opaque(type_name(node))
+        if isinstance(node, JavaObject) and depth < _MAX_PROPERTY_DEPTH:
+            known[id(node)] = _plain_object(node, depth, known)
+    return known[id(node)]
+
+
+def _plain_object(node: JavaObject, depth: int, known: dict[int, Any]) -> Any:  # noqa: ANN401
+    name = node.desc.name
+    if name in _NUMBERS:
+        return values.number(node)
+    try:
+        if name.endswith("Map"):
+            pairs = map_items(node)
+            return {_key(key): _plain_value(value, depth + 1, known) for key, value in pairs}
+        if name.endswith("List") or name == "java.util.CollSer":
+            return [_plain_value(item, depth + 1, known) for item in list_items(node)]
+    except NodeError:
+        return Opaque(name)
+    return Opaque(name)
+
+
+def _key(node: Content) -> str | float | int | bool | None:
+    """Text or number of a key; of any other its class, since lists that share lists have no end as text."""
+    if node is None or isinstance(node, JavaString):
+        return text(node)
+    return values.number(node) if type_name(node) in _NUMBERS else type_name(node)
 
 
 def set_properties(stream: Stream, properties: Mapping[str, str | None], builder: NodeBuilder) -> None:
@@ -35,9 +86,9 @@ def set_properties(stream: Stream, properties: Mapping[str, str | None], builder
     for key, value in entries:
         if not _is_key(key, wanted):
             kept.append((key, value))
-        elif (text := wanted.pop(key.raw)) is not None:  # type: ignore[union-attr]
-            kept.append((key, JavaString(text)))
-    kept += [(JavaString.of_raw(raw), JavaString(text)) for raw, text in wanted.items() if text is not None]
+        elif (new := wanted.pop(key.raw)) is not None:  # type: ignore[union-attr]
+            kept.append((key, JavaString(new)))
+    kept += [(JavaString.of_raw(raw), JavaString(new)) for raw, new in wanted.items() if new is not None]
     made = builder.hash_map(tuple(chain.from_iterable(kept)))
     if holder is not None:
         holder.desc, holder.data = made.desc, made.data
@@ -45,8 +96,8 @@ def set_properties(stream: Stream, properties: Mapping[str, str | None], builder
         stream.contents.insert(len(list(_before_end(stream))), made)
 
 
-def beside(stream: Stream, names: Mapping[str, object]) -> tuple[tuple[TopLevel, ...], tuple[Content, ...]]:
-    """All that stands in a file, and of its image properties those that are not named."""
+def without_properties(stream: Stream, names: Mapping[str, object]) -> tuple[tuple[TopLevel, ...], tuple[Content, ...]]:
+    """Everything in a file but the image properties that are named."""
     holder = _holder(stream)
     rest = tuple(item for item in stream.contents if item is not holder)
     wanted = {modified_utf8(key): None for key in names}

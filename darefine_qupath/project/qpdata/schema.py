@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from darefine_qupath.annotations import Kind, RoiKind
-from darefine_qupath.javaserial.protocol import (
-    SC_BLOCK_DATA,
-    SC_ENUM,
-    SC_EXTERNALIZABLE,
-    SC_SERIALIZABLE,
-    SC_WRITE_METHOD,
-)
+from darefine_qupath.javaserial.protocol import Flag
 
 OBJECT_ID = "Object ID"
 """Key of an object's identity in its metadata."""
@@ -64,10 +58,10 @@ ROI_KINDS: dict[str, RoiKind] = {
     AREA: "Geometry",
 }
 
-_E = SC_EXTERNALIZABLE | SC_BLOCK_DATA
-_S = SC_SERIALIZABLE
-_SW = SC_SERIALIZABLE | SC_WRITE_METHOD
-_EN = SC_SERIALIZABLE | SC_ENUM
+_E = Flag.EXTERNALIZABLE | Flag.BLOCK_DATA
+_S = Flag.SERIALIZABLE
+_SW = Flag.SERIALIZABLE | Flag.WRITE_METHOD
+_EN = Flag.SERIALIZABLE | Flag.ENUM
 _PLANE = "I c, I t, "
 _NAME = "I z, Ljava/lang/String; name"
 _BOX = f"{_PLANE}D x, D x2, D y, D y2, {_NAME}"

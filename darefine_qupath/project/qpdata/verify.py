@@ -14,7 +14,7 @@ from darefine_qupath.project.interface import Changes
 from darefine_qupath.project.qpdata.compare import NodeComparison, changed_field
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.hierarchy import remaining_parents
-from darefine_qupath.project.qpdata.properties import beside
+from darefine_qupath.project.qpdata.properties import without_properties
 from darefine_qupath.project.qpdata.read import reading
 
 __all__ = ["verify_edit", "verify_objects"]
@@ -96,7 +96,8 @@ def _difference(before: Document, changes: Changes, after: Document) -> str | No
 
 
 def _beside(document: Document, changes: Changes) -> tuple[Any, ...]:
-    return beside(document.stream, changes.properties) if changes.properties else tuple(document.stream.contents)
+    names = changes.properties
+    return without_properties(document.stream, names) if names else tuple(document.stream.contents)
 
 
 def verify_objects(expected: Sequence[Annotation], found: Sequence[Annotation], *, path: Path) -> None:
