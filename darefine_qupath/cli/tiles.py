@@ -23,7 +23,7 @@ from darefine_qupath.cli.output import echo_json, json_option, note, percent, ta
 from darefine_qupath.cli.progress import show_progress
 from darefine_qupath.pipeline.splitting import save_roles
 from darefine_qupath.pipeline.tiles import TileRequest, Tiles, divide_tiles, make_tiles
-from darefine_qupath.tiles.preview import check_sheet, contact_sheet
+from darefine_qupath.report.contact_sheet import check_sheet, contact_sheet
 from darefine_qupath.tiles.roles import Role
 
 __all__ = ["SPLIT_KEYS", "chosen", "label_options", "split_options", "tile_options", "tile_request", "tiles"]

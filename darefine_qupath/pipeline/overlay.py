@@ -19,7 +19,7 @@ from darefine_qupath.pipeline.selection import choose_images
 from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.prediction import ScoreMap, read_score_map
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.report import Panel, draw_panels
+from darefine_qupath.report.overlay import Panel, draw_panels
 from darefine_qupath.review import OnError, for_images
 from darefine_qupath.slides import open_slide
 

@@ -12,7 +12,7 @@ from darefine_qupath.checkpoint.environment import environment
 from darefine_qupath.checkpoint.model_file import Checkpoint, save_checkpoint
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.models import SegmentationNetwork
-from darefine_qupath.training.curves import draw_confusion, draw_curves
+from darefine_qupath.report.training_plots import plot_confusion, plot_curves
 from darefine_qupath.training.runfolder import RunFolder, RunSettings
 
 __all__ = ["RunOutputs", "write_tensorboard"]
@@ -64,10 +64,10 @@ class RunOutputs:
         if is_best:
             save_checkpoint(folder.best, self._checkpoint(record, network))
             if matrix is not None:
-                folder.save_picture(folder.confusion, draw_confusion(matrix, classes))
+                folder.write_figure(folder.confusion, plot_confusion(matrix, classes))
         if is_last:
             save_checkpoint(folder.last, self._checkpoint(record, network))
-        folder.save_picture(folder.curves, draw_curves(folder.records(), classes))
+        folder.write_figure(folder.curves, plot_curves(folder.records(), classes))
         write_tensorboard(folder.path / "tensorboard", record)
 
     def _checkpoint(self, record: Mapping[str, Any], network: SegmentationNetwork) -> Checkpoint:

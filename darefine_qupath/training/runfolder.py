@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from matplotlib.figure import Figure
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError
 from darefine_qupath.filesystem import atomic_write
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.models import ModelConfig, Normalization
+from darefine_qupath.report.training_plots import save_figure
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training.config import TrainConfig
 
@@ -186,10 +187,10 @@ class RunFolder:
         kept = [record for record in self.records() if record["step"] <= step]
         self._write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def save_picture(self, path: Path, picture: Image.Image) -> None:
-        """Write a picture, whole or not at all."""
+    def write_figure(self, path: Path, figure: Figure) -> None:
+        """Write a figure, whole or not at all."""
         with atomic_write(path, TrainingError) as temporary:
-            picture.save(temporary, format="PNG")
+            save_figure(figure, temporary)
 
     def _write(self, path: Path, text: str) -> None:
         with atomic_write(path, TrainingError) as temporary:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw
 
 from darefine_qupath.errors import TileError
+from darefine_qupath.report.drawing import draw_box, draw_text, find_borders
 from darefine_qupath.tiles.index import TileIndex, TileRecord
 from darefine_qupath.tiles.slide_reader import TilePixels, TileReader
 from darefine_qupath.tiles.storage import IGNORE_COLOR, palette
@@ -24,10 +25,9 @@ _SIDE = 220
 _GAP = 6
 _LINE = 18
 _MARGIN = 24
-_INK = (30, 30, 30)
+_TEXT = 13
+"""Size of the text, in pixels."""
 _BOX_COLOR = (0, 200, 255)
-_EDGE = 3
-"""Width of the outlines over a slice, in pixels of the sheet."""
 
 
 def choose_examples(tiles: TileIndex, number: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -138,7 +138,7 @@ def _draw_tile(
     draw = ImageDraw.Draw(sheet)
     box = record.pair.slice
     title = f"{record.image.name}  x {box.x}  y {box.y}   {_contents(record, names)}"
-    draw.text((x, y), _fitted(title, 3 * _SIDE), fill=_INK, font=_font())
+    draw_text(draw, (x, y), title, size=_TEXT, width=3 * _SIDE)
     y += _LINE
     mask = Image.fromarray(pixels.mask)
     mask.putpalette(colors)
@@ -162,28 +162,17 @@ def _contents(record: TileRecord, names: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {count / total:.0%}" for count, name in parts if count >= 0.005 * total)
 
 
-def _fitted(text: str, width: int) -> str:
-    font = _font()
-    while font.getlength(text) > width:
-        text = f"{text[:-4]}..."
-    return text
-
-
 def _outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """Draw where the labels of a mask change, in the color of the label, over its slice; as large as it is shown."""
     labels = mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
-    indices = Image.fromarray(np.asarray(labels))
-    edges = np.asarray(indices.filter(ImageFilter.MaxFilter(_EDGE))) != np.asarray(
-        indices.filter(ImageFilter.MinFilter(_EDGE))
-    )
     shown = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    shown.paste(labels.convert("RGB"), mask=Image.fromarray(edges))
+    shown.paste(labels.convert("RGB"), mask=Image.fromarray(find_borders(np.asarray(labels))))
     return shown
 
 
 def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -> None:
     x, y = corner
-    draw, font = ImageDraw.Draw(sheet), _font()
+    draw = ImageDraw.Draw(sheet)
     spec = tiles.spec
     slice_side, context_side = (
         (f"{spec.slice_um:g} um", f"{spec.context_um:g} um")
@@ -191,7 +180,7 @@ def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -
         else (f"{spec.slice_px} px", f"{spec.context_px} px")
     )
     title = f"{len(tiles)} tiles of {len(tiles.images)} images: slice of {slice_side}, mask, context of {context_side}"
-    draw.text((x, y), title, fill=_INK, font=font)
+    draw_text(draw, (x, y), title, size=_TEXT)
     offsets = (26, 240, 340, 480, 600)
     lines: list[tuple[str, ...]] = [("class", "tiles", "pixels", "share", "images")]
     labelled = max(1, int(tiles.class_pixels.sum()))
@@ -206,10 +195,6 @@ def _draw_table(sheet: Image.Image, corner: tuple[int, int], tiles: TileIndex) -
         top = y + (row + 1.3) * _LINE
         if row:
             color = (*tiles.classes.colors, IGNORE_COLOR)[row - 1]
-            draw.rectangle((x, top, x + 14, top + 12), fill=tuple(color), outline=_INK)
+            draw_box(draw, (x, top), color, side=13)
         for offset, text in zip(offsets, line, strict=True):
-            draw.text((x + offset, top), text, fill=_INK, font=font)
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(13)
+            draw_text(draw, (x + offset, top), text, size=_TEXT)

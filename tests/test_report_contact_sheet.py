@@ -12,8 +12,8 @@ from PIL import Image
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import TileError
+from darefine_qupath.report.contact_sheet import check_sheet, choose_examples, contact_sheet
 from darefine_qupath.tiles.index import TileIndex
-from darefine_qupath.tiles.preview import check_sheet, choose_examples, contact_sheet
 from darefine_qupath.tiles.scan import index_tiles
 from darefine_qupath.tiles.slide_reader import SlideTileReader
 from darefine_qupath.tiles.sources import TileSource

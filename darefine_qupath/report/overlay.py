@@ -1,4 +1,4 @@
-"""Pictures for people who would rather look than read: slide, truth, prediction and difference side by side."""
+"""Draw a slide, its truth, its prediction and their difference side by side."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import GeometryError
+from darefine_qupath.report.drawing import draw_key, draw_text, find_borders, key_width
 
-__all__ = ["Panel", "difference", "draw_panels", "paint_labels"]
+__all__ = ["Panel", "draw_panels", "mark_differences", "paint_labels"]
 
 _GAP = 16
 _TITLE = 30
-_LEGEND = 44
-_INK = (30, 30, 30)
+_KEY = 44
+_LARGE, _SMALL = 20, 16
+"""Sizes of text, in pixels."""
 _OPACITY = 0.5
 # Violet is no class in the usual palettes, so what is wrong is not taken for a tumour.
 _RIGHT, _WRONG = Color(60, 170, 90), Color(150, 40, 200)
@@ -51,7 +53,7 @@ def paint_labels(
         RGB.
     labels : ndarray of uint8, shape (height, width)
         `IGNORE` leaves the slide as it is.
-    colours : sequence of Colour
+    colors : sequence of Color
         One per label.
     hidden : int, optional
         A label that gets no tint (Normal, say).
@@ -74,23 +76,12 @@ def paint_labels(
     opacity[: len(colors)] = _OPACITY
     if hidden is not None:
         opacity[hidden] = 0.12
-    alpha = np.where(_borders(labels), np.where(opacity > 0, 1, 0)[labels], opacity[labels])[..., None]
+    alpha = np.where(find_borders(labels), np.where(opacity > 0, 1, 0)[labels], opacity[labels])[..., None]
     painted: NDArray[np.uint8] = (thumbnail * (1 - alpha) + palette[labels] * alpha).astype(np.uint8)
     return painted
 
 
-def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    edge = np.zeros(labels.shape, bool)
-    differs_x = labels[:, 1:] != labels[:, :-1]
-    differs_y = labels[1:] != labels[:-1]
-    edge[:, 1:] |= differs_x
-    edge[:, :-1] |= differs_x
-    edge[1:] |= differs_y
-    edge[:-1] |= differs_y
-    return edge
-
-
-def difference(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def mark_differences(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """0 where both agree, 1 where they do not, `IGNORE` where either says nothing."""
     known = (truth != IGNORE) & (prediction != IGNORE)
     return np.where(known, (truth != prediction).astype(np.uint8), np.uint8(IGNORE))
@@ -106,7 +97,7 @@ def draw_panels(
     hidden: int | None = None,
     compare: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
 ) -> None:
-    """Write a row of pictures with a legend as PNG.
+    """Write a row of pictures with a color key as PNG.
 
     Parameters
     ----------
@@ -136,23 +127,22 @@ def draw_panels(
         for panel in panels
     ]
     if compare is not None:
-        misfit = difference(*compare)
-        drawn.append(("Difference", paint_labels(_grayed(thumbnail), misfit, (_RIGHT, _WRONG), hidden=0)))
+        wrong = mark_differences(*compare)
+        drawn.append(("Difference", paint_labels(_grayed(thumbnail), wrong, (_RIGHT, _WRONG), hidden=0)))
     top = _GAP + (_TITLE if title else 0)
     entries = list(zip(class_map.names, class_map.colors, strict=True))
     if compare is not None:
         entries.append(("Wrong", _WRONG))
-    large, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    # The legend may be wider than the pictures of a small slide.
-    across = max(len(drawn) * (width + _GAP), sum(_legend_width(name, small) for name, _ in entries)) + _GAP
-    canvas = Image.new("RGB", (across, top + _TITLE + height + _LEGEND + _GAP), (255, 255, 255))
+    # The key may be wider than the pictures of a small slide.
+    across = max(len(drawn) * (width + _GAP), key_width((name for name, _ in entries), _SMALL)) + _GAP
+    canvas = Image.new("RGB", (across, top + _TITLE + height + _KEY + _GAP), (255, 255, 255))
     pen = ImageDraw.Draw(canvas)
-    pen.text((_GAP, _GAP // 2), title, fill=_INK, font=large)
+    draw_text(pen, (_GAP, _GAP // 2), title, size=_LARGE)
     for index, (name, picture) in enumerate(drawn):
         x = _GAP + index * (width + _GAP)
-        pen.text((x, top), name, fill=_INK, font=small)
+        draw_text(pen, (x, top), name, size=_SMALL)
         canvas.paste(Image.fromarray(picture), (x, top + _TITLE))
-    _legend(pen, entries, (_GAP, top + _TITLE + height + _GAP), small)
+    draw_key(pen, (_GAP, top + _TITLE + height + _GAP), entries, size=_SMALL)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
 
@@ -160,20 +150,3 @@ def draw_panels(
 def _grayed(thumbnail: NDArray[np.uint8]) -> NDArray[np.uint8]:
     gray = thumbnail.mean(axis=2, keepdims=True)
     return np.repeat((gray * 0.6 + 100).astype(np.uint8), 3, axis=2)
-
-
-def _legend(
-    pen: ImageDraw.ImageDraw,
-    entries: Sequence[tuple[str, Color]],
-    corner: tuple[int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    x, y = corner
-    for name, color in entries:
-        pen.rectangle((x, y, x + 18, y + 18), fill=tuple(color), outline=_INK)
-        pen.text((x + 26, y), name, fill=_INK, font=font)
-        x += _legend_width(name, font)
-
-
-def _legend_width(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    return 26 + round(font.getlength(name)) + 28

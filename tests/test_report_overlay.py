@@ -10,7 +10,7 @@ from PIL import Image
 
 from darefine_qupath.classes import IGNORE, ClassMap, Color
 from darefine_qupath.errors import GeometryError
-from darefine_qupath.report import Panel, difference, draw_panels, paint_labels
+from darefine_qupath.report.overlay import Panel, draw_panels, mark_differences, paint_labels
 
 WHITE = np.full((40, 60, 3), 255, np.uint8)
 RED, BLUE = Color(255, 0, 0), Color(0, 0, 255)
@@ -50,7 +50,7 @@ def test_labels_of_another_size_are_refused() -> None:
 def test_difference_counts_only_what_both_know() -> None:
     truth = np.array([[0, 1, IGNORE, 1]], np.uint8)
     found = np.array([[0, 0, 1, IGNORE]], np.uint8)
-    assert difference(truth, found).tolist() == [[0, 1, IGNORE, IGNORE]]
+    assert mark_differences(truth, found).tolist() == [[0, 1, IGNORE, IGNORE]]
 
 
 def test_a_row_of_panels_has_one_per_picture_and_one_for_the_difference(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Draw what people look at: overlays, contact sheets of tiles, plots of a training."""
