@@ -25,6 +25,7 @@ __all__ = [
     "Size",
     "best_level",
     "fit_within",
+    "is_possible_mpp",
     "level_box",
     "level_scale",
     "level_window",
@@ -37,6 +38,11 @@ MPP_LIMITS = (0.001, 1000.0)
 
 _SQUARE = 0.01
 """Relative difference of width and height up to which a pixel is square: scanners calibrate each axis by itself."""
+
+
+def is_possible_mpp(mpp: float) -> bool:
+    """Whether a slide may have so many micrometres per pixel."""
+    return MPP_LIMITS[0] <= mpp <= MPP_LIMITS[1]
 
 
 class Size(NamedTuple):
@@ -54,8 +60,8 @@ class PixelSize(NamedTuple):
 
     @property
     def is_possible(self) -> bool:
-        """Whether both are within `MPP_LIMITS`."""
-        return all(MPP_LIMITS[0] <= value <= MPP_LIMITS[1] for value in self)
+        """Whether both are those a slide may have."""
+        return all(map(is_possible_mpp, self))
 
     @property
     def is_square(self) -> bool:

@@ -128,7 +128,7 @@ def test_a_cpu_build_beside_an_nvidia_driver_is_told(monkeypatch: pytest.MonkeyP
 def test_the_process_that_tries_paquo_finds_its_module(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("darefine_qupath.project.paquo_engine.find_qupath", lambda: None)
+    monkeypatch.setattr("darefine_qupath.project.jvm.find_qupath", lambda: None)
     exec(doctor._START_QUPATH, {})
     assert capsys.readouterr().out == "QuPath is missing\n"
 

@@ -15,7 +15,7 @@ from rasterio.windows import Window
 from darefine_qupath.classes import IGNORE, ClassMap
 from darefine_qupath.errors import LimitError, PredictionError
 from darefine_qupath.filesystem import atomic_write
-from darefine_qupath.geometry import MPP_LIMITS, Box, Size
+from darefine_qupath.geometry import Box, Size, is_possible_mpp
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.prediction.slide_warnings import SlideWarning
 
@@ -248,7 +248,6 @@ def read_score_map(folder: Path) -> ScoreMap:
 
 
 def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
-    least, largest = MPP_LIMITS
     mpp = None if data["mpp"] is None else float(data["mpp"])
     score_map = ScoreMap(
         folder=folder,
@@ -269,7 +268,7 @@ def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
         # The box is rounded outwards.
         if abs(pixels * score_map.downsample - length) > 1:
             raise ValueError(f"{pixels} map pixels of {score_map.downsample} are not {length} level-0 pixels")
-    if not 0 < score_map.downsample < _LARGEST_DOWNSAMPLE or not (mpp is None or least <= mpp <= largest):
+    if not 0 < score_map.downsample < _LARGEST_DOWNSAMPLE or not (mpp is None or is_possible_mpp(mpp)):
         raise ValueError(f"a downsample of {score_map.downsample} and {mpp} um per pixel cannot be")
     if len(score_map.class_pixels) != score_map.classes.num_classes:
         raise ValueError(f"it counts {len(score_map.class_pixels)} classes of {score_map.classes.num_classes}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from darefine_qupath.errors import PredictionError, SlideError
-from darefine_qupath.geometry import MPP_LIMITS
+from darefine_qupath.geometry import is_possible_mpp
 from darefine_qupath.limits import naming
 from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.tiles.reading import read_slice
@@ -155,8 +155,7 @@ def _check_mpp(tiles: TileSpec, mpp: float | None, trained: Any) -> SlideWarning
     if mpp is None:
         return None
     values = trained if isinstance(trained, list | tuple) else [trained]
-    least, largest = MPP_LIMITS
-    known = [float(value) for value in values if isinstance(value, int | float) and least <= value <= largest]
+    known = [float(value) for value in values if isinstance(value, int | float) and is_possible_mpp(value)]
     if known:
         ratio = min((mpp / value for value in known), key=lambda ratio: abs(math.log(ratio)))
         if max(ratio, 1 / ratio) <= _MPP_LIMIT:

@@ -11,9 +11,9 @@ import numpy as np
 from darefine_qupath.errors import SlideError
 from darefine_qupath.geometry import Box
 from darefine_qupath.slides import resampling
-from darefine_qupath.slides.integrity import TileGuard
 from darefine_qupath.slides.reader import ImageReader
 from darefine_qupath.slides.tiff_reader import TiffReader
+from darefine_qupath.slides.tile_guard import TileGuard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from darefine_qupath.errors import SlideFormatError
-from darefine_qupath.slides.integrity import refuse_incomplete
+from darefine_qupath.slides.cut_short import refuse_incomplete
 from darefine_qupath.slides.openslide_reader import OpenSlideReader
 from darefine_qupath.slides.pillow_reader import PillowReader
 from darefine_qupath.slides.reader import ImageReader, WrongPixelsError

@@ -20,7 +20,7 @@ from rasterio.windows import Window
 
 from darefine_qupath.errors import SlideError, SlideFormatError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.slides.integrity import refuse_beyond_end, refuse_cut_short
+from darefine_qupath.slides.cut_short import refuse_beyond_end, refuse_cut_short
 from darefine_qupath.slides.pixel_size import OmeStatement, read_ome, size_by_resolution
 from darefine_qupath.slides.reader import WrongPixelsError, on_white, refuse_unless_rgb, unreadable
 

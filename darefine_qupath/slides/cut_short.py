@@ -1,32 +1,20 @@
-"""Find damage that a decoder may not notice: a TIFF that was cut short, tiles whose stream does not begin or end.
-
-OpenSlide refuses such tiles, and other decoders fill them with grey; so what those may read is looked at first.
-"""
+"""Refuse TIFFs that were cut short: OpenSlide opens them, and fails only where something is missing."""
 
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import tifffile
 
 from darefine_qupath.errors import SlideError
-from darefine_qupath.geometry import Box, Size
+from darefine_qupath.geometry import Size
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-__all__ = ["TileGuard", "refuse_beyond_end", "refuse_cut_short", "refuse_incomplete"]
-
-_UNKNOWN, _WHOLE, _DAMAGED = 0, 1, 2
-
-_TAIL_BYTES = 4
-"""Bytes at the end of a tile in which its end marker must lie: writers pad to even lengths."""
+__all__ = ["refuse_beyond_end", "refuse_cut_short", "refuse_incomplete", "tiff_pages"]
 
 _SUB_IFDS = 330
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -34,9 +22,6 @@ _POINTERS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
 _MAX_DIRECTORY = 1 << 16
 """Bytes of a directory that are looked at: 3,000 entries, where files have 30."""
 _MAX_DIRECTORIES = 4096
-
-_START_MARKERS = (b"\xff\xd8", b"\xff\x4f")
-_END_MARKER = b"\xff\xd9"
 
 
 def refuse_cut_short(path: Path) -> None:
@@ -104,10 +89,10 @@ def refuse_incomplete(path: Path, levels: Sequence[Size]) -> None:
     SlideError
         With the number of tiles that are lost.
     """
-    refuse_beyond_end(path, [page for page in _pages(path) if (page.imagewidth, page.imagelength) in levels])
+    refuse_beyond_end(path, [page for page in tiff_pages(path) if (page.imagewidth, page.imagelength) in levels])
 
 
-def _pages(path: Path) -> list[tifffile.TiffPage]:
+def tiff_pages(path: Path) -> list[tifffile.TiffPage]:
     """Pages of a TIFF; none where the file is something else."""
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -173,100 +158,3 @@ class _Layout:
                 places = file.read(min(size, _MAX_DIRECTORY)) if size > self.pointer_size else value[:size]
                 following += _Layout(self.order, self.count, _POINTERS[kind]).pointers(places)
         return parts, following
-
-
-@dataclass
-class _Level:
-    offsets: NDArray[np.uint64]
-    counts: NDArray[np.uint64]
-    tile: Size
-    states: NDArray[np.uint8]
-
-
-class TileGuard:
-    """Tells whether the JPEG or JPEG 2000 streams of the tiles below a window begin and end as they should.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    levels : sequence of _Level
-        One per level; see `of`.
-    """
-
-    def __init__(self, path: Path, levels: Sequence[_Level]) -> None:
-        self._levels = levels
-        self._file = path.open("rb")
-        self._lock = threading.Lock()
-
-    @classmethod
-    def of(cls, path: Path, levels: Sequence[Size]) -> TileGuard | None:
-        """Guard for a file; None where its tiles cannot be told (no TIFF, other compression, overlapping tiles).
-
-        Parameters
-        ----------
-        path : Path
-            The file.
-        levels : sequence of Size
-            Width and height of every level by OpenSlide.
-
-        Returns
-        -------
-        TileGuard or None
-            Close it.
-        """
-        pages = _pages(path)
-        found = [_level(pages, level) for level in levels]
-        whole = [level for level in found if level is not None]
-        return cls(path, whole) if len(whole) == len(levels) else None
-
-    def is_whole(self, level: int, window: Box) -> bool:
-        """Whether every tile that a window of a level touches has a whole stream."""
-        tiles = self._levels[level]
-        left, top = window.x // tiles.tile.width, window.y // tiles.tile.height
-        right, bottom = -(-window.right // tiles.tile.width), -(-window.bottom // tiles.tile.height)
-        states = tiles.states[top:bottom, left:right]
-        if (states == _WHOLE).all():
-            return True
-        for row, column in np.argwhere(states == _UNKNOWN):
-            states[row, column] = self._look(tiles, int(row) + top, int(column) + left)
-        return bool((states == _WHOLE).all())
-
-    def _look(self, tiles: _Level, row: int, column: int) -> int:
-        index = row * tiles.states.shape[1] + column
-        offset, count = int(tiles.offsets[index]), int(tiles.counts[index])
-        if count < 2 + _TAIL_BYTES:
-            return _DAMAGED
-        with self._lock:
-            self._file.seek(offset)
-            head = self._file.read(2)
-            self._file.seek(offset + count - _TAIL_BYTES)
-            tail = self._file.read(_TAIL_BYTES)
-        return _WHOLE if head in _START_MARKERS and _END_MARKER in tail else _DAMAGED
-
-    def close(self) -> None:
-        """Give the file back."""
-        self._file.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _level(pages: Sequence[tifffile.TiffPage], size: Size) -> _Level | None:
-    """Tiles of the one tiled page of this size."""
-    fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size and page.is_tiled]
-    if len(fitting) != 1:
-        return None
-    page = fitting[0]
-    # 6 and 7: JPEG; 33003, 33005: Aperio's JPEG 2000.
-    if page.compression not in (6, 7, 33003, 33005) or page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
-        return None
-    across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
-    if len(page.dataoffsets) != across * down:
-        return None
-    return _Level(
-        offsets=np.asarray(page.dataoffsets, np.uint64),
-        counts=np.asarray(page.databytecounts, np.uint64),
-        tile=Size(page.tilewidth, page.tilelength),
-        states=np.zeros((down, across), np.uint8),
-    )
