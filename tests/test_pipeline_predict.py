@@ -148,7 +148,7 @@ def test_damaged_annotations_of_one_image_do_not_stop_the_others(request_of: Req
 
 
 def test_predictions_cannot_lie_over_a_class_that_nobody_knows(request_of: Request, project: Path) -> None:
-    with pytest.raises(ClassMapError, match=r"has no classes \['Invasif'\] \(over\); it has .*'Invasive'"):
+    with pytest.raises(ClassMapError, match=r"has no classes \['Invasif'\] \(--allow-overlap\); it has .*'Invasive'"):
         predict_project(request_of(write=WriteOptions(over=("Invasive", "Invasif"))))
     assert not (project / "darefine").exists()
 

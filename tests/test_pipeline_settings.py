@@ -136,6 +136,29 @@ def test_micrometres_take_the_place_of_pixels() -> None:
     assert settings.tile_spec(TileSpec.paper()) == TileSpec(input_px=500, slice_um=100, context_um=500, stride_um=50)
 
 
+def test_settings_that_an_earlier_version_recorded_are_read(tmp_path: Path) -> None:
+    text = """
+    [classes.colours]
+    Tumor = "#0a0b0c"
+    [tiles]
+    size_px = 64
+    [sampling]
+    hard = "runs/first"
+    [train]
+    clip_norm = 2.0
+    """
+    recorded = tmp_path / "settings.toml"
+    recorded.write_text(text)
+    found = read_settings(tmp_path, recorded)
+    assert found.class_map(LIST, {"Tumor": 1}).colors == (Color(10, 11, 12),)
+    assert found.tile_spec(TileSpec.paper()).input_px == 64
+    assert found.sampling_spec().hard_examples == "runs/first"
+    assert found.train == {"grad_clip_norm": 2.0}
+    named = _read(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"unknown .sampling. key 'hard'; did you mean 'hard_examples'"):
+        named.sampling_spec()
+
+
 def test_options_go_over_the_file_and_the_file_over_the_default() -> None:
     settings = Settings(tiles={"input_px": 256, "slice_um": 100, "context_um": 500, "stride_um": 50})
     found = settings.tile_spec(TileSpec.paper(), slice_px=1000, context_px=5000, stride_px=250, input_px=None)

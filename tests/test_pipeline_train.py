@@ -179,7 +179,7 @@ def test_tables_of_splits_samples_and_storage(tmp_path: Path) -> None:
     test_images = ["a.svs"]
     [sampling]
     max_per_image = 40
-    hard = "runs/first"
+    hard_examples = "runs/first"
     """
     (tmp_path / "darefine.toml").write_text(text)
     settings = read_settings(tmp_path)
@@ -187,7 +187,7 @@ def test_tables_of_splits_samples_and_storage(tmp_path: Path) -> None:
     assert settings.split_spec(validation=0.1, test_images=(), folds=None).validation == 0.1
     assert settings.split_spec(test_images=("b",)).test_images == ("b",)
     assert settings.sampling_spec(max_per_image_class=3) == SamplingSpec(
-        max_per_image=40, max_per_image_class=3, hard="runs/first"
+        max_per_image=40, max_per_image_class=3, hard_examples="runs/first"
     )
     assert settings.tile_filter() == TileFilter(min_labelled=0.2)
     assert settings.storage(quality=80) == Storage(pixels="webp", quality=80)
@@ -204,7 +204,7 @@ def test_tables_of_splits_samples_and_storage(tmp_path: Path) -> None:
         ("[split]\ntest_images = 'a'", r"\[split\] test_images = 'a' must be a list of names"),
         ("[split]\ntest_images = [1]", r"\[split\] test_images = \[1\] must be a list of names"),
         ("[sampling]\nmax_per_image = true", r"\[sampling\] max_per_image = True must be a whole number"),
-        ("[sampling]\nhard = 3", r"\[sampling\] hard = 3 must be a text"),
+        ("[sampling]\nhard_examples = 3", r"\[sampling\] hard_examples = 3 must be a text"),
         ("[tiles]\nmin_labelled = 'some'", r"\[tiles\] min_labelled = 'some' must be a number"),
         ("[tiles]\npixels = 'png'", "stored as 'jpeg' or 'webp'"),
     ],
@@ -543,7 +543,7 @@ def test_hard_tiles_come_from_a_former_model(
     )
     (tmp_path / "former").mkdir()
     out = tmp_path / "run"
-    train_on_project(request(tiny, out, sampling={"hard": str(tmp_path / "former")}))
+    train_on_project(request(tiny, out, sampling={"hard_examples": str(tmp_path / "former")}))
     data, _, more = trained.calls[0]
     assert asked == [tmp_path / "former" / "model.safetensors"]
     assert more["hard"] == dict.fromkeys(data.tiles.ids(), 2.0)

@@ -94,9 +94,7 @@ _NO_MATTER = 0.02
     "Sampling",
     click.option("--max-per-image", type=WHOLE, help="At most so many training tiles of an image."),
     click.option("--max-per-class", "max_per_image_class", type=WHOLE, help="At most so many of an image and class."),
-    click.option(
-        "--hard-examples", "hard", metavar="RUN", help="Show tiles more often that the model of this run gets wrong."
-    ),
+    click.option("--hard-examples", metavar="RUN", help="Show tiles more often that the model of this run gets wrong."),
 )
 @tile_options()
 @json_option
@@ -161,7 +159,7 @@ def _request(project: Path, out: Path, given: dict[str, Any]) -> TrainRequest:
         train=_recipe(given),
         on_the_fly=given["on_the_fly"],
         split=chosen(given, (*SPLIT_KEYS, "folds", "fold")),
-        sampling=chosen(given, ("max_per_image", "max_per_image_class", "hard")),
+        sampling=chosen(given, ("max_per_image", "max_per_image_class", "hard_examples")),
         dataset=given["dataset"],
         save_roles=given["save_roles"],
         init_from=None if starts_anew else given["init_from"],

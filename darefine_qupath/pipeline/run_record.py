@@ -17,7 +17,7 @@ from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.pipeline.hard_examples import hard_weights
 from darefine_qupath.pipeline.identity import IDENTITY
 from darefine_qupath.pipeline.provenance import summarize_objects
-from darefine_qupath.pipeline.settings import Settings
+from darefine_qupath.pipeline.settings import RECORDED_NAME, Settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, save_roles
 from darefine_qupath.pipeline.tiles import Tiles
 from darefine_qupath.pipeline.train_request import TrainRequest
@@ -46,7 +46,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
-SETTINGS_FILE = "settings.toml"
+SETTINGS_FILE = RECORDED_NAME
 SPLIT_FILE = "split.json"
 LABELS_FILE = "labels.json"
 HARD_FILE = "hard.json"

@@ -8,12 +8,12 @@
     region_unlabelled = "ignore"                          # the same inside Region* annotations
     [classes.map]
     "DCIS" = "In situ"                                    # project class = training class
-    [classes.colours]
+    [classes.colors]
     Invasive = "#c81e28"
 
     [tiles]      # fields of TileSpec (input_px, slice_um ...), TileFilter (min_labelled ...), Storage (pixels ...)
     [split]      # fields of SplitSpec: validation, test, validation_images, test_images, folds
-    [sampling]   # fields of SamplingSpec: max_per_image, max_per_image_class, hard ...
+    [sampling]   # fields of SamplingSpec: max_per_image, max_per_image_class, hard_examples ...
     [model]      # fields of ModelConfig: slice_encoder, context_encoder, fusion, width ...
     [train]      # fields of TrainConfig: preset, epochs, batch_size ...
     [images]     # mpp = 0.25: of every slide, over what QuPath and the files say
@@ -35,13 +35,19 @@ from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
 from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
+from darefine_qupath.tiles import spec
 from darefine_qupath.tiles.scan import TileFilter
-from darefine_qupath.tiles.spec import FORMER_NAMES, TileSpec
+from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
+from darefine_qupath.training import config
 
-__all__ = ["FILE_NAME", "Settings", "read_settings"]
+__all__ = ["FILE_NAME", "RECORDED_NAME", "Settings", "read_settings", "with_current_names"]
 
 FILE_NAME = "darefine.toml"
+RECORDED_NAME = "settings.toml"
+"""What a run folder calls its copy, which may be of an earlier version."""
+
+_FORMER_NAMES = {**spec.FORMER_NAMES, "colours": "colors", "hard": "hard_examples"}
 
 T = TypeVar("T")
 
@@ -242,7 +248,16 @@ def read_settings(folder: Path, path: Path | None = None) -> Settings:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, [{name}]")
-    return Settings(path=file, **tables)
+    return Settings(path=file, **(with_current_names(tables) if file.name == RECORDED_NAME else tables))
+
+
+def with_current_names(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return what an earlier version recorded under the names of today."""
+    named = {
+        section: {_FORMER_NAMES.get(key, key): value for key, value in table.items()}
+        for section, table in tables.items()
+    }
+    return {**named, "train": config.with_current_names(named.get("train", {}))}
 
 
 def _names(kind: type) -> list[str]:
@@ -266,7 +281,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], section: str
     known = tuple(known)
     for key in table:
         if key not in known:
-            renamed = FORMER_NAMES.get(key)
+            renamed = _FORMER_NAMES.get(key)
             near = [renamed] if renamed in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
             where = "table" if section is None else f"[{section}] key"

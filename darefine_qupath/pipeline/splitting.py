@@ -73,7 +73,7 @@ class SamplingSpec:
         Most training tiles of an image; 0 for no limit.
     max_per_image_class : int
         Most training tiles of an image with the same rarest class; 0 for no limit.
-    hard : str
+    hard_examples : str
         Run folder or model file whose mistakes decide which tiles come more often; empty for none.
     hard_boost : float
         How much more often a tile comes that the former model has all wrong than one it has all right: 1 + this.
@@ -81,7 +81,7 @@ class SamplingSpec:
 
     max_per_image: int = 0
     max_per_image_class: int = 0
-    hard: str = ""
+    hard_examples: str = ""
     hard_boost: float = 3.0
 
     def __post_init__(self) -> None:
@@ -93,10 +93,10 @@ class SamplingSpec:
 
     @property
     def hard_model(self) -> Path | None:
-        """The model file of `hard`; None for none."""
-        if not self.hard:
+        """The model file of `hard_examples`; None for none."""
+        if not self.hard_examples:
             return None
-        path = Path(self.hard)
+        path = Path(self.hard_examples)
         return path / "model.safetensors" if path.is_dir() else path
 
     def cap(self, tiles: TileIndex, *, seed: int) -> TileIndex:

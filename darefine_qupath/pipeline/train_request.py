@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from darefine_qupath.pipeline.settings import with_current_names
 from darefine_qupath.pipeline.tiles import TileRequest
-from darefine_qupath.tiles.spec import with_current_names
-from darefine_qupath.training import config
 
 __all__ = ["TILES_FOLDER", "TrainRequest"]
 
@@ -67,28 +66,21 @@ class TrainRequest:
     def from_json(cls, data: Mapping[str, Any]) -> TrainRequest:
         """Make the request of what `to_json` gave, in earlier versions too."""
         data = {"save_roles" if key == "note_roles" else key: value for key, value in data.items()}
-        tables = {key: dict(data[key]) for key in ("tiles", "model", "train", "split", "sampling")}
-        tiles = tables["tiles"]
+        tiles = dict(data["tiles"])
+        tables = with_current_names({key: data[key] for key in ("model", "train", "split", "sampling")})
         tiles.update(
             project=Path(tiles["project"]),
             settings=None if tiles["settings"] is None else Path(tiles["settings"]),
             images=tuple(tiles["images"]),
             annotators=tuple(tiles.get("annotators", ())),
-            tiles=with_current_names(tiles["tiles"]),
+            tiles=with_current_names({"tiles": tiles["tiles"]})["tiles"],
         )
         split = {key: tuple(value) if isinstance(value, list) else value for key, value in tables["split"].items()}
-        tables["train"] = config.with_current_names(tables["train"])
         paths = {key: None if data[key] is None else Path(data[key]) for key in ("dataset", "init_from")}
-        changed = {
-            **tables,
-            **paths,
-            "tiles": TileRequest(**tiles),
-            "split": split,
-            "out": Path(data["out"]),
-        }
+        changed = {**tables, **paths, "tiles": TileRequest(**tiles), "split": split, "out": Path(data["out"])}
         return cls(**{**data, **changed})
 
 
 def _absolute(value: object) -> str:
-    """Path as it means the same wherever the run is gone on with."""
+    """Write a path so that it means the same from any working directory."""
     return str(Path(str(value)).absolute())
