@@ -38,16 +38,11 @@ from darefine_qupath.models import (
     num_parameters,
     register_network,
 )
-from darefine_qupath.models.blocks import (
-    ChainedResidualPooling,
-    ResidualConvUnit,
-    fold_batch_norms,
-    max_pool_5x5,
-    resize,
-)
+from darefine_qupath.models.blocks import ChainedResidualPooling, ResidualConvUnit, max_pool_5x5, resize
 from darefine_qupath.models.darefinenet import DARefineNet
 from darefine_qupath.models.encoders import build_encoder
 from darefine_qupath.models.fusion import AttentionFusion, crop_context
+from darefine_qupath.models.inference import fold_batch_norms
 from darefine_qupath.models.unet import UNet
 from tests.stored_logits import BOX_B4, SMALL, VARIANTS, image, sampled_logits, seeded_state
 

@@ -12,7 +12,7 @@ from darefine_qupath.errors import TrainingError
 from darefine_qupath.models import ContextFeatures, ModelConfig, Normalization, SegmentationNetwork
 from darefine_qupath.training import evaluate
 from darefine_qupath.training.distributed import ProcessGroup
-from darefine_qupath.training.evaluation import _plan
+from darefine_qupath.training.evaluation import _plan_batches
 from tests.training_toy import toy_data
 
 GRAY = Normalization(mean=(0, 0, 0), std=(1, 1, 1))
@@ -77,7 +77,7 @@ def test_shuffled_contexts_are_those_of_other_tiles(batch_size: int) -> None:
     data, normal, shuffled = toy_data(7), ByContext(), ByContext()
     evaluate(normal, data, normalization=GRAY, batch_size=1)
     evaluate(shuffled, data, normalization=GRAY, batch_size=batch_size, context="shuffled")
-    order = [row for placed in _plan(7, "shuffled", batch_size, ProcessGroup()) for row in placed.tiles]
+    order = [row for placed in _plan_batches(7, "shuffled", batch_size, ProcessGroup()) for row in placed.tiles]
     assert sorted(order) == list(range(7))
     assert sorted(shuffled.shown) == sorted(normal.shown)
 
@@ -85,13 +85,13 @@ def test_shuffled_contexts_are_those_of_other_tiles(batch_size: int) -> None:
 @given(num_tiles=st.integers(2, 60), batch_size=st.integers(1, 12))
 @settings(deadline=None, derandomize=True)
 def test_no_tile_is_shuffled_alone(num_tiles: int, batch_size: int) -> None:
-    sizes = [len(placed.tiles) for placed in _plan(num_tiles, "shuffled", batch_size, ProcessGroup())]
+    sizes = [len(placed.tiles) for placed in _plan_batches(num_tiles, "shuffled", batch_size, ProcessGroup())]
     assert sum(sizes) == num_tiles
     assert 2 <= min(sizes) <= max(sizes) <= max(3, batch_size)
 
 
 def test_processes_share_the_tiles() -> None:
-    parts = [list(_plan(10, "normal", 3, ProcessGroup(rank=rank, size=3))) for rank in range(3)]
+    parts = [list(_plan_batches(10, "normal", 3, ProcessGroup(rank=rank, size=3))) for rank in range(3)]
     rows = [row for part in parts for placed in part for row in placed.tiles]
     assert sorted(rows) == list(range(10))
 

@@ -1,4 +1,4 @@
-"""DA-RefineNet, its ablations, and the networks it was compared with.
+"""Build DA-RefineNet, its ablations and the networks it was compared with, by name.
 
 >>> from darefine_qupath.models import ModelConfig, build_model, num_parameters
 >>> network = build_model(ModelConfig(slice_encoder="resnet18", context_encoder="resnet18", width=64))
@@ -80,12 +80,12 @@ def _build(config: ModelConfig) -> SegmentationNetwork:
 
 
 def encoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:
-    """Parameters of the encoders, in a fixed order; empty for U-Net."""
+    """Return the parameters of the encoders, in a fixed order; empty for U-Net."""
     return [parameter for encoder in model.encoders.values() for parameter in encoder.parameters()]
 
 
 def decoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:
-    """Parameters outside the encoders, in a fixed order."""
+    """Return the parameters outside the encoders, in a fixed order."""
     inside = {id(parameter) for parameter in encoder_parameters(model)}
     return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 

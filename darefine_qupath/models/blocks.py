@@ -1,4 +1,4 @@
-"""Building blocks of the RefineNet family ([1]_, Fig. 2): what a decoder does to a feature besides joining it.
+"""Build the decoder blocks of the RefineNet family ([1]_, Fig. 2): residual units, chained pooling, resizing.
 
 References
 ----------
@@ -16,24 +16,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = [
-    "ChainedResidualPooling",
-    "ResidualConvUnit",
-    "conv",
-    "fold_batch_norms",
-    "max_pool_5x5",
-    "residual_conv_units",
-    "resize",
-]
+__all__ = ["ChainedResidualPooling", "ResidualConvUnit", "conv", "max_pool_5x5", "residual_conv_units", "resize"]
 
 _POOLED_ROWS = 32
 """Rows that are pooled at once on a processor: of a paper-sized feature, about 2 MB."""
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, *, bias: bool = False) -> nn.Conv2d:
-    """Convolution that keeps the size."""
+    """Build a convolution that keeps the size."""
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 
 
@@ -54,7 +45,7 @@ class ResidualConvUnit(nn.Module):
 
 
 def residual_conv_units(channels: int, count: int) -> nn.Sequential:
-    """`count` RCUs, one after the other."""
+    """Build `count` RCUs, one after the other."""
     return nn.Sequential(*(ResidualConvUnit(channels) for _ in range(count)))
 
 
@@ -113,20 +104,3 @@ def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x_BCHW.shape[-2:]) == tuple(size):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=True)
-
-
-def fold_batch_norms(network: nn.Module) -> None:
-    """Make each batch normalisation part of the convolution before it, in place; for prediction only.
-
-    Every network here registers a normalisation right behind the convolution whose output it normalises.
-
-    Parameters
-    ----------
-    network : nn.Module
-        In evaluation mode; its logits stay the same but for rounding.
-    """
-    for module in network.modules():
-        for (name, first), (norm, second) in itertools.pairwise(list(module.named_children())):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(first, second))
-                setattr(module, norm, nn.Identity())

@@ -1,4 +1,4 @@
-"""What a network is made of, and how pixels become its input."""
+"""Describe what a network is made of (`ModelConfig`) and how pixels become its input (`Normalization`)."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Normalization:
     ----------
     mean, std : tuple of float
         For red, green and blue; ImageNet's by default.
-    context : Normalisation or None
+    context : Normalization or None
         Of what the context encoder sees; None where it is the same.
     """
 
@@ -146,7 +146,7 @@ class Normalization:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Normalization:
-        """Normalisation with which the weights of the encoders, each of its own, were trained on ImageNet."""
+        """Return the normalization that the pretrained weights of each encoder want."""
         first, *others = [
             cls(mean=entry.mean, std=entry.std) for entry in map(ENCODERS.__getitem__, config.encoders.values())
         ] or [cls()]
@@ -154,7 +154,7 @@ class Normalization:
 
     @property
     def of_context(self) -> Normalization:
-        """What the context encoder's pixels are taken through."""
+        """Normalization of the context's pixels."""
         return self if self.context is None else self.context
 
     def apply(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -75,7 +75,7 @@ class DARefineNet(SegmentationNetwork):
         self.classifier = conv(config.width, config.num_classes, 3, bias=True)
 
     def expect(self, normalization: Normalization) -> None:
-        """Take note of how pixels come; see the base class."""
+        """Note the normalization of the pixels; see the base class."""
         self.normalization = normalization
 
     def _choose_fusion(self, config: ModelConfig) -> FusionEntry:

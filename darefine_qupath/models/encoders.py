@@ -1,4 +1,4 @@
-"""Encoders by name, and weights from outside for them."""
+"""Build encoders by name, and load weights for them that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def load_encoder_weights(
         If the file cannot be read, the network has no such encoder, or names or shapes differ; lists them.
     """
     path = Path(file)
-    encoders = _chosen(model, which)
+    encoders = _choose_encoders(model, which)
     state = _read_state(path)
-    plans = {role: _match(path, role, encoder, state) for role, encoder in encoders.items()}
+    plans = {role: _match_tensors(path, role, encoder, state) for role, encoder in encoders.items()}
     for role, encoder in encoders.items():
         encoder.load_state_dict(plans[role][0], strict=True)
     first_state, left_out = next(iter(plans.values()))
@@ -114,7 +114,7 @@ def load_imagenet_weights(model: SegmentationNetwork) -> tuple[str, ...]:
     return tuple(loaded)
 
 
-def _chosen(model: SegmentationNetwork, which: str) -> dict[str, nn.Module]:
+def _choose_encoders(model: SegmentationNetwork, which: str) -> dict[str, nn.Module]:
     if which not in ("slice", "context", "both"):
         raise ModelError(f"which = {which!r} is not one of ['slice', 'context', 'both']")
     encoders = model.encoders if which == "both" else {k: v for k, v in model.encoders.items() if k == which}
@@ -153,12 +153,12 @@ def _load_without_code(path: Path) -> object:
             raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
 
 
-def _match(
+def _match_tensors(
     path: Path, role: str, encoder: nn.Module, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Pair the file's tensors with the encoder's, or list why that cannot be done."""
     wanted = encoder.state_dict()
-    prefix = _prefix(path, wanted, state)
+    prefix = _common_prefix(path, wanted, state)
     given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     head = {name for name in given if _is_head(name) and name not in wanted}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
@@ -169,14 +169,18 @@ def _match(
         for name, tensor in wanted.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    problems = [_listed("missing", missing), _listed("unknown", unknown), _listed("of another shape", shapes)]
+    problems = [
+        _list_names("missing", missing),
+        _list_names("unknown", unknown),
+        _list_names("of another shape", shapes),
+    ]
     if any(problems):
         raise ModelError(f"{path} does not fit the {role} encoder: {'; '.join(filter(None, problems))}")
     left_out = tuple(name for name in state if not name.startswith(prefix) or name.removeprefix(prefix) in head)
     return {name: given.get(name, tensor) for name, tensor in wanted.items()}, left_out
 
 
-def _prefix(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+def _common_prefix(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """Return what stands before the encoder's names, such as ``module.encoder.``."""
     matches: Counter[str] = Counter()
     for name in state:
@@ -194,7 +198,7 @@ def _is_head(name: str) -> bool:
     return name.split(".")[0] in ("fc", "head", "classifier", "last_linear", "_fc", "_conv_head", "_bn1")
 
 
-def _listed(what: str, names: list[str]) -> str:
+def _list_names(what: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

@@ -1,4 +1,4 @@
-"""What every network offers: the same call, and the context apart from the slices that share it."""
+"""Define the interface of networks and encoders: one call, with the context apart from the slices that share it."""
 
 # B batch, C channels, H W pixels at the scale of the tensor, K classes, N contexts
 
@@ -31,7 +31,7 @@ class ContextFeatures(NamedTuple):
     pooled: tuple[Tensor, ...] = ()
 
     def of_slices(self, count: int, index_B: Tensor | None = None) -> ContextFeatures:
-        """Features with one row per slice.
+        """Return features with one row per slice.
 
         Parameters
         ----------
@@ -46,12 +46,12 @@ class ContextFeatures(NamedTuple):
             If there are neither one nor `count` contexts and no index.
         """
         return ContextFeatures(
-            tuple(_of_slices(feature, count, index_B) for feature in self.maps),
-            tuple(_of_slices(feature, count, index_B) for feature in self.pooled),
+            tuple(_rows_of_slices(feature, count, index_B) for feature in self.maps),
+            tuple(_rows_of_slices(feature, count, index_B) for feature in self.pooled),
         )
 
 
-def _of_slices(feature_NCHW: Tensor, count: int, index_B: Tensor | None) -> Tensor:
+def _rows_of_slices(feature_NCHW: Tensor, count: int, index_B: Tensor | None) -> Tensor:
     if index_B is not None:
         return feature_NCHW[index_B]
     contexts = feature_NCHW.shape[0]
@@ -88,7 +88,7 @@ class SegmentationNetwork(nn.Module, ABC):
         self.config = config
 
     def expect(self, normalization: Normalization) -> None:
-        """Take note of how the pixels will come: a network that makes its context of the slice must convert them."""
+        """Note the normalization of the pixels; a network that makes its context of the slice must convert them."""
 
     @property
     @abstractmethod
@@ -158,7 +158,7 @@ class SegmentationNetwork(nn.Module, ABC):
 
 
 def box_within(slice_box: Box, context_box: Box) -> tuple[float, float, float, float]:
-    """Place of a slice in its context: left, top, right and bottom, as fractions of the context's size.
+    """Return the place of a slice in its context: left, top, right, bottom, as fractions of the context's size.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A network as an ONNX file, for programs that do not have torch."""
+"""Write a network as an ONNX file, for programs that do not have torch."""
 
 from __future__ import annotations
 

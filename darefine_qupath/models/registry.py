@@ -156,7 +156,8 @@ def register_network(
     name : str
         For settings and model files.
     build : callable
-        Takes a `ModelConfig` and gives a `SegmentationNetwork`, such as its class.
+        Takes a `ModelConfig` and gives a `SegmentationNetwork`, such as its class. Prediction folds a batch norm into
+        the convolution that is registered right before it, whose output it must normalize.
     title : str
         For people.
     encoders : tuple of str

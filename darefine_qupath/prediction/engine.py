@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from darefine_qupath.devices import DTYPES, autocast, is_out_of_memory, keep_freed_memory, to_device
 from darefine_qupath.errors import PredictionError
 from darefine_qupath.models import ContextFeatures, Normalization
-from darefine_qupath.models.blocks import fold_batch_norms
+from darefine_qupath.models.inference import fold_batch_norms
 from darefine_qupath.models.symmetries import SYMMETRIES, restore_image, transform_boxes, transform_image
 from darefine_qupath.prediction.pooling import pool_logits, pooled_window
 

@@ -1,4 +1,4 @@
-"""Training: recipe, losses, augmentation, the loop with resume, several processes, and evaluation.
+"""Train a network on tiles and evaluate it: settings, augmentation, losses, the loop, several processes.
 
 >>> from darefine_qupath.training import TrainConfig
 >>> TrainConfig.from_mapping({"preset": "modern", "epochs": 10}).optimizer

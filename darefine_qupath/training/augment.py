@@ -1,4 +1,4 @@
-"""Random changes of a tile: drawn on the CPU per sample, applied to a whole batch where the network runs.
+"""Change tiles at random: drawn on the CPU per sample, applied to a whole batch where the network runs.
 
 What happens to a sample follows from the seed, the epoch and its place in the epoch's order alone: not from the number
 of workers, processes or restarts. A geometric change is one of the tissue, so slice, context and mask take it together,
@@ -52,30 +52,18 @@ class TileBatch:
 
     def to(self, device: torch.device) -> TileBatch:
         """Return the batch on another device; the copy does not wait where the memory is pinned."""
-        return TileBatch(
-            slices=self.slices.to(device, non_blocking=True),
-            contexts=self.contexts.to(device, non_blocking=True),
-            masks=self.masks.to(device, non_blocking=True),
-            boxes=self.boxes.to(device, non_blocking=True),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> TileBatch:
         """Return the batch in page-locked memory; torch's loader calls this by its name."""
-        return TileBatch(
-            slices=self.slices.pin_memory(),
-            contexts=self.contexts.pin_memory(),
-            masks=self.masks.pin_memory(),
-            boxes=self.boxes.pin_memory(),
-        )
+        return self._map(Tensor.pin_memory)
 
     def part(self, rows: slice) -> TileBatch:
         """Return some of the tiles."""
-        return TileBatch(
-            slices=self.slices[rows],
-            contexts=self.contexts[rows],
-            masks=self.masks[rows],
-            boxes=self.boxes[rows],
-        )
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TileBatch:
+        return TileBatch(**{name: change(tensor) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)

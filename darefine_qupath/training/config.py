@@ -1,4 +1,4 @@
-"""How to train: every setting, its default in each preset, and nothing that runs.
+"""Define every training setting, its bounds and its default in each preset.
 
 `TrainConfig` as constructed is the paper's recipe (arXiv 1907.06358 and its authors' published settings: three stages
 of 25 epochs). `TrainConfig.from_mapping` reads the ``[train]`` table of ``darefine.toml``, a preset name included, and
@@ -177,7 +177,7 @@ class TrainConfig:
         for key in changes:
             if key not in known:
                 raise ConfigError(f"Unknown training setting {key!r}{_did_you_mean(key, known)}")
-        return replace(PRESETS[name], **{key: _tupled(value) for key, value in changes.items()})
+        return replace(PRESETS[name], **{key: _as_tuple(value) for key, value in changes.items()})
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> TrainConfig:
@@ -222,7 +222,7 @@ def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _tupled(value: Any) -> Any:  # noqa: ANN401 - any field
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - any field
     return tuple(value) if isinstance(value, list) else value
 
 

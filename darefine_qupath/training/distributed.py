@@ -1,7 +1,7 @@
-"""Several processes, one run: who this process is, and sums over all of them.
+"""Join the processes of one run: who this process is, and sums over all of them.
 
 Started by ``torchrun`` (or anything that sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
-``MASTER_PORT``), every process trains on its part of each batch; torch.distributed does the talking, with NCCL between
+``MASTER_PORT``), every process trains on its part of each batch; torch.distributed connects them, with NCCL between
 CUDA devices and gloo between CPUs. Without these variables there is one process and every function here is trivial.
 """
 
@@ -76,7 +76,7 @@ class ProcessGroup:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Do what may fail in one process alone; at the end, all go on or none; a collective call.
+        """Fail in all processes where one fails inside this block; a collective call.
 
         Raises
         ------
@@ -96,7 +96,7 @@ class ProcessGroup:
 
     @contextmanager
     def report_lost_peers(self, folder: Path) -> Iterator[None]:
-        """Say in one line when the others are gone, instead of what the network between them says.
+        """Turn the network's errors when other processes are gone into one line.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class ProcessGroup:
             ) from error
 
     def _skip_shutdown(self) -> None:
-        """Leave without a farewell: the others may be waiting for this process and would make it wait for them."""
+        """Leave without shutting the group down, which would wait for processes that may be waiting for this one."""
         if self.size > 1 and self.device.type == "cuda":
             atexit.unregister(distributed.destroy_process_group)
 

@@ -1,4 +1,4 @@
-"""How well a network labels tiles, with their own context or without it."""
+"""Count how well a network labels tiles, with their own context or without it."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def evaluate(
     counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
     was_training, model = model.training, model.to(device).eval()
     model.expect(normalization)
-    planned, pin = _plan(len(data), context, batch_size, group), device.type == "cuda"
+    planned, pin = _plan_batches(len(data), context, batch_size, group), device.type == "cuda"
     with group.fail_together():
         for loaded in load_batches(data, planned, workers=workers, pin=pin):
             if before_batch is not None:
                 before_batch()
             batch = loaded.batch.to(device)
-            context_B3HW = _contexts(batch.contexts, context)
+            context_B3HW = _replace_contexts(batch.contexts, context)
             with autocast(device, dtype):
                 context_B3HW = normalization.of_context.apply(context_B3HW)
                 logits_BKHW = model(normalization.apply(batch.slices), context_B3HW, batch.boxes)
-            counts[:-1] += _cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
+            counts[:-1] += _count_cells(batch.masks.long(), logits_BKHW.argmax(dim=1), num_classes)
             counts[-1] += (~logits_BKHW.isfinite()).any(dim=1).sum()
     model.train(was_training)
     counts = group.sum(counts)
@@ -107,8 +107,8 @@ def evaluate(
     return ConfusionMatrix(counts[:-1].reshape(num_classes, num_classes).cpu().numpy())
 
 
-def _plan(num_tiles: int, context: str, batch_size: int, group: ProcessGroup) -> Iterator[BatchPlan]:
-    """Batches of this process; in random order where contexts are exchanged, as neighbours may share theirs."""
+def _plan_batches(num_tiles: int, context: str, batch_size: int, group: ProcessGroup) -> Iterator[BatchPlan]:
+    """Plan this process's batches; in random order where contexts are exchanged, as neighbours may share theirs."""
     order = np.arange(num_tiles)
     if context == "shuffled":
         order = np.random.default_rng(num_tiles).permutation(num_tiles)
@@ -121,13 +121,13 @@ def _plan(num_tiles: int, context: str, batch_size: int, group: ProcessGroup) ->
             yield BatchPlan(epoch=0, step=step, tiles=tiles, positions=tiles)
 
 
-def _contexts(context_B3HW: Tensor, mode: str) -> Tensor:
+def _replace_contexts(context_B3HW: Tensor, mode: str) -> Tensor:
     if mode == "blank":
         return torch.full_like(context_B3HW, WHITE)
     return context_B3HW.roll(1, dims=0) if mode == "shuffled" else context_B3HW
 
 
-def _cells(truth_BHW: Tensor, predicted_BHW: Tensor, num_classes: int) -> Tensor:
+def _count_cells(truth_BHW: Tensor, predicted_BHW: Tensor, num_classes: int) -> Tensor:
     counted_BHW = truth_BHW != IGNORE
     cells_P = truth_BHW[counted_BHW] * num_classes + predicted_BHW[counted_BHW]
     return torch.bincount(cells_P, minlength=num_classes**2)

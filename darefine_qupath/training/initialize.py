@@ -1,4 +1,4 @@
-"""The network at its first step: random, with encoders trained elsewhere, or an earlier model."""
+"""Build the network of the first step: random, with encoders trained elsewhere, or an earlier model's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 def initial_network(
     model: ModelConfig, config: TrainConfig, classes: ClassMap, init_from: Path | None
 ) -> tuple[SegmentationNetwork, tuple[str, ...]]:
-    """Network to start from.
+    """Build the network to start from.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def initial_network(
     """
     network = build_model(model, seed=config.seed)
     if init_from is not None:
-        _take_over(network, classes, init_from)
+        _copy_weights(network, classes, init_from)
         return network, tuple(network.encoders)
     return network, _load_pretrained(network, config.encoder_weights)
 
@@ -111,14 +111,14 @@ def _imagenet_if_installed(network: SegmentationNetwork) -> tuple[str, ...]:
         return ()
 
 
-def _take_over(network: SegmentationNetwork, classes: ClassMap, path: Path) -> None:
+def _copy_weights(network: SegmentationNetwork, classes: ClassMap, path: Path) -> None:
     earlier = load_checkpoint(path)
     _check_same_network(network, earlier, path)
     state, given = network.state_dict(), earlier.state
     taken = {name: tensor for name, tensor in given.items() if not name.startswith("classifier")}
     rows = [earlier.classes.names.index(name) if name in earlier.classes.names else None for name in classes.names]
     for name in set(state) - set(taken):
-        taken[name] = _rows(state[name], given[name], rows)
+        taken[name] = _class_rows(state[name], given[name], rows)
     new = [name for name, row in zip(classes.names, rows, strict=True) if row is None]
     if new:
         _log.warning("%s does not know the classes %s: they start from random weights", path, new)
@@ -135,17 +135,17 @@ def _check_same_network(network: SegmentationNetwork, earlier: Checkpoint, path:
         )
 
 
-def _rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
+def _class_rows(random: Tensor, given: Tensor, rows: list[int | None]) -> Tensor:
     return torch.stack([random[at] if row is None else given[row] for at, row in enumerate(rows)])
 
 
 class FrozenLayers:
-    """What does not learn: whole encoders at a learning rate of 0, else batch norm layers of encoders.
+    """Layers that do not learn: whole encoders at a learning rate of 0, else batch norm layers of encoders.
 
     Parameters
     ----------
     network : SegmentationNetwork
-        What is frozen in it needs no gradient from here on.
+        Its frozen layers need no gradient from here on.
     config : TrainConfig
         `encoder_lr` and `freeze_batch_norm` count.
     trained : tuple of str
@@ -158,23 +158,23 @@ class FrozenLayers:
     frozen : list of nn.Module
         Encoders, or batch norm layers, that keep their weights and statistics.
     live : list of nn.Module
-        The other batch norm layers: what they see at once changes what is learnt.
+        The other batch norm layers: the tiles they see at once change what is learned.
     """
 
     def __init__(self, network: SegmentationNetwork, config: TrainConfig, trained: tuple[str, ...]) -> None:
         self.trained = trained
         roles = {"yes": tuple(network.encoders), "no": (), "auto": trained}[config.freeze_batch_norm]
-        self.frozen: list[nn.Module] = [norm for role in roles for norm in _norms(network.encoders[role])]
+        self.frozen: list[nn.Module] = [norm for role in roles for norm in _batch_norms(network.encoders[role])]
         if config.encoder_lr == 0:
             self.frozen = list(network.encoders.values())
             _warn_of_frozen(network, trained)
         for module in self.frozen:
             module.requires_grad_(requires_grad=False)
-        held = {id(norm) for module in self.frozen for norm in _norms(module)}
-        self.live = [norm for norm in _norms(network) if id(norm) not in held]
+        held = {id(norm) for module in self.frozen for norm in _batch_norms(module)}
+        self.live = [norm for norm in _batch_norms(network) if id(norm) not in held]
 
     def set_eval(self) -> None:
-        """Put what is frozen back into evaluation mode; to be called after the network's ``train()``."""
+        """Put the frozen layers into evaluation mode, after the network's ``train()``."""
         for module in self.frozen:
             module.eval()
 
@@ -190,5 +190,5 @@ def _warn_of_frozen(network: SegmentationNetwork, trained: tuple[str, ...]) -> N
         )
 
 
-def _norms(module: nn.Module) -> list[nn.Module]:
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm))]

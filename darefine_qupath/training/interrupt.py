@@ -1,4 +1,4 @@
-"""Stopping politely: SIGINT and SIGTERM end training after the step that is under way."""
+"""Stop training after the step under way when SIGINT or SIGTERM comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class StopFlag:
-    """Whether somebody asked for an end, and how."""
+    """Whether a signal asked for an end, and which."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -29,40 +29,40 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals(*, echo_s: float = 0.0, is_silent: bool = False) -> Iterator[StopFlag]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
+    """Catch SIGINT and SIGTERM and set a flag; a second SIGINT interrupts at once.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
 
     Parameters
     ----------
     echo_s : float
-        Seconds in which another SIGINT is the first one heard again: ``torchrun`` passes a Ctrl-C on to processes
+        Seconds in which another SIGINT counts as the first one repeated: ``torchrun`` passes a Ctrl-C on to processes
         that have had it from the terminal already.
     is_silent : bool
-        Do not say what happens now.
+        Do not announce the stop.
 
     Yields
     ------
     StopRequest
         True once a signal came.
     """
-    request = StopFlag()
+    flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield flag
         return
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if request:
-            if number == signal.SIGINT and monotonic() - request.since >= echo_s:
+        if flag:
+            if number == signal.SIGINT and monotonic() - flag.since >= echo_s:
                 raise KeyboardInterrupt
             return
-        request.signal_name, request.since = signal.Signals(number).name, monotonic()
+        flag.signal_name, flag.since = signal.Signals(number).name, monotonic()
         if not is_silent:
             _log.warning("Stopping after this step, so that the run can go on later; Ctrl-C again stops at once")
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield request
+        yield flag
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

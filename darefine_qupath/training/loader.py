@@ -1,4 +1,4 @@
-"""From tiles to batches: which tiles, in which order, read ahead by worker processes.
+"""Load tiles in batches: which tiles, in which order, read ahead by worker processes.
 
 The order of an epoch is a function of the seed and the epoch. A batch is the same set of tiles however many processes
 share it and wherever a run was interrupted.
@@ -97,7 +97,7 @@ class LoadedBatch:
 
 
 def steps_per_epoch(num_tiles: int, config: TrainConfig) -> int:
-    """Optimiser steps of an epoch; the last batch is filled up from the start of the order."""
+    """Return the optimizer steps of an epoch; the last batch is filled up from the start of the order."""
     return -(-(config.samples_per_epoch or num_tiles) // config.batch_size)
 
 
@@ -110,7 +110,7 @@ def plan_epoch(
     rank: int = 0,
     size: int = 1,
 ) -> list[BatchPlan]:
-    """Every batch of an epoch, as far as it is this process's.
+    """Plan this process's part of every batch of an epoch.
 
     Parameters
     ----------
@@ -150,14 +150,14 @@ def plan_run(
     rank: int = 0,
     size: int = 1,
 ) -> Iterator[BatchPlan]:
-    """Every batch from epoch and step `start` to the end of the last epoch."""
+    """Plan every batch from epoch and step `start` to the end of the last epoch."""
     for epoch in range(start[0], config.epochs):
         planned = plan_epoch(tiles, config, weights, epoch, rank=rank, size=size)
         yield from planned[start[1] if epoch == start[0] else 0 :]
 
 
 def num_workers(config: TrainConfig, size: int = 1) -> int:
-    """Worker processes of a process: what was asked for, else the cores that are to spare, at most 16."""
+    """Return the number of worker processes: as set, else the spare cores, at most 16."""
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -194,10 +194,10 @@ def load_batches(
     """
     log: list[BatchPlan] = []
     loader = DataLoader(
-        _AsDataset(data),
-        batch_sampler=_Noted(iter(planned), log),
+        _BoxedTiles(data),
+        batch_sampler=_PlanSampler(iter(planned), log),
         num_workers=workers,
-        multiprocessing_context=_workers_like(data) if workers else None,
+        multiprocessing_context=_worker_context(data) if workers else None,
         collate_fn=_collate,
         pin_memory=pin,
         worker_init_fn=_ignore_signals if workers else None,
@@ -205,7 +205,7 @@ def load_batches(
     )
     batches = iter(loader)
     try:
-        while (found := _next(batches)) is not None:
+        while (found := _next_batch(batches)) is not None:
             if isinstance(found, DarefineError):
                 raise found
             yield LoadedBatch(plan=log.pop(0), batch=found[0], ids=found[1])
@@ -215,7 +215,7 @@ def load_batches(
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _next(batches: Iterator[_Collated]) -> _Collated | None:
+def _next_batch(batches: Iterator[_Collated]) -> _Collated | None:
     try:
         return next(batches, None)
     except RuntimeError as error:
@@ -227,8 +227,8 @@ def _next(batches: Iterator[_Collated]) -> _Collated | None:
         ) from error
 
 
-def _workers_like(data: TileData) -> BaseContext | None:
-    """How workers start; None for the platform's own way.
+def _worker_context(data: TileData) -> BaseContext | None:
+    """Choose how workers start; None for the platform's own way.
 
     Workers that read slides do not fork from this process: handles, and the threads of a reader that has been used
     here, must not follow. Nor do those of one process among several, whatever they read: NCCL and gloo have threads and
@@ -246,7 +246,7 @@ def _is_among_several() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-class _AsDataset(Dataset[_Boxed | DarefineError]):
+class _BoxedTiles(Dataset[_Boxed | DarefineError]):
     """Tiles with their boxes, or why one cannot be read; pickles for workers as the data does."""
 
     def __init__(self, data: TileData) -> None:
@@ -265,17 +265,17 @@ class _AsDataset(Dataset[_Boxed | DarefineError]):
         return item, torch.tensor(box_within(pair.slice, pair.context), dtype=torch.float32)
 
 
-class _Noted:
-    """Batches for a loader, which drops everything but the positions: the plan is kept aside until it is read."""
+class _PlanSampler:
+    """Sampler of planned batches; keeps each plan in a log, as the loader returns only the pixels."""
 
     def __init__(self, planned: Iterator[BatchPlan], log: list[BatchPlan]) -> None:
         self._planned = planned
         self._log = log
 
     def __iter__(self) -> Iterator[list[int]]:
-        for placed in self._planned:
-            self._log.append(placed)
-            yield list(placed.tiles)
+        for plan in self._planned:
+            self._log.append(plan)
+            yield list(plan.tiles)
 
 
 def _collate(items: list[_Boxed | DarefineError]) -> _Collated:

@@ -1,4 +1,4 @@
-"""Losses that add up over parts of a batch.
+"""Compute losses that add up over the parts of a batch.
 
 A batch may be cut into parts, over time (accumulation) and over processes. The mean over its labelled pixels is not the
 mean of the parts' means, so a loss is a sum over the part divided by what the *whole* batch holds: `count_labels`
@@ -43,7 +43,7 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("class_weights", class_weights_K, persistent=False)
 
     def count_labels(self, mask_BHW: Tensor) -> Tensor:
-        """Count what a part of a batch holds.
+        """Count the labelled pixels and tiles of a part of a batch.
 
         Parameters
         ----------
@@ -65,7 +65,7 @@ class SegmentationLoss(nn.Module):
         return torch.stack([weight_BHW.sum(), valid_BHW.flatten(1).any(dim=1).sum().to(dtype)])
 
     def forward(self, logits_BKHW: Tensor, mask_BHW: Tensor, counts_2: Tensor) -> Tensor:
-        """Loss of a part of a batch.
+        """Compute the loss of a part of a batch.
 
         Parameters
         ----------
@@ -93,7 +93,7 @@ class SegmentationLoss(nn.Module):
 
 
 def _dice_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Sum over tiles of 1 - soft Dice, averaged over the classes that a tile's mask holds."""
+    """Sum over tiles 1 - soft Dice, averaged over the classes that a tile's mask holds."""
     valid_B1HW = (labels_BHW != IGNORE)[:, None]
     scores_BKHW = logits_BKHW.softmax(dim=1) * valid_B1HW
     classes_K = torch.arange(logits_BKHW.shape[1], device=labels_BHW.device)
@@ -108,7 +108,7 @@ def _dice_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
 
 
 def inverse_frequency(pixels: Sequence[float]) -> Tensor:
-    """Class weights of one over the share of labelled pixels.
+    """Weight each class by one over its share of the labelled pixels.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What training reports while it runs. Drawing it is the command line's business."""
+"""Report how far training is, and measure its speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Reporter", "Stopwatch", "TrainingProgress"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """Where a run is.
+    """How far a run is.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how to find one's way in it."""
+"""Name, write and read the files of a run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["RunFolder", "RunSettings", "read_run"]
 FORMAT = "darefine-run"
 VERSION = 1
 
-# A run may go on on another machine or with more patience; whatever decides what is learned stays.
+# What may differ when a run goes on, on another machine or with more patience: it does not change what is learned.
 _MAY_CHANGE = frozenset(
     {
         "preset",
@@ -87,7 +87,7 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
-        """Return the settings of what `to_json` gave."""
+        """Read what `to_json` gave, in this version or in darefine 0.1."""
         return cls(
             train=TrainConfig.from_json(data["train"]),
             model=ModelConfig.from_json(data["model"]),
@@ -173,7 +173,7 @@ class RunFolder:
             lines.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """Lines of the metrics, oldest first; a last line that was cut off does not count."""
+        """Return the lines of the metrics, oldest first; a last line that was cut off does not count."""
         if not self.metrics.is_file():
             return []
         with naming(f"{self.metrics} is damaged; move it away to go on without it", TrainingError):

@@ -1,4 +1,4 @@
-"""Learning rates over the run, parameter groups and the optimiser."""
+"""Schedule learning rates and build the optimizer with its parameter groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["build_optimizer", "learning_rate_factor", "set_learning_rates"]
 
 
 def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Factor on both learning rates at a step.
+    """Return the factor on both learning rates at a step.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def build_optimizer(model: SegmentationNetwork, config: TrainConfig) -> torch.optim.Optimizer:
-    """Optimiser with the encoders' parameters apart from the others'.
+    """Build an optimizer with the encoders' parameters apart from the others'.
 
     Parameters
     ----------

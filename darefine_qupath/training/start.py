@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_data(data: TileData, settings: RunSettings) -> None:
-    """Refuse tiles that cannot be learnt from: none, or a class without a pixel."""
+    """Refuse tiles that cannot be learned from: none, or a class without a pixel."""
     if not len(data):
         raise TrainingError("There are no training tiles; annotate regions in QuPath, or look at the split")
     names, tiles = settings.classes.names, data.tiles
@@ -106,7 +106,7 @@ def digest_tiles(data: TileData | None) -> str:
 
 
 def warn_of_partial_norms(network: SegmentationNetwork, config: TrainConfig, group: ProcessGroup) -> None:
-    """Say once that batch norm sees less than a batch, which changes what is learnt."""
+    """Say once that batch norm sees less than a batch, which changes what is learned."""
     shares = 1 if group.device.type == "cuda" else group.size
     if shares * config.grad_accum_steps == 1:
         return

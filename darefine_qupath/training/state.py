@@ -1,4 +1,4 @@
-"""A run in the middle of it: everything the next step depends on, in one file without code.
+"""Save and restore a run in the middle of it: all that the next step depends on, in one file without code.
 
 The file is a safetensors file (weights, averages, optimiser moments) with the counters as JSON in its header, replaced
 atomically, so that whatever kills a run leaves the last whole state.
@@ -63,7 +63,7 @@ class Counters:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Counters:
-        """Counters as they stand in a state.
+        """Read the counters of a state.
 
         Raises
         ------
@@ -116,7 +116,7 @@ def save_state(path: Path, stepper: Stepper, counters: Counters) -> None:
 
 
 def read_trained(path: Path) -> tuple[str, ...]:
-    """Roles of the encoders that came trained into the run of a state, so that what they came from need not be there.
+    """Read which encoders came trained into the run of a state; their weight files need not be there any more.
 
     Parameters
     ----------
@@ -132,12 +132,12 @@ def read_trained(path: Path) -> tuple[str, ...]:
     TrainingError
         If the file is damaged or of another version.
     """
-    with _opened(path) as (header, _):
+    with _open_state(path) as (header, _):
         return tuple(header["trained"])
 
 
 def load_state(path: Path, stepper: Stepper) -> Counters:
-    """Put a run back where it was.
+    """Restore a run from its saved state.
 
     Parameters
     ----------
@@ -156,15 +156,15 @@ def load_state(path: Path, stepper: Stepper) -> Counters:
     TrainingError
         If the file is damaged, of another version, or belongs to another network or recipe.
     """
-    with _opened(path) as (header, file):
+    with _open_state(path) as (header, file):
         counters, step = Counters.from_json(header["counters"]), int(header["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     renamed = rename_former_tensors if header["version"] == 2 else dict
     try:
-        stepper.network.load_state_dict(renamed(_under("network/", tensors)))
+        stepper.network.load_state_dict(renamed(_with_prefix("network/", tensors)))
         if stepper.average is not None:
-            stepper.average.load_state_dict(renamed(_under("average/", tensors)))
-        _restore_optimizer(stepper, _under("optimizer/", tensors) or _under("optimiser/", tensors))
+            stepper.average.load_state_dict(renamed(_with_prefix("average/", tensors)))
+        _restore_optimizer(stepper, _with_prefix("optimizer/", tensors) or _with_prefix("optimiser/", tensors))
         if header["scaler"]:  # empty where the run had no need of one; fp16 may have been chosen since
             stepper.scaler.load_state_dict(header["scaler"])
     except Exception as error:
@@ -189,13 +189,13 @@ def _restore_optimizer(stepper: Stepper, tensors: Mapping[str, Tensor]) -> None:
     stepper.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Give the header of a state and the open file, whose tensors are read when asked for."""
+def _open_state(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yield the header of a state and the open file."""
     if not path.is_file():
         raise TrainingError(f"There is no training state {path} to go on from; train without --resume")
     with naming(f"The training state {path} is damaged; train afresh", TrainingError), safe_open(path, "pt") as file:

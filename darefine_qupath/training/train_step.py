@@ -1,4 +1,4 @@
-"""One optimiser step: the same whether a batch is taken whole, in parts, or by several processes."""
+"""Take one optimizer step: the same whether a batch is taken whole, in parts, or by several processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SMALLEST_SCALE = 2.0**-10
 
 
 class StepOutcome(NamedTuple):
-    """What a step leaves; tensors, so that nobody waits for the device before it is needed.
+    """Results of a step; tensors, so that nobody waits for the device before they are needed.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class StepOutcome(NamedTuple):
 
 @contextmanager
 def compile_advice() -> Iterator[None]:
-    """Turn pages about a network that torch cannot compile here into a line that says what to do.
+    """Turn torch's errors about a network that it cannot compile here into a line that says what to do.
 
     Raises
     ------
@@ -126,7 +126,7 @@ class Stepper:
 
     @property
     def best_network(self) -> SegmentationNetwork:
-        """The weights that count: their average where there is one."""
+        """The network that is validated and kept: the average where there is one."""
         return self.network if self.average is None else self.average
 
     def train_on(
@@ -173,8 +173,8 @@ class Stepper:
         self.step += 1
         return StepOutcome(self.group.sum(own_loss), own_loss, shared[2], shared[3], learning_rate)
 
-    def not_learning(self) -> str | None:
-        """Say what is wrong with the weights, or with what they learn from; None where nothing is.
+    def find_bad_weights(self) -> str | None:
+        """Say what is wrong with the weights or gradients; None where nothing is.
 
         Waits for the device. With fp16 a step whose gradients overflow is left out and the scale of the loss halved,
         which is as it should be, unless no scale is small enough.
@@ -186,7 +186,7 @@ class Stepper:
         return None
 
     def _seed_dropout(self) -> None:
-        """Dropout follows from seed, step and process, so that a resumed run draws what an unbroken one does."""
+        """Seed dropout by seed, step and process, so that a resumed run draws what an unbroken one does."""
         entropy = np.random.SeedSequence([self.config.seed, self.step, self.group.rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
 
@@ -210,7 +210,7 @@ class Stepper:
         return nullcontext()
 
     def loss_of(self, batch: TileBatch, counts_2: Tensor) -> Tensor:
-        """Loss of tiles that are on the device; see `SegmentationLoss`."""
+        """Compute the loss of tiles that are on the device; see `SegmentationLoss`."""
         slice_B3HW = self.normalization.apply(batch.slices).contiguous(memory_format=self.memory_format)
         context_B3HW = self.normalization.of_context.apply(batch.contexts).contiguous(memory_format=self.memory_format)
         with autocast(self.group.device, self.dtype):

@@ -144,7 +144,7 @@ class Trainer:
         planned = plan_run(
             self.train_data.tiles, self.config, self.weights, start, rank=self.group.rank, size=self.group.size
         )
-        # A finished or patient run takes nothing from the plan, and the workers never start.
+        # A finished run takes nothing from the plan, and the workers never start.
         if not self._is_finished():
             pin = self.group.device.type == "cuda"
             workers = num_workers(self.config, self.group.size)
@@ -318,8 +318,8 @@ class Trainer:
         return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
 
     def _check_weights(self) -> None:
-        """Refuse to keep weights that are no numbers: the loss shows them one step later, after they are saved."""
-        wrong = self.stepper.not_learning()
+        """Refuse to keep weights that are not finite: the loss shows them one step later, after they are saved."""
+        wrong = self.stepper.find_bad_weights()
         if wrong is not None:
             where = f"epoch {self.counters.epoch + 1}, step {self.counters.step}"
             raise TrainingError(
