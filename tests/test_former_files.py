@@ -16,6 +16,7 @@ from darefine_qupath.annotations import Annotation
 from darefine_qupath.checkpoint.model_file import load_checkpoint, rename_former_tensors
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.models import ModelConfig, build_model
+from darefine_qupath.pipeline.settings import read_settings
 from darefine_qupath.pipeline.train_request import TrainRequest
 from darefine_qupath.tiles.build import build_dataset
 from darefine_qupath.tiles.dataset import DatasetReader, load_index
@@ -44,6 +45,11 @@ def test_what_a_training_run_was_asked_for_is_read() -> None:
     request = TrainRequest.from_json(json.loads((FORMER / "run" / "request.json").read_text()))
     assert request.tiles.tiles["input_px"] == 64
     assert TrainRequest.from_json(request.to_json()) == request
+
+
+def test_the_copy_of_the_project_s_settings_is_read() -> None:
+    settings = read_settings(FORMER, FORMER / "run" / "settings.toml")
+    assert settings.tile_spec(TileSpec.paper()) == TILES
 
 
 def test_the_settings_of_a_training_run_are_read() -> None:

@@ -49,7 +49,7 @@ from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.prediction.slide_checks import check_slide, stain_distance
 from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.slides import TissueMask
-from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.plan import plan_training_tiles
 from darefine_qupath.tiles.spec import TileSpec
 from tests.prediction_stubs import CLASSES, SPEC, ColorNetwork, array_slide, blobs, checkpoint
 
@@ -184,7 +184,7 @@ def test_no_slice_border_lies_on_a_parent_border_alone() -> None:
 
 def test_first_context_is_planned_as_in_training() -> None:
     spec = TileSpec.paper().at(None)
-    trained = plan_tiles((14_000, 14_000), spec)[:81]
+    trained = plan_training_tiles((14_000, 14_000), spec)[:81]
     predicted = plan_slide((14_000, 14_000), spec, PredictOptions(context_overlap=0.0)).rows[0].groups[0]
     assert [pair.slice for pair in trained] == list(predicted.slices)
     assert {pair.context for pair in trained} == {predicted.context}

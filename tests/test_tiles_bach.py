@@ -17,7 +17,7 @@ from darefine_qupath.geometry import Box, Size
 from darefine_qupath.masks import LabelPainter
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import open_slide
-from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.plan import plan_training_tiles
 from darefine_qupath.tiles.scan import TileFilter, index_tiles
 from darefine_qupath.tiles.slide_reader import paint_mask
 from darefine_qupath.tiles.sources import TileSource
@@ -103,7 +103,7 @@ def _masks(
     padded = np.pad(known, ((0, spec.slice_px), (0, spec.slice_px)), constant_values=IGNORE)
     centers = np.ceil((np.arange(spec.input_px) + 0.5) * spec.slice_downsample - 1).astype(int)
     painter = LabelPainter(source.annotations, CLASSES)
-    for pair in plan_tiles(size, spec):
+    for pair in plan_training_tiles(size, spec):
         mask = paint_mask(painter, pair.slice, spec, size)
         yield mask, padded[np.ix_(pair.slice.y + centers, pair.slice.x + centers)]
 

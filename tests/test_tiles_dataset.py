@@ -30,7 +30,7 @@ from darefine_qupath.masks import LabelPainter
 from darefine_qupath.tiles.build import build_dataset
 from darefine_qupath.tiles.dataset import DatasetReader, dataset_digest, load_index
 from darefine_qupath.tiles.index import TileIndex, case_of
-from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.plan import plan_training_tiles
 from darefine_qupath.tiles.reading import read_context
 from darefine_qupath.tiles.scan import TileFilter, index_tiles
 from darefine_qupath.tiles.slide_reader import SlideTileReader
@@ -222,7 +222,7 @@ def test_pixels_are_what_prediction_reads_at_the_same_place(sources: tuple[TileS
     stored, fresh = DatasetReader(tmp_path), SlideTileReader(sources, CLASSES)
     for image, source in zip(index.images, sources, strict=True):
         with open_source(source) as slide:
-            planned = {pair.slice: pair for pair in plan_tiles(slide.size, SPEC.at(image.mpp))}
+            planned = {pair.slice: pair for pair in plan_training_tiles(slide.size, SPEC.at(image.mpp))}
             for record in (record for record in index if record.image == image):
                 pixels = read_pair(slide, planned[record.pair.slice], record.spec)
                 for found in (stored.read(record), fresh.read(record)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darefine_qupath.geometry import Box
-from darefine_qupath.tiles.plan import TilePair, plan_even, plan_tiles
+from darefine_qupath.tiles.plan import TilePair, plan_prediction_tiles, plan_training_tiles
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
 from tests.tile_slides import centered
 
@@ -50,13 +50,13 @@ def by_context(pairs: tuple[TilePair, ...]) -> list[tuple[Box, list[TilePair]]]:
 @given(SIZES, specs())
 @properties
 def test_every_pixel_lies_in_a_slice(size: tuple[int, int], spec: PixelSpec) -> None:
-    assert coverage(plan_tiles(size, spec), size).min() >= 1
+    assert coverage(plan_training_tiles(size, spec), size).min() >= 1
 
 
 @given(SIZES, specs("parent"))
 @properties
 def test_a_parent_holds_its_slices(size: tuple[int, int], spec: PixelSpec) -> None:
-    pairs = plan_tiles(size, spec)
+    pairs = plan_training_tiles(size, spec)
     assert all(pair.context.contains(pair.slice) for pair in pairs)
     assert len({pair.slice for pair in pairs}) == len(pairs)
 
@@ -65,7 +65,7 @@ def test_a_parent_holds_its_slices(size: tuple[int, int], spec: PixelSpec) -> No
 @properties
 def test_a_parent_overhangs_only_for_its_slices(size: tuple[int, int], spec: PixelSpec) -> None:
     """No context could be moved further over the slide without losing a slice."""
-    for context, group in by_context(plan_tiles(size, spec)):
+    for context, group in by_context(plan_training_tiles(size, spec)):
         for axis, length in enumerate(size):
             start, end = context.bounds[axis], context.bounds[axis + 2]
             left = min(pair.slice.bounds[axis] for pair in group)
@@ -78,7 +78,7 @@ def test_a_parent_overhangs_only_for_its_slices(size: tuple[int, int], spec: Pix
 @given(SIZES, specs("centred"))
 @properties
 def test_a_centred_context_has_the_slice_s_centre(size: tuple[int, int], spec: PixelSpec) -> None:
-    for pair in plan_tiles(size, spec):
+    for pair in plan_training_tiles(size, spec):
         assert pair.context == centered(pair.slice, (spec.context_px, spec.context_px))
 
 
@@ -88,13 +88,13 @@ def test_slices_that_do_not_overlap_cover_every_pixel_once(
     size: tuple[int, int], side: int, contexts: int, placement: str
 ) -> None:
     spec = TileSpec(slice_px=side, stride_px=side, context_px=contexts * side, placement=placement)  # type: ignore[arg-type]
-    pairs = plan_tiles(size, spec.at(None))
+    pairs = plan_training_tiles(size, spec.at(None))
     assert (coverage(pairs, size) == 1).all()
     assert len(pairs) == -(-size[0] // side) * -(-size[1] // side)
 
 
 def test_a_parent_of_the_paper_has_81_slices() -> None:
-    groups = by_context(plan_tiles((10_000, 5_000), PAPER))
+    groups = by_context(plan_training_tiles((10_000, 5_000), PAPER))
     assert [(context, len(pairs)) for context, pairs in groups] == [
         (Box(0, 0, 5000, 5000), 81),
         (Box(5000, 0, 5000, 5000), 81),
@@ -103,30 +103,30 @@ def test_a_parent_of_the_paper_has_81_slices() -> None:
 
 
 def test_the_last_context_is_moved_back_over_the_slide() -> None:
-    columns = {pair.context.x: set() for pair in plan_tiles((11_747, 5_000), PAPER)}
-    for pair in plan_tiles((11_747, 5_000), PAPER):
+    columns = {pair.context.x: set() for pair in plan_training_tiles((11_747, 5_000), PAPER)}
+    for pair in plan_training_tiles((11_747, 5_000), PAPER):
         columns[pair.context.x].add(pair.slice.x)
     assert sorted(columns) == [0, 5000, 7000]
     assert columns[7000] == {10_000, 10_500, 11_000}
 
 
 def test_a_slide_smaller_than_a_context_lies_in_its_middle() -> None:
-    pairs = plan_tiles((3000, 800), PAPER)
+    pairs = plan_training_tiles((3000, 800), PAPER)
     assert {pair.context for pair in pairs} == {Box(-1000, -2100, 5000, 5000)}
     assert [pair.slice.x for pair in pairs] == [0, 500, 1000, 1500, 2000]
 
 
 def test_the_plan_goes_context_by_context_row_by_row() -> None:
     spec = PixelSpec(slice_px=2, context_px=4, stride_px=2, input_px=2, context_input_px=2)
-    corners = [(pair.slice.x, pair.slice.y) for pair in plan_tiles((8, 4), spec)]
+    corners = [(pair.slice.x, pair.slice.y) for pair in plan_training_tiles((8, 4), spec)]
     assert corners == [(0, 0), (2, 0), (0, 2), (2, 2), (4, 0), (6, 0), (4, 2), (6, 2)]
 
 
 @given(SIZES, specs())
 @properties
 def test_keep_leaves_slices_out(size: tuple[int, int], spec: PixelSpec) -> None:
-    every = plan_tiles(size, spec)
-    assert plan_tiles(size, spec, keep=lambda b: b.x % 2 == 0) == tuple(p for p in every if p.slice.x % 2 == 0)
+    every = plan_training_tiles(size, spec)
+    assert plan_training_tiles(size, spec, keep=lambda b: b.x % 2 == 0) == tuple(p for p in every if p.slice.x % 2 == 0)
 
 
 @st.composite
@@ -150,7 +150,7 @@ many = settings(deadline=None, derandomize=True, max_examples=250)
 @many
 def test_one_even_grid_covers_whatever_the_ratios(length: int, spec: PixelSpec, context_overlap: float) -> None:
     length = min(length, 1000 * spec.stride_px)
-    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    planned = list(plan_prediction_tiles((length, 1), spec, context_overlap=context_overlap))
     starts = [box.x for _, boxes in planned for box in boxes]
     steps = np.diff(starts)
     assert starts[0] == 0
@@ -167,7 +167,7 @@ def test_one_slice_has_the_one_context_in_whose_middle_it_lies_most(
     length: int, spec: PixelSpec, context_overlap: float
 ) -> None:
     length = min(length, 300 * spec.stride_px)
-    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    planned = list(plan_prediction_tiles((length, 1), spec, context_overlap=context_overlap))
     contexts = np.array([context.x for context, _ in planned])
     assert (np.diff(contexts) > 0).all()
     room = spec.context_px - spec.slice_px
@@ -182,7 +182,7 @@ def test_one_slice_has_the_one_context_in_whose_middle_it_lies_most(
 @many
 def test_contexts_are_shared_as_far_as_they_reach(length: int, spec: PixelSpec, context_overlap: float) -> None:
     length = min(length, 1000 * spec.stride_px)
-    planned = list(plan_even((length, 1), spec, context_overlap=context_overlap))
+    planned = list(plan_prediction_tiles((length, 1), spec, context_overlap=context_overlap))
     num_slices = sum(len(boxes) for _, boxes in planned)
     if spec.placement == "centred":
         assert len(planned) == num_slices
@@ -199,11 +199,11 @@ def test_contexts_are_shared_as_far_as_they_reach(length: int, spec: PixelSpec, 
 )
 def test_a_context_hardly_larger_than_its_slices_skips_none(tiles: tuple[int, int, int], num: int) -> None:
     spec = PixelSpec(slice_px=tiles[0], context_px=tiles[1], stride_px=tiles[2], input_px=256, context_input_px=256)
-    assert sum(len(boxes) for _, boxes in plan_even((20_000, 16_000), spec)) == num
+    assert sum(len(boxes) for _, boxes in plan_prediction_tiles((20_000, 16_000), spec)) == num
 
 
 @pytest.mark.parametrize(("context_overlap", "contexts"), [(0.0, 20), (0.45, 42), (0.9, 713)])
 def test_contexts_of_the_paper_are_shared(context_overlap: float, contexts: int) -> None:
-    planned = list(plan_even((20_000, 16_000), PAPER, context_overlap=context_overlap))
+    planned = list(plan_prediction_tiles((20_000, 16_000), PAPER, context_overlap=context_overlap))
     assert len(planned) == contexts
     assert sum(len(boxes) for _, boxes in planned) == 39 * 31

@@ -14,7 +14,7 @@ from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TileError
 from darefine_qupath.geometry import Size
 from darefine_qupath.tiles.index import TileImage, TileIndex
-from darefine_qupath.tiles.plan import plan_tiles
+from darefine_qupath.tiles.plan import plan_training_tiles
 from darefine_qupath.tiles.roles import ROLE_KEY, Split, TilePart, explicit_roles, roles_of_metadata
 from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import TileSpec
@@ -235,7 +235,7 @@ def one_slide(spec: TileSpec, size: tuple[int, int], seed: int = 0) -> TileIndex
     counts[:, 0] += 1
     rows = [
         (0, pair.slice.x, pair.slice.y, pair.context.x, pair.context.y, *counts[number], 0)
-        for number, pair in enumerate(plan_tiles(size, spec.at(None)))
+        for number, pair in enumerate(plan_training_tiles(size, spec.at(None)))
     ]
     image = TileImage(id="1", name="slide", size=Size(*size))
     return TileIndex.of_rows(spec, ClassMap(names=("A", "B", "C")), (image,), rows)

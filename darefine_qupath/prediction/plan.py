@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.tiles.plan import plan_even
+from darefine_qupath.tiles.plan import plan_prediction_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +185,7 @@ def plan_slide(
     """
     spec = with_overlap(spec, options.overlap)
     grid = MapGrid.of(size, spec, options.output_stride)
-    planned = plan_even(size, spec, context_overlap=options.context_overlap)
+    planned = plan_prediction_tiles(size, spec, context_overlap=options.context_overlap)
     groups = [ContextGroup(context, slices) for context, slices in planned]
     if keep is not None:
         groups = _kept(groups, keep)

@@ -87,7 +87,7 @@ def build_dataset(
     Returns
     -------
     TileIndex
-        In the order of `sources`, then of `plan_tiles`. The same input gives the same bytes.
+        In the order of `sources`, then of `plan_training_tiles`. The same input gives the same bytes.
 
     Raises
     ------

@@ -2,13 +2,13 @@
 
 Both know two placements. ``parent``: many slices share a context, which is moved back over the slide at its borders as
 far as its slices allow, so that it shows tissue rather than white; a slide smaller than a context lies in its middle.
-``centred``: each slice has a context around its own centre, which may overhang.
+``centred``: each slice has a context around its own center, which may overhang.
 
-`plan_tiles`, for training, as in the paper: parent contexts stand side by side from the slide's top left corner and
-slices are cut inside them, evenly and at most a stride apart. At the right and lower border a slice may overhang the
-slide; slices that would only repeat what their neighbor covers are left out.
+`plan_training_tiles` follows the paper: parent contexts stand side by side from the slide's top left corner and slices
+are cut inside them, evenly and at most a stride apart. At the right and lower border a slice may overhang the slide;
+slices that would only repeat what their neighbor covers are left out.
 
-`plan_even`, for prediction: one even grid of slices over the whole slide, whatever the sizes of slice, context and
+`plan_prediction_tiles` lays one even grid of slices over the whole slide, whatever the sizes of slice, context and
 stride; parent contexts overlap, and each slice has the one in whose middle it lies most. No slice is laid twice, and
 there is no border of contexts at which the grid would break.
 """
@@ -27,7 +27,7 @@ from darefine_qupath.tiles.spec import PixelSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["TilePair", "plan_even", "plan_tiles"]
+__all__ = ["TilePair", "plan_prediction_tiles", "plan_training_tiles"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,7 +45,7 @@ class _Cell(NamedTuple):
     slices: tuple[int, ...]
 
 
-def plan_tiles(
+def plan_training_tiles(
     size: tuple[int, int], spec: PixelSpec, *, keep: Callable[[Box], bool] | None = None
 ) -> tuple[TilePair, ...]:
     """Plan the tiles of a slide for training.
@@ -71,7 +71,7 @@ def plan_tiles(
     return tuple(pair for pair in pairs if keep is None or keep(pair.slice))
 
 
-def plan_even(
+def plan_prediction_tiles(
     size: tuple[int, int], spec: PixelSpec, *, context_overlap: float = 0.0
 ) -> Iterator[tuple[Box, tuple[Box, ...]]]:
     """Plan the tiles of a slide for prediction.

@@ -17,7 +17,7 @@ from darefine_qupath.masks import LabelPainter
 from darefine_qupath.slides import Slide, tissue_mask
 from darefine_qupath.tiles.index import TileImage, TileIndex
 from darefine_qupath.tiles.jobs import ScannedTiles, TileJob, TileScanner, run_jobs
-from darefine_qupath.tiles.plan import TilePair, plan_tiles
+from darefine_qupath.tiles.plan import TilePair, plan_training_tiles
 from darefine_qupath.tiles.slide_reader import SlideTileReader
 from darefine_qupath.tiles.sources import Opener, TileSource, open_source, spec_on
 from darefine_qupath.tiles.spec import PixelSpec, TileSpec
@@ -145,7 +145,7 @@ def _plan_source(
         image = source.image(slide)
         pixels = spec_on(spec, image)
         keep = _slice_filter(slide, image.mpp, painter, tile_filter)
-    pairs = plan_tiles(image.size, pixels, keep=keep)
+    pairs = plan_training_tiles(image.size, pixels, keep=keep)
     corners = [(pair.slice.x, pair.slice.y, pair.context.x, pair.context.y) for pair in pairs]
     return ImagePlan(image=image, spec=pixels, corners=np.array(corners, np.int32).reshape(-1, 4))
 
@@ -194,7 +194,7 @@ def index_tiles(
     Returns
     -------
     TileIndex
-        In the order of `sources`, then of `plan_tiles`.
+        In the order of `sources`, then of `plan_training_tiles`.
 
     Raises
     ------

@@ -38,7 +38,7 @@ from darefine_qupath.masks import LabelPainter
 from darefine_qupath.project import open_project
 from darefine_qupath.slides import Slide, open_slide
 from darefine_qupath.tiles.build import build_dataset
-from darefine_qupath.tiles.plan import TilePair, plan_tiles
+from darefine_qupath.tiles.plan import TilePair, plan_training_tiles
 from darefine_qupath.tiles.reading import hold_slices, read_context, read_slice
 from darefine_qupath.tiles.scan import TileFilter
 from darefine_qupath.tiles.slide_reader import paint_mask
@@ -138,7 +138,7 @@ def main() -> None:
     # OpenSlide itself reads where GDAL does not agree with it.
     reference = open_slide(given.slide, reader="openslide")
     painter = LabelPainter(source.annotations, classes)
-    groups = [list(group) for _, group in groupby(plan_tiles(slide.size, PIXELS), key=attrgetter("context"))]
+    groups = [list(group) for _, group in groupby(plan_training_tiles(slide.size, PIXELS), key=attrgetter("context"))]
     # Whole parents from the middle of the plan, so that no slice overhangs the slide.
     chosen = [group for group in groups if len(group) == 81][: given.parents] or groups[:1]
     pairs = [pair for group in chosen for pair in group]
