@@ -7,7 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import msgspec
+from typing_extensions import TypedDict
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import CheckpointError
@@ -29,7 +32,18 @@ HEADER_KEY = "darefine"
 
 _ID_LENGTH = 12
 
-T = TypeVar("T")
+
+class _Split(TypedDict, total=False):
+    images: dict[str, Any] | None
+
+
+class _Provenance(TypedDict, total=False):
+    """What is decided by where a model comes from; the rest may be anything."""
+
+    project: str | None
+    images: dict[str, Any] | None
+    split: _Split | None
+    stain: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,37 +112,20 @@ def parse_header(path: Path, metadata: Mapping[str, str] | None) -> tuple[Checkp
         hint = "; a newer darefine wrote it, upgrade" if isinstance(version, int) and version > VERSION else ""
         raise CheckpointError(f"{path} is {kind} version {version}; {expected}{hint}")
     with naming(damaged, CheckpointError):
-        header = CheckpointHeader(
-            model=ModelConfig.from_json(data["model"]),
-            tiles=TileSpec.from_json(data["tiles"]),
-            classes=ClassMap.from_json(data["classes"]),
-            normalization=Normalization.from_json(
-                data["normalization" if "normalization" in data else "normalisation"]
-            ),
-            provenance=_provenance(data["provenance"]),
-            weights_sha256=_of_kind(str, "weights_sha256", data["weights_sha256"]),
-            num_parameters=_of_kind(int, "num_parameters", data["num_parameters"]),
-            model_id=compute_model_id(data) if version == 1 else _of_kind(str, "model_id", data["model_id"]),
+        msgspec.convert(data["provenance"], _Provenance)
+        normalization = data["normalization" if "normalization" in data else "normalisation"]
+        header = msgspec.convert(
+            {
+                **data,
+                "model": ModelConfig.from_json(data["model"]),
+                "tiles": TileSpec.from_json(data["tiles"]),
+                "classes": ClassMap.from_json(data["classes"]),
+                "normalization": Normalization.from_json(normalization),
+                "model_id": compute_model_id(data) if version == 1 else data["model_id"],
+            },
+            CheckpointHeader,
         )
     return header, version
-
-
-def _provenance(data: object) -> Mapping[str, Any]:
-    """Return where a model comes from, as far as anything is decided by it, of the types it was written with."""
-    found = _of_kind(dict, "provenance", data)
-    kinds: dict[str, type] = {"project": str, "images": dict, "split": dict, "stain": dict}
-    for key, kind in kinds.items():
-        if found.get(key) is not None:
-            _of_kind(kind, f"provenance.{key}", found[key])
-    if (found.get("split") or {}).get("images") is not None:
-        _of_kind(dict, "provenance.split.images", found["split"]["images"])
-    return found
-
-
-def _of_kind(kind: type[T], name: str, value: object) -> T:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} is {type(value).__name__} and no {kind.__name__}")
-    return value
 
 
 def compute_model_id(data: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from darefine_qupath.errors import PredictionError
@@ -42,7 +43,7 @@ class JournalState:
     settings : EngineSettings
         With which the finished rows were computed, and the others must be.
     rows_done : int
-        Rows of parents.
+        Rows of contexts.
     slices_done : int
         Slices in them.
     class_pixels : tuple of int
@@ -69,13 +70,8 @@ class JournalState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> JournalState:
         """State of what `to_json` gave."""
-        values = dict(data)
-        values["rows_done"], values["slices_done"] = int(values["rows_done"]), int(values["slices_done"])
-        values["unpredicted_pixels"] = int(values.get("unpredicted_pixels", 0))
-        values["settings"] = EngineSettings(**values["settings"])
-        values["class_pixels"] = tuple(int(count) for count in values["class_pixels"])
-        values["warnings"] = tuple(SlideWarning.from_json(warning) for warning in values["warnings"])
-        return cls(**values)
+        warnings = [SlideWarning.from_json(warning) for warning in data["warnings"]]
+        return msgspec.convert({**data, "warnings": warnings}, cls)
 
 
 class PredictionJournal:

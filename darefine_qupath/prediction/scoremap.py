@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import rasterio
 from rasterio.windows import Window
@@ -234,7 +235,7 @@ def read_score_map(folder: Path) -> ScoreMap:
         raise PredictionError(f"{path} has format {found!r}, expected {FORMAT!r}; predict again")
     with naming(damaged, PredictionError):
         score_map = _from_json(folder, data)
-        lengths = {layer: int(length) for layer, length in data.get("bytes", {}).items()}
+        lengths = msgspec.convert(data.get("bytes", {}), dict[str, int])
     missing = [layer for layer in LAYERS if not score_map.path(layer).is_file()]
     if missing:
         raise PredictionError(f"{folder} lacks the layers {missing}; predict again")
@@ -248,26 +249,22 @@ def read_score_map(folder: Path) -> ScoreMap:
 
 
 def _from_json(folder: Path, data: Mapping[str, Any]) -> ScoreMap:
-    mpp = None if data["mpp"] is None else float(data["mpp"])
-    score_map = ScoreMap(
-        folder=folder,
-        size=Size(*map(int, data["size"])),
-        box=Box(*map(int, data["box"])),
-        downsample=float(data["downsample"]),
-        mpp=mpp,
-        classes=ClassMap.from_json(data["classes"]),
-        model_id=data["model"],
-        fingerprint=data["fingerprint"],
-        class_pixels=tuple(map(int, data["class_pixels"])),
-        num_slices=int(data["num_slices"]),
-        unpredicted_pixels=int(data.get("unpredicted_pixels", 0)),
-        warnings=tuple(SlideWarning.from_json(warning) for warning in data["warnings"]),
-        settings=dict(data["settings"]),
+    score_map = msgspec.convert(
+        {
+            **data,
+            "folder": folder,
+            "box": Box(*msgspec.convert(data["box"], tuple[int, int, int, int])),
+            "classes": ClassMap.from_json(data["classes"]),
+            "model_id": data["model"],
+            "warnings": [SlideWarning.from_json(warning) for warning in data["warnings"]],
+        },
+        ScoreMap,
     )
     for pixels, length in zip(score_map.size, score_map.box.size, strict=True):
         # The box is rounded outwards.
         if abs(pixels * score_map.downsample - length) > 1:
             raise ValueError(f"{pixels} map pixels of {score_map.downsample} are not {length} level-0 pixels")
+    mpp = score_map.mpp
     if not 0 < score_map.downsample < _LARGEST_DOWNSAMPLE or not (mpp is None or is_possible_mpp(mpp)):
         raise ValueError(f"a downsample of {score_map.downsample} and {mpp} um per pixel cannot be")
     if len(score_map.class_pixels) != score_map.classes.num_classes:

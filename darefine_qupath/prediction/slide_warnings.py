@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import msgspec
+
 from darefine_qupath.geometry import Box
 
 __all__ = ["SlideWarning", "damage_warnings", "merge_damage_warnings", "warn_of_unpredicted"]
@@ -42,8 +44,8 @@ class SlideWarning:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SlideWarning:
         """Warning of what `to_json` gave."""
-        boxes = tuple(Box(*numbers) for numbers in data["boxes"])
-        return cls(kind=data["kind"], message=data["message"], value=float(data["value"]), boxes=boxes)
+        boxes = msgspec.convert(data["boxes"], list[tuple[int, int, int, int]])
+        return msgspec.convert({**data, "boxes": [Box(*numbers) for numbers in boxes]}, cls)
 
 
 def damage_warnings(unreadable: list[Box], white: list[Box]) -> Iterator[SlideWarning]:
