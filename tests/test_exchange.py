@@ -738,7 +738,7 @@ def test_two_images_of_one_name_stay_two_and_get_their_own_annotations(
         first, second = (project.add_image(slide) for slide in namesakes)
         assert (first.name, second.name) == ("slide.tif", "slide.tif")
         file = tmp_path / "a" / "slide.xml"
-        with pytest.raises(ExchangeError, match=r"2 images .* an id, one of 1 \(.*a.slide\.tif\), 2 \("):
+        with pytest.raises(ExchangeError, match=r"2 images .* with an id: 1 \(.*a.slide\.tif\), 2 \("):
             match_files(project, [file], None)
         with pytest.raises(ProjectError, match=r"2 images are named 'slide\.tif'; give the entry id, one of 1, 2"):
             match_files(project, [file], "slide.tif")

@@ -18,7 +18,7 @@ from shapely.geometry import LineString, Point, Polygon, box
 
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ExchangeError
-from darefine_qupath.exchange import coco, read_annotations
+from darefine_qupath.exchange import read_annotations, run_lengths
 from darefine_qupath.exchange.shapes import ellipse
 from darefine_qupath.geometry import GlassFrame, PixelSize, Size
 from darefine_qupath.pipeline.annotation_import import ImportOptions, import_files
@@ -425,7 +425,7 @@ def test_coco_results_and_other_fields(write: Write) -> None:
 
 
 def test_run_lengths_as_text_are_what_pycocotools_writes() -> None:
-    assert coco._uncompressed(TEXT).tolist() == runs(MASK)
+    assert run_lengths.uncompressed(TEXT).tolist() == runs(MASK)
 
 
 # Archives and encodings

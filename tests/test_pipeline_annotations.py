@@ -27,7 +27,9 @@ from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
 from darefine_qupath.exchange.file_names import NameIndex
-from darefine_qupath.exchange.reconcile import Origin, contents, reconcile
+from darefine_qupath.exchange.fingerprints import contents
+from darefine_qupath.exchange.matching import Origin
+from darefine_qupath.exchange.reconcile import reconcile
 from darefine_qupath.exchange.shapes import snapped
 from darefine_qupath.geometry import Box
 from darefine_qupath.masks import LabelPainter, count_unlearnable, unlearnable_words

@@ -7,9 +7,10 @@ read.
 """
 
 from darefine_qupath.exchange.formats import read_annotations
-from darefine_qupath.exchange.geojson import write_geojson
+from darefine_qupath.exchange.geojson_writer import write_geojson
 from darefine_qupath.exchange.imported import Imported, Note
-from darefine_qupath.exchange.label_masks import read_label_mask, write_label_tiff
+from darefine_qupath.exchange.label_mask_writer import write_label_tiff
+from darefine_qupath.exchange.label_masks import read_label_mask
 
 __all__ = [
     "Imported",

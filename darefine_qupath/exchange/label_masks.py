@@ -1,4 +1,4 @@
-"""Read and write label masks: one label per pixel, as PNG or TIFF with the classes as a palette."""
+"""Read label masks: one label per pixel, as PNG or TIFF with the classes as a palette."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import rasterio
 import shapely
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.features import shapes
-from rasterio.windows import Window
 from shapely.geometry import shape
 
 from darefine_qupath.annotations import Annotation
@@ -21,22 +20,15 @@ from darefine_qupath.classes import IGNORE, Color
 from darefine_qupath.errors import ExchangeError
 from darefine_qupath.exchange.collector import Collector
 from darefine_qupath.exchange.imported import Imported
+from darefine_qupath.exchange.label_mask_writer import LABELS_TAG, mask_size
 from darefine_qupath.exchange.request import ReadRequest
-from darefine_qupath.filesystem import atomic_write
-from darefine_qupath.geometry import Box, Size
-from darefine_qupath.masks import LabelPainter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
-__all__ = ["read_label_mask", "write_label_tiff"]
+__all__ = ["read_label_mask"]
 
 _MAX_PIXELS = 500_000_000
-_TAG = "DAREFINE_LABELS"
-_TILE = 512
-_IGNORE_COLOR = Color(235, 235, 235)
 _IGNORE_CLASS = "Ignore*"
 _LISTED = 8
 
@@ -99,7 +91,7 @@ def _read(path: Path) -> tuple[NDArray[np.uint8 | np.uint16], dict[int, Color], 
                     )
                 _check_pages(path, dataset)
                 palette = {key: Color(*value[:3]) for key, value in _colormap(dataset).items()}
-                return dataset.read(1), palette, _notes(dataset.tags().get(_TAG))
+                return dataset.read(1), palette, _notes(dataset.tags().get(LABELS_TAG))
     except RasterioError as error:
         raise ExchangeError(f"{path}: the mask cannot be read ({error})") from error
 
@@ -196,7 +188,7 @@ def _scale(
     if image_size is not None and not stretch:
         _check_shape(collector.path, (width, height), image_size, noted)
     whole = image_size or noted
-    if downsample is not None and (whole is None or (width, height) == _mask_size(whole, downsample)):
+    if downsample is not None and (whole is None or (width, height) == mask_size(whole, downsample)):
         return float(downsample), float(downsample)
     if whole is None:
         return 1.0, 1.0
@@ -235,82 +227,3 @@ def _check_shape(path: Path, size: tuple[int, int], image_size: tuple[int, int],
             f"image of {image_size[0]} x {image_size[1]} ({image_size[0] / image_size[1]:.3f}); it may belong to "
             f"another image or a part of it. Give --stretch to scale it all the same"
         )
-
-
-def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: Path | str, *, downsample: int) -> Size:
-    """Write the labels of an image as a tiled TIFF with the class colours as its palette.
-
-    Parameters
-    ----------
-    painter : LabelPainter
-        Annotations and classes.
-    image_size : tuple of int
-        Width and height of the image in level-0 pixels.
-    path : Path or str
-        The file, ``.tif``; replaced as a whole, or not at all.
-    downsample : int
-        Level-0 pixels per pixel of the mask.
-
-    Returns
-    -------
-    Size
-        Of the mask: the last column and row may overhang the image.
-
-    Raises
-    ------
-    ExchangeError
-        If the downsample is not positive, or the file cannot be written.
-    """
-    size = _mask_size(image_size, downsample)
-    profile = {
-        "driver": "GTiff",
-        "width": size.width,
-        "height": size.height,
-        "count": 1,
-        "dtype": "uint8",
-        "compress": "deflate",
-        "tiled": True,
-        "blockxsize": _TILE,
-        "blockysize": _TILE,
-        "photometric": "palette",
-        "BIGTIFF": "IF_SAFER",
-    }
-    try:
-        with atomic_write(Path(path), ExchangeError) as temporary, warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(temporary, "w", **profile) as dataset:
-                dataset.write_colormap(1, _palette(painter))
-                dataset.update_tags(**{_TAG: _described(painter, image_size, downsample)})
-                for window, mask in _tiles(painter, image_size, size, downsample):
-                    dataset.write(mask, 1, window=Window(window.x, window.y, window.width, window.height))
-    except RasterioError as error:
-        raise ExchangeError(f"{path}: the mask cannot be written ({error})") from error
-    return size
-
-
-def _mask_size(image_size: tuple[int, int], downsample: int) -> Size:
-    if downsample < 1:
-        raise ExchangeError(f"A label mask needs a downsample of at least 1, got {downsample}")
-    return Size(-(-image_size[0] // downsample), -(-image_size[1] // downsample))
-
-
-def _described(painter: LabelPainter, image_size: tuple[int, int], downsample: int) -> str:
-    """Describe the mask for `read_label_mask`, as JSON."""
-    names = list(painter.class_map.names)
-    return json.dumps({"names": names, "downsample": downsample, "image_size": list(image_size), "ignore": IGNORE})
-
-
-def _tiles(
-    painter: LabelPainter, image_size: tuple[int, int], size: Size, downsample: int
-) -> Iterator[tuple[Box, NDArray[np.uint8]]]:
-    """Tiles of a mask, each with its place in it."""
-    for y in range(0, size.height, _TILE):
-        for x in range(0, size.width, _TILE):
-            window = Box(x, y, min(_TILE, size.width - x), min(_TILE, size.height - y))
-            box = Box(x * downsample, y * downsample, window.width * downsample, window.height * downsample)
-            yield window, painter.paint(box, window.size, image_size=image_size)
-
-
-def _palette(painter: LabelPainter) -> dict[int, Color]:
-    colors = dict(enumerate(painter.class_map.colors))
-    return {label: colors.get(label, _IGNORE_COLOR if label == IGNORE else Color(0, 0, 0)) for label in range(256)}

@@ -17,7 +17,8 @@ from darefine_qupath.errors import DarefineError, ExchangeError
 from darefine_qupath.exchange import Imported, Note, read_annotations
 from darefine_qupath.exchange.documents import member_names
 from darefine_qupath.exchange.file_names import NameIndex
-from darefine_qupath.exchange.reconcile import Origin, Reconciled, reconcile
+from darefine_qupath.exchange.matching import Origin
+from darefine_qupath.exchange.reconcile import Reconciled, reconcile
 from darefine_qupath.limits import naming
 from darefine_qupath.masks import count_unlearnable, unlearnable_words
 from darefine_qupath.project import Changes, ImageEntry, ImageState, Project
