@@ -80,7 +80,7 @@ def _file(seed: int, count: int) -> bytes:
 
 
 def _without_packing(act: Callable[[], object]) -> object:
-    with mock.patch.object(read, "open_compact", decode), mock.patch.object(document, "open_compact", decode):
+    with mock.patch.object(read, "decode_compact", decode), mock.patch.object(document, "decode_compact", decode):
         return act()
 
 

@@ -49,7 +49,7 @@ from darefine_qupath.project import (
 )
 from darefine_qupath.project.embedded import EmbeddedProject
 from darefine_qupath.project.qpdata.document import Document
-from darefine_qupath.project.qpdata.edit import Edited, edit_document
+from darefine_qupath.project.qpdata.edit import EditedFile, edit_document
 from darefine_qupath.project.qpdata.read import read_image_data
 from darefine_qupath.project.qpdata.summary import summarize
 from darefine_qupath.tiles.roles import Role
@@ -374,21 +374,21 @@ def test_a_killed_command_goes_on() -> None:
     assert "6 kills: the project opened each time" in done.stdout
 
 
-Meddler = Callable[[Document, Changes, Edited], bytes]
+Meddler = Callable[[Document, Changes, EditedFile], bytes]
 
 
-def _loses_an_object(before: Document, changes: Changes, _: Edited) -> bytes:
+def _loses_an_object(before: Document, changes: Changes, _: EditedFile) -> bytes:
     again = Document(before.data)
-    return edit_document(again, replace(changes, remove=[again.found[4].id]), {}).content
+    return edit_document(again, replace(changes, remove=[again.objects[4].id]), {}).content
 
 
-def _changes_another(before: Document, _: Changes, edited: Edited) -> bytes:
+def _changes_another(before: Document, _: Changes, edited: EditedFile) -> bytes:
     record = read_image_data(before.data).objects[3]
     after = read_image_data(edited.content)
     return edited_data(after, Changes(replace=[replace(record, name="somebody else")]))
 
 
-def _moves_another(before: Document, _: Changes, edited: Edited) -> bytes:
+def _moves_another(before: Document, _: Changes, edited: EditedFile) -> bytes:
     after = read_image_data(edited.content)
     child = next(record for record in after.objects if record.parent is not None and record.kind == "annotation")
     above = after.objects[0] if child.parent != after.objects[0].id else after.objects[1]
@@ -397,16 +397,16 @@ def _moves_another(before: Document, _: Changes, edited: Edited) -> bytes:
     return edited_data(without, Changes(add=[replace(child, parent=above.id)]))
 
 
-def _changes_what_was_added(_: Document, __: Changes, edited: Edited) -> bytes:
+def _changes_what_was_added(_: Document, __: Changes, edited: EditedFile) -> bytes:
     after = read_image_data(edited.content)
     return edited_data(after, Changes(replace=[replace(edited.touched[0], locked=True)]))
 
 
-def _changes_the_type(_: Document, __: Changes, edited: Edited) -> bytes:
+def _changes_the_type(_: Document, __: Changes, edited: EditedFile) -> bytes:
     return edited.content.replace(b"BRIGHTFIELD_H_E", b"BRIGHTFIELD_X_Y")
 
 
-def _stops_early(_: Document, __: Changes, edited: Edited) -> bytes:
+def _stops_early(_: Document, __: Changes, edited: EditedFile) -> bytes:
     return edited.content[:-3]
 
 
@@ -426,7 +426,7 @@ def test_what_comes_back_wrong_is_not_written(
 ) -> None:
     before = listing(project.folder)
 
-    def meddled(document: Document, changes: Changes, colors: dict[str, Color]) -> Edited:
+    def meddled(document: Document, changes: Changes, colors: dict[str, Color]) -> EditedFile:
         edited = edit_document(document, changes, colors)
         return edited._replace(content=meddler(document, changes, edited))
 

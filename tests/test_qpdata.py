@@ -37,7 +37,7 @@ from darefine_qupath.project.qpdata.create import create_image_data
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.edit import edit_document
 from darefine_qupath.project.qpdata.geometries import fill
-from darefine_qupath.project.qpdata.objects import Reader
+from darefine_qupath.project.qpdata.objects import ObjectReader
 from darefine_qupath.project.qpdata.properties import Opaque
 from darefine_qupath.project.qpdata.read import ImageData, read_image_data
 from darefine_qupath.project.qpdata.stored import expected_objects, stored_record
@@ -448,7 +448,7 @@ def test_a_whole_number_is_one_that_java_holds(value: float) -> None:
 
 def test_what_nobody_thought_of_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     path = _file("0.6.0", "annotated")
-    monkeypatch.setattr(Reader, "_roi", lambda *_: 1 // 0)
+    monkeypatch.setattr(ObjectReader, "_roi", lambda *_: 1 // 0)
     with pytest.raises(ProjectFormatError, match=r"data\.qpdata: The image data cannot be read: .*by zero"):
         _read(path)
     document = Document(path.read_bytes(), path=path)

@@ -206,7 +206,7 @@ class EmbeddedProject(ProjectReader):
             kept: set[UUID] = set()
             if path.is_file():
                 with contextlib.suppress(ProjectFormatError):  # restoring is what one does when the file is damaged
-                    kept = {item.id for item in self._opened_data(image).found[1:]}
+                    kept = {item.id for item in self._opened_data(image).objects[1:]}
             warnings = running_qupath.qupath_warnings(path, image.path)
             after, former = self._store(image.id, content, lambda _: None, None)
         return Applied(

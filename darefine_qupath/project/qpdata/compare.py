@@ -78,7 +78,7 @@ class NodeComparison:
         """Nodes that were compared: while they live, none of their ids is given away."""
         self.forms: dict[tuple[Template, Template], bool] = {}
 
-    def take_as_same(self, one: object, two: object) -> None:
+    def assume_same(self, one: object, two: object) -> None:
         """Do not look into these again."""
         self.partners[id(one)] = two
 

@@ -15,10 +15,10 @@ from darefine_qupath.javaserial.decode import decode
 from darefine_qupath.javaserial.nodes import JavaObject, paused_garbage_collection
 from darefine_qupath.javaserial.packed import PackedObject, Template, distinct_nodes
 from darefine_qupath.javaserial.values import NodeError
-from darefine_qupath.project.qpdata.hierarchy import Found, ObjectParts, duplicates_of, walk
+from darefine_qupath.project.qpdata.hierarchy import HierarchyObject, ObjectParts, duplicates_of, walk
 from darefine_qupath.project.qpdata.items import read_items, root_of
-from darefine_qupath.project.qpdata.objects import KINDS, Reader, class_of
-from darefine_qupath.project.qpdata.read import open_compact, read_image_data, reading, roi_batch
+from darefine_qupath.project.qpdata.objects import KINDS, ObjectReader, class_of
+from darefine_qupath.project.qpdata.read import decode_compact, naming_file, read_image_data, roi_batch
 from darefine_qupath.project.qpdata.rois import RoiError
 from darefine_qupath.project.qpdata.schema import PATH_CLASS
 
@@ -39,7 +39,7 @@ class Document:
     ----------
     items : Items
         What stands beside the objects.
-    found : list of Found
+    objects : list of HierarchyObject
         Objects of the hierarchy, parents before children; the root comes first.
 
     Raises
@@ -52,19 +52,19 @@ class Document:
         self.data = data
         self.path = path
         try:
-            with reading(path), paused_garbage_collection():
-                self.stream = open_compact(data)
+            with naming_file(path), paused_garbage_collection():
+                self.stream = decode_compact(data)
                 self.items = read_items(self.stream, data, path)
-                self.found: list[Found] = list(walk(root_of(self.items), self.items.server_text))
+                self.objects: list[HierarchyObject] = list(walk(root_of(self.items), self.items.server_text))
         except NodeError as error:
-            raise self.named(error) from None
+            raise self.located(error) from None
 
     @cached_property
     def index(self) -> dict[UUID, int]:
         """Number of an object, by identity."""
-        return {item.id: number for number, item in enumerate(self.found)}
+        return {item.id: number for number, item in enumerate(self.objects)}
 
-    def named(self, error: NodeError) -> ProjectFormatError:
+    def located(self, error: NodeError) -> ProjectFormatError:
         """Add the file and the offset of the node to an error; only the whole tree knows the offset."""
         try:
             read_image_data(self.data, path=self.path)
@@ -77,17 +77,17 @@ class Document:
     @property
     def num_objects(self) -> int:
         """Objects, the root not counted."""
-        return len(self.found) - 1
+        return len(self.objects) - 1
 
     @property
     def has_ids(self) -> bool:
         """Whether every object's identity is in the file."""
-        return all(item.has_id for item in self.found)
+        return all(item.has_id for item in self.objects)
 
     @cached_property
     def duplicates(self) -> frozenset[UUID]:
         """Identities that more than one object has."""
-        return duplicates_of([item.id for item in self.found])
+        return duplicates_of([item.id for item in self.objects])
 
     @cached_property
     def colors(self) -> dict[str, Color]:
@@ -95,10 +95,10 @@ class Document:
         nodes = (node for _, node in distinct_nodes(self.stream))
         classes = [node for node in nodes if isinstance(node, JavaObject) and node.desc.name == PATH_CLASS]
         try:
-            with reading(self.path):
+            with naming_file(self.path):
                 found = dict(reversed([class_of(node) for node in classes]))
         except NodeError as error:
-            raise self.named(error) from None
+            raise self.located(error) from None
         return {name: color for name, color in found.items() if color is not None}
 
     @property
@@ -106,7 +106,7 @@ class Document:
         """Kind and class of every object but the root."""
         known: dict[Template, tuple[Kind, str | None]] = {}
         tally = []
-        for item in self.found[1:]:
+        for item in self.objects[1:]:
             node = item.node
             if isinstance(node, PackedObject) and node.is_packed:
                 if node.template not in known:
@@ -121,18 +121,18 @@ class Document:
         parts = ObjectParts(node)
         place = parts.tail + parts.has_lock
         if kind is None or place >= len(parts.content):
-            raise self.named(NodeError(f"{node.desc.name} is not a kind of object that can be read", node))
+            raise self.located(NodeError(f"{node.desc.name} is not a kind of object that can be read", node))
         path_class = parts.content[place]
         return kind, None if path_class is None else class_of(path_class)[0] or None
 
     def kind(self, number: int) -> Kind | None:
         """Kind of an object; None of one that cannot be read."""
-        return KINDS.get(self.found[number].node.desc.name)
+        return KINDS.get(self.objects[number].node.desc.name)
 
     def parent(self, number: int) -> UUID | None:
         """Identity of the object above; None = the root."""
-        above = self.found[number].parent
-        return self.found[above].id if above > 0 else None
+        above = self.objects[number].parent
+        return self.objects[above].id if above > 0 else None
 
     def cores(self) -> dict[UUID, JavaObject]:
         """Cores of the TMA grid."""
@@ -141,18 +141,18 @@ class Document:
         if grid is None:
             return {}
         cores = {id(core) for core in values.list_items(values.field(grid, "cores"))}
-        return {item.id: item.node for item in self.found if id(item.node) in cores}
+        return {item.id: item.node for item in self.objects if id(item.node) in cores}
 
     def records(self, numbers: Sequence[int]) -> list[Annotation]:
         """Make records of some of the objects."""
         rois = roi_batch(self.items, self.data)
-        reader = Reader(len(self.data), rois)
+        reader = ObjectReader(len(self.data), rois)
         try:
-            with reading(self.path):
-                rows = [reader.row(self.found[number], self.parent(number)) for number in numbers]
+            with naming_file(self.path):
+                rows = [reader.row(self.objects[number], self.parent(number)) for number in numbers]
                 shapes = rois.build()
         except NodeError as error:
-            raise self.named(error) from None
+            raise self.located(error) from None
         except RoiError as error:
-            raise self.named(NodeError(error.message, None)) from None
+            raise self.located(NodeError(error.message, None)) from None
         return [row.record(shapes) for row in rows]

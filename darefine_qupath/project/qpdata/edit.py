@@ -30,22 +30,22 @@ from darefine_qupath.project.qpdata.compare import same_geometry, same_numbers, 
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.hierarchy import ObjectParts, duplicates_of, remaining_parents
 from darefine_qupath.project.qpdata.properties import set_properties
-from darefine_qupath.project.qpdata.read import reading
+from darefine_qupath.project.qpdata.read import naming_file
 from darefine_qupath.project.qpdata.roi_specs import specs_of
 from darefine_qupath.project.qpdata.schema import KIND_CLASSES
 from darefine_qupath.project.qpdata.stored import needs_wide_list, stored_records
 
-__all__ = ["Edited", "edit_document"]
+__all__ = ["EditedFile", "edit_document"]
 
 
-class Edited(NamedTuple):
+class EditedFile(NamedTuple):
     """A new file, and the objects that were added or replaced as they must be read back from it."""
 
     content: bytes
     touched: list[Annotation]
 
 
-def edit_document(document: Document, changes: Changes, colors: Mapping[str, Color]) -> Edited:
+def edit_document(document: Document, changes: Changes, colors: Mapping[str, Color]) -> EditedFile:
     """Apply changes to the objects and properties of a file; only once to a document, since its nodes change.
 
     Parameters
@@ -73,23 +73,23 @@ def edit_document(document: Document, changes: Changes, colors: Mapping[str, Col
     with paused_garbage_collection():
         former = document.records([document.index[record.id] for record in changes.replace])
         try:
-            with reading(document.path):
+            with naming_file(document.path):
                 editor = _Editor(document, colors)
                 editor.apply(changes, former)
                 if changes.properties:
                     set_properties(document.stream, changes.properties, editor.builder)
         except NodeError as error:
-            raise document.named(error) from None
+            raise document.located(error) from None
         replaced = [replace(record, parent=old.parent) for record, old in zip(changes.replace, former, strict=True)]
         pairs = [*zip(replaced, former, strict=True), *((record, None) for record in changes.add)]
-        return Edited(encode(document.stream), editor.placed(stored_records(pairs), changes))
+        return EditedFile(encode(document.stream), editor.placed(stored_records(pairs), changes))
 
 
 class _Editor:
     """One edit of one file's hierarchy."""
 
     def __init__(self, document: Document, colors: Mapping[str, Color]) -> None:
-        self.items = document.found
+        self.objects = document.objects
         self.index = document.index
         is_modern = servers.is_since(document.items.qupath_version or "", 0, 6)
         self.builder = NodeBuilder(document.stream, is_modern=is_modern, colors=colors)
@@ -97,36 +97,36 @@ class _Editor:
     @cached_property
     def numbers(self) -> dict[int, int]:
         """Numbers of objects by the ids of their nodes."""
-        return {id(item.node): number for number, item in enumerate(self.items)}
+        return {id(item.node): number for number, item in enumerate(self.objects)}
 
     def apply(self, changes: Changes, former: Sequence[Annotation]) -> None:
         for record, before in zip(changes.replace, former, strict=True):
             self._replace(self._parts(self.index[record.id]), record, before)
         removed = {self.index[identity] for identity in changes.remove}
-        owners = remaining_parents(self.items, removed)
-        added = self._new_nodes(changes.add, removed, owners)
-        for number in sorted({owners[number] for number in removed} | added.keys()):
+        parents = remaining_parents(self.objects, removed)
+        added = self._new_nodes(changes.add, removed, parents)
+        for number in sorted({parents[number] for number in removed} | added.keys()):
             self._set_children(self._parts(number), [*self._kept_children(number, removed), *added.get(number, ())])
         for number in removed:
             # Something else may refer to it (connections between objects), and would bring its children back.
-            if not is_packed(self.items[number].node):
+            if not is_packed(self.objects[number].node):
                 self._set_children(self._parts(number), ())
 
     def _parts(self, number: int) -> ObjectParts:
         # Replacing changes what an object wrote, so the parts are found again.
-        return ObjectParts(self.items[number].node)
+        return ObjectParts(self.objects[number].node)
 
     def placed(self, records: Sequence[Annotation], changes: Changes) -> list[Annotation]:
         """Place records below the nearest object above them that stays."""
         gone = {self.index[identity] for identity in changes.remove}
-        owners = remaining_parents(self.items, gone)
+        parents = remaining_parents(self.objects, gone)
 
         def above(parent: UUID | None) -> UUID | None:
             number = self.index.get(parent, -1) if parent is not None else 0
             if number < 0:
                 return parent
-            number = owners[number] if number in gone else number
-            return self.items[number].id if number > 0 else None
+            number = parents[number] if number in gone else number
+            return self.objects[number].id if number > 0 else None
 
         return [replace(record, parent=above(record.parent)) for record in records]
 
@@ -153,7 +153,7 @@ class _Editor:
         parts.node.content = (*content[: parts.first_child - 1], count, *children, *content[parts.tail :])
 
     def _new_nodes(
-        self, records: Sequence[Annotation], removed: set[int], owners: Sequence[int]
+        self, records: Sequence[Annotation], removed: set[int], parents: Sequence[int]
     ) -> dict[int, list[Content]]:
         """Nodes of new objects, by the object of the file they stand below."""
         below: dict[UUID, list[Annotation]] = {}
@@ -164,7 +164,7 @@ class _Editor:
                 below.setdefault(record.parent, []).append(record)
             else:
                 number = 0 if record.parent is None else self.index[record.parent]
-                tops.append((owners[number] if number in removed else number, record))
+                tops.append((parents[number] if number in removed else number, record))
         nodes = {record.id: JavaObject(self.builder.desc(KIND_CLASSES[record.kind])) for record in records}
         reached = [record for _, record in tops]
         for record in reached:

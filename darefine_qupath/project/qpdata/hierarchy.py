@@ -16,7 +16,7 @@ from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, text, type_name
 from darefine_qupath.project.qpdata.schema import BOOLEAN, METADATA, OBJECT_ID
 
-__all__ = ["Found", "ObjectParts", "duplicates_of", "walk"]
+__all__ = ["HierarchyObject", "ObjectParts", "duplicates_of", "walk"]
 
 
 _ID_NAMESPACE = uuid5(NAMESPACE_URL, "darefine_qupath/objects-without-id")
@@ -157,7 +157,7 @@ def _uuid_of(string: str | None) -> UUID | None:
     return UUID("".join(parts))
 
 
-class Found(NamedTuple):
+class HierarchyObject(NamedTuple):
     """An object of the hierarchy.
 
     Attributes
@@ -178,7 +178,7 @@ class Found(NamedTuple):
     has_id: bool
 
 
-def walk(root: JavaObject, salt: str) -> Iterator[Found]:
+def walk(root: JavaObject, salt: str) -> Iterator[HierarchyObject]:
     """Every object of a hierarchy, parents before children.
 
     Parameters
@@ -190,7 +190,7 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
 
     Yields
     ------
-    Found
+    HierarchyObject
         One for each object.
 
     Raises
@@ -212,7 +212,7 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
         is_packed = isinstance(node, PackedObject) and node.is_packed
         identity = _packed_id(node, places) if is_packed else None  # type: ignore[arg-type]
         if identity is not None:
-            yield Found(node, identity, parent, has_id=True)
+            yield HierarchyObject(node, identity, parent, has_id=True)
             continue
         parts = ObjectParts(node)
         if parts.num_children:
@@ -222,7 +222,7 @@ def walk(root: JavaObject, salt: str) -> Iterator[Found]:
                 parts = ObjectParts(node)
             pending.extend([(child, number) for child in reversed(parts.children)])
         identity = parts.id
-        yield Found(node, identity or uuid5(_ID_NAMESPACE, f"{salt}#{number}"), parent, identity is not None)
+        yield HierarchyObject(node, identity or uuid5(_ID_NAMESPACE, f"{salt}#{number}"), parent, identity is not None)
 
 
 def _packed_id(node: PackedObject, places: dict[Template, int | None]) -> UUID | None:
@@ -251,12 +251,12 @@ def _place_of_id(node: PackedObject) -> int | None:
     return texts.index(stored)
 
 
-def remaining_parents(found: Sequence[Found], removed: set[int]) -> list[int]:
+def remaining_parents(found: Sequence[HierarchyObject], removed: set[int]) -> list[int]:
     """For every object the nearest one above it that stays."""
-    owners: list[int] = []
+    parents: list[int] = []
     for item in found:
-        owners.append(owners[item.parent] if item.parent in removed else item.parent)
-    return owners
+        parents.append(parents[item.parent] if item.parent in removed else item.parent)
+    return parents
 
 
 def duplicates_of(ids: Sequence[UUID]) -> frozenset[UUID]:

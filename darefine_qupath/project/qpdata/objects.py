@@ -15,7 +15,7 @@ from darefine_qupath.javaserial.nodes import Content, JavaArray, JavaObject
 from darefine_qupath.javaserial.protocol import F8
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, list_items, text, type_name
-from darefine_qupath.project.qpdata.hierarchy import Found, ObjectParts
+from darefine_qupath.project.qpdata.hierarchy import HierarchyObject, ObjectParts
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiRecord
 from darefine_qupath.project.qpdata.schema import (
     BOOLEAN,
@@ -27,7 +27,7 @@ from darefine_qupath.project.qpdata.schema import (
     PATH_CLASS,
 )
 
-__all__ = ["KINDS", "MAX_CLASS_DEPTH", "Reader", "Row", "class_of"]
+__all__ = ["KINDS", "MAX_CLASS_DEPTH", "ObjectReader", "ObjectRow", "class_of"]
 
 KINDS: dict[str, Kind] = {java_class: kind for kind, java_class in KIND_CLASSES.items()}
 _NUMERIC_LISTS = {FLOAT_LIST: ("[F", 4, "f"), DOUBLE_LIST: ("[D", 8, "d")}
@@ -46,7 +46,7 @@ class _Budget:
             raise NodeError("Values are shared so often that they would not fit into memory", node)
 
 
-class Row(NamedTuple):
+class ObjectRow(NamedTuple):
     """An object on its way to a record; its ROI is made later, with all others."""
 
     id: UUID
@@ -85,7 +85,7 @@ class Row(NamedTuple):
         )
 
 
-class Reader:
+class ObjectReader:
     """Takes what records need out of the hierarchy's nodes, so that the nodes can go before the geometries come."""
 
     def __init__(self, size: int, rois: RoiBatch) -> None:
@@ -99,7 +99,7 @@ class Reader:
         self.has_ids = True
         self.cores: dict[int, UUID] = {}
 
-    def rows(self, objects: Iterable[Found]) -> list[Row]:
+    def rows(self, objects: Iterable[HierarchyObject]) -> list[ObjectRow]:
         """Rows of all objects but the root, parents before children."""
         rows = []
         for found in objects:
@@ -109,7 +109,7 @@ class Reader:
                 rows.append(self.row(found, self.ids[found.parent] if found.parent else None))
         return rows
 
-    def row(self, found: Found, parent: UUID | None) -> Row:
+    def row(self, found: HierarchyObject, parent: UUID | None) -> ObjectRow:
         """Row of one object, and of the identity of the one above."""
         node, identity, _, has_id = found
         parts = ObjectParts(node)
@@ -127,7 +127,7 @@ class Reader:
         if len(tail) < 3 or not isinstance(tail[2], bytes) or len(tail[2]) < 8:
             raise NodeError(f"{node.desc.name} ends before its class and ROI", node)
         probability: float = F8.unpack_from(tail[2])[0]
-        return Row(
+        return ObjectRow(
             identity,
             kind,
             self._text(content[0]),

@@ -19,12 +19,12 @@ from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.limits import spoken
 from darefine_qupath.project.qpdata.hierarchy import duplicates_of, walk
 from darefine_qupath.project.qpdata.items import Items, TmaGrid, read_items, root_of, tma_grid
-from darefine_qupath.project.qpdata.objects import Reader, Row
+from darefine_qupath.project.qpdata.objects import ObjectReader, ObjectRow
 from darefine_qupath.project.qpdata.rois import RoiBatch, RoiError
 from darefine_qupath.project.qpdata.schema import PATH_CLASS
 from darefine_qupath.project.servers import is_since
 
-__all__ = ["ImageData", "open_compact", "read_image_data", "reading", "roi_batch"]
+__all__ = ["ImageData", "decode_compact", "naming_file", "read_image_data", "roi_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class _Collected(NamedTuple):
     """All that a file says but for the geometries; no node of its stream."""
 
     items: Items
-    reader: Reader
-    rows: list[Row]
+    reader: ObjectReader
+    rows: list[ObjectRow]
     tma_grid: TmaGrid | None
 
 
@@ -74,7 +74,7 @@ def _collect(stream: Stream, data: bytes, path: Path | None, rois: RoiBatch | No
     items = read_items(stream, data, path)
     if rois is None:
         rois = roi_batch(items, data)
-    reader = Reader(len(data), rois)
+    reader = ObjectReader(len(data), rois)
     rows = reader.rows(walk(root_of(items), items.server_text))
     grid = tma_grid(items.hierarchy, reader.cores)  # type: ignore[arg-type]
     return _Collected(replace(items, hierarchy=None), reader, rows, grid)
@@ -85,7 +85,7 @@ def roi_batch(items: Items, data: bytes) -> RoiBatch:
     return RoiBatch(8 * len(data) + 1_000_000, rounds_all=is_since(items.qupath_version or "", 0, 6))
 
 
-def open_compact(data: bytes) -> Stream:
+def decode_compact(data: bytes) -> Stream:
     """Decode a file; objects that are alike stay bytes, but for those that define a path class."""
     stream = decode(data, is_compact=True)
     unpack(stream, PATH_CLASS)
@@ -94,7 +94,7 @@ def open_compact(data: bytes) -> Stream:
 
 def _decode_and_collect(data: bytes, path: Path | None) -> _Collected:
     with contextlib.suppress(NodeError):
-        return _collect(open_compact(data), data, path)
+        return _collect(decode_compact(data), data, path)
     # Only the whole tree knows where a node stands.
     stream = decode(data)
     try:
@@ -128,7 +128,7 @@ def _offset_of_roi(slot: int, data: bytes) -> int | None:
 
 
 @contextlib.contextmanager
-def reading(path: Path | None) -> Iterator[None]:
+def naming_file(path: Path | None) -> Iterator[None]:
     """Turn every unexpected error into one that names the file."""
     try:
         yield
@@ -160,7 +160,7 @@ def read_image_data(data: bytes, *, path: Path | None = None) -> ImageData:
     ProjectFormatError
         If the file is damaged or holds something that cannot be read; names file, offset and class.
     """
-    with reading(path), paused_garbage_collection():
+    with naming_file(path), paused_garbage_collection():
         items, reader, rows, grid = _decode_and_collect(data, path)
         try:
             rois = reader.rois.build()

@@ -15,7 +15,7 @@ from darefine_qupath.project.qpdata.compare import NodeComparison, changed_field
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.hierarchy import remaining_parents
 from darefine_qupath.project.qpdata.properties import without_properties
-from darefine_qupath.project.qpdata.read import reading
+from darefine_qupath.project.qpdata.read import naming_file
 
 __all__ = ["verify_edit", "verify_objects"]
 
@@ -52,14 +52,14 @@ def verify_edit(
         If anything differs; says what.
     """
     try:
-        with reading(path):
+        with naming_file(path):
             difference = _difference(before, changes, after)
     except NodeError as error:
         raise _failed(path, error.message) from None
     if difference is not None:
         raise _failed(path, difference)
     wanted = {record.id for record in touched}
-    numbers = {item.id: number for number, item in enumerate(after.found) if item.id in wanted}
+    numbers = {item.id: number for number, item in enumerate(after.objects) if item.id in wanted}
     for first in range(0, len(touched), _PORTION):
         portion = touched[first : first + _PORTION]
         verify_objects(portion, after.records([numbers[record.id] for record in portion]), path=path)
@@ -68,27 +68,27 @@ def verify_edit(
 def _difference(before: Document, changes: Changes, after: Document) -> str | None:
     """Find what should have stayed and did not; None where all did."""
     gone, new = set(changes.remove), {record.id for record in changes.add}
-    removed = {number for number, item in enumerate(before.found) if item.id in gone}
-    owners = remaining_parents(before.found, removed)
-    ours = [number for number in range(len(before.found)) if number not in removed]
-    theirs = [item for item in after.found if item.id not in new]
-    if len(after.found) != len(ours) + len(new) or len(theirs) != len(ours):
+    removed = {number for number, item in enumerate(before.objects) if item.id in gone}
+    parents = remaining_parents(before.objects, removed)
+    ours = [number for number in range(len(before.objects)) if number not in removed]
+    theirs = [item for item in after.objects if item.id not in new]
+    if len(after.objects) != len(ours) + len(new) or len(theirs) != len(ours):
         return f"{len(ours) + len(new) - 1} objects were written and {after.num_objects} read back"
     replaced = {record.id for record in changes.replace}
     comparison = NodeComparison()
     for number, two in zip(ours, theirs, strict=True):
-        one = before.found[number]
+        one = before.objects[number]
         if one.id != two.id:
             return "objects came back in another order"
-        if number and before.found[owners[number]].id != after.found[two.parent].id:
+        if number and before.objects[parents[number]].id != after.objects[two.parent].id:
             return f"object {one.id} came back below another one"
         if one.id not in replaced and not comparison.same_object(one.node, two.node):
             return f"object {one.id} came back changed"
     # Connections and the TMA grid refer to objects, which may have other children now, or be other ones.
     for number, two in zip(ours, theirs, strict=True):
-        one = before.found[number]
+        one = before.objects[number]
         if one.id in replaced or not is_packed(one.node):
-            comparison.take_as_same(one.node, two.node)
+            comparison.assume_same(one.node, two.node)
     if not comparison.same(_beside(before, changes), _beside(after, changes)):
         return "what stands beside the objects came back changed"
     wrong = [name for name, value in changes.properties.items() if after.items.properties.get(name) != value]
