@@ -102,10 +102,10 @@ def export_labels(
     records_of = {image.id: records for image, records in drawn if class_counts(records)}
 
     def write(image: ImageEntry) -> tuple[int, int] | None:
-        if image.width is None or image.height is None:
+        if image.size is None:
             return None
         painter = LabelPainter(records_of[image.id], class_map)
-        size = write_label_tiff(painter, (image.width, image.height), out / f"{image.id}.tif", downsample=downsample)
+        size = write_label_tiff(painter, image.size, out / f"{image.id}.tif", downsample=downsample)
         return size.width, size.height
 
     written = for_images([image for image, _ in drawn if image.id in records_of], write, on_error)

@@ -172,10 +172,9 @@ def import_files(
     classes = [path_class.name for path_class in project.classes]
     read = []
     for file, image in files:
-        size = None if image.width is None or image.height is None else (image.width, image.height)
         name = image.name if image.path is None else image.path.name
         read.append(
-            (read_for_image(file, options, classes, name=name, path=image.path, mpp=image.mpp, size=size), image)
+            (read_for_image(file, options, classes, name=name, path=image.path, mpp=image.mpp, size=image.size), image)
         )
     return add_to_project(project, read, options, dry_run=dry_run)
 

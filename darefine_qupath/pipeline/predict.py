@@ -348,13 +348,12 @@ def _vectorize_map(
             found = np.where(score_map.read("confidence", window) >= threshold, found, np.uint8(IGNORE))
         return found
 
-    size = None if image.width is None or image.height is None else (image.width, image.height)
     polygons = vectorize(
         labels,
         box=score_map.box,
         size=score_map.size,
         mpp=score_map.mpp,
-        image_size=size,
+        image_size=image.size,
         simplify_um=options.simplify_um,
         min_area_um2=options.min_area_um2,
         min_hole_um2=options.min_hole_um2,

@@ -202,8 +202,9 @@ def score_context(
 
 
 def slide_size(image: ImageEntry) -> Size:
-    if image.width is not None and image.height is not None:
-        return Size(image.width, image.height)
+    """Size of an image by its project, else by its file."""
+    if image.size is not None:
+        return image.size
     assert image.path is not None
     with open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
         return slide.size

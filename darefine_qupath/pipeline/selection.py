@@ -171,14 +171,11 @@ def size_mismatch(image: ImageEntry, mpp: float | None = None) -> str | None:
     """
     assert image.path is not None
     try:
-        with (
-            wording(SlideError),
-            open_slide(image.path, crop_bounds=image.crop_bounds) as slide,
-        ):
+        with wording(SlideError), open_slide(image.path, crop_bounds=image.crop_bounds) as slide:
             size, by_file = slide.size, slide.pixel_size
     except SlideError as error:
         return str(error)
-    if image.width is None or image.height is None or (image.width, image.height) == tuple(size):
+    if image.size is None or image.size == size:
         return _why_not_square(image, by_file) if mpp is None else None
     return (
         f"QuPath lists it as {image.width} x {image.height} px, but its file has {size.width} x {size.height}; "
@@ -291,8 +288,7 @@ def _read_annotations(
 def warn_of_unlearnable_objects(drawn: Iterable[tuple[ImageEntry, Sequence[Annotation]]]) -> None:
     """Log, image by image, how many annotations give no label, and why."""
     for image, records in drawn:
-        size = None if image.width is None or image.height is None else (image.width, image.height)
-        line = unlearnable_words(count_unlearnable(records, size))
+        line = unlearnable_words(count_unlearnable(records, image.size))
         if line:
             _log.warning("%s: %s", image.name, line)
 

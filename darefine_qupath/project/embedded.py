@@ -272,8 +272,7 @@ class EmbeddedProject(ProjectReader):
         return after, backup
 
     def _size_of(self, entry_id: str) -> Size | None:
-        image = self._known_entry(self._records[entry_id])
-        return None if image.width is None or image.height is None else Size(image.width, image.height)
+        return self._known_entry(self._records[entry_id]).size
 
     def _first_data(self, record: qpproj.EntryRecord, image_type: str) -> bytes:
         """Make the ``data.qpdata`` of an image that is added."""

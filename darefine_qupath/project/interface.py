@@ -13,7 +13,7 @@ from uuid import UUID
 from darefine_qupath.annotations import Annotation
 from darefine_qupath.classes import Color, PathClass
 from darefine_qupath.errors import ImageNotFoundError
-from darefine_qupath.geometry import PixelSize
+from darefine_qupath.geometry import PixelSize, Size
 
 __all__ = ["Applied", "Changes", "Engine", "ImageEntry", "ImageState", "Project", "image_titles"]
 
@@ -69,6 +69,11 @@ class ImageEntry:
     description: str | None = None
     server_args: tuple[str, ...] = ()
     unsupported: str | None = None
+
+    @property
+    def size(self) -> Size | None:
+        """Width and height; None where the project does not say."""
+        return None if self.width is None or self.height is None else Size(self.width, self.height)
 
     @property
     def crop_bounds(self) -> bool:

@@ -231,9 +231,7 @@ def _window(image: ImageEntry, center: NDArray[np.float64], side: int) -> Box:
         start = round(value - side / 2)
         corner.append(max(0, start if limit is None else min(start, limit - side)))
     box = Box(corner[0], corner[1], side, side)
-    if image.width is None or image.height is None:
-        return box
-    return box.intersection(Box(0, 0, image.width, image.height)) or box
+    return box if image.size is None else box.intersection(Box.of(image.size)) or box
 
 
 def _looked_at(project: Project, image: ImageEntry) -> list[Any]:
