@@ -367,7 +367,7 @@ def test_progress_counts_blocks() -> None:
         pytest.param({"confidence": np.zeros((3, 4), np.uint8)}, "4 x 3, the map is 4 x 4", id="sizes"),
         pytest.param({"box": Box(0, 0, 1, 4)}, "must not be finer", id="too fine"),
         pytest.param({"box": Box(5_000_000, 0, 40, 40)}, "loses precision", id="too far"),
-        pytest.param({"mpp": 0.0}, "0.0 micrometres per pixel", id="mpp"),
+        pytest.param({"mpp": 0.0}, "0.0 micrometers per pixel", id="mpp"),
         pytest.param({"simplify_px": -1}, "simplified by -", id="tolerance"),
         pytest.param({"min_area_px": -1}, "smallest area of -1", id="area"),
         pytest.param({"max_vertices": 3}, "allow 400 or more", id="vertices"),

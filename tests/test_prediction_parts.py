@@ -688,7 +688,7 @@ def test_unreadable_places_are_found_before_work_starts(tmp_path: Path) -> None:
     assert found.kind == "unreadable"
     assert 0.2 < found.value < 0.7
     options = PredictOptions(tissue=False, device="cpu", strict=True)
-    with pytest.raises(PredictionError, match="places looked at cannot be read"):
+    with pytest.raises(PredictionError, match="sampled places cannot be read"):
         predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=options)
 
 

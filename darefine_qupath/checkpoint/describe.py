@@ -25,7 +25,7 @@ def describe(source: Checkpoint | CheckpointHeader | Path | str) -> str:
         ("weights", f"{header.num_parameters / 1e6:.2f} million values, sha256 {header.weights_sha256[:16]}"),
         ("classes", ", ".join(f"{label} {name}" for label, name in enumerate(header.classes.names))),
         ("tiles", _tiles_text(header.tiles)),
-        ("input", _normalisation_text(header.normalization)),
+        ("input", _normalization_text(header.normalization)),
         *((key, _value_text(value)) for key, value in header.provenance.items()),
     ]
     width = max(len(key) for key, _ in lines)
@@ -40,10 +40,10 @@ def _tiles_text(tiles: TileSpec) -> str:
     return f"{shown} {unit if unit == 'um' else 'level-0 px'}, fed as {fed}, {tiles.placement}"
 
 
-def _normalisation_text(normalization: Normalization) -> str:
+def _normalization_text(normalization: Normalization) -> str:
     shown = f"mean {_numbers(normalization.mean)}, std {_numbers(normalization.std)}"
     context = normalization.context
-    return shown if context is None else f"slice {shown}; context {_normalisation_text(context)}"
+    return shown if context is None else f"slice {shown}; context {_normalization_text(context)}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -17,7 +17,7 @@ __all__ = ["export_onnx"]
 def export_onnx(checkpoint: Checkpoint, path: Path | str) -> None:
     """Write the network as ONNX, with the tile sizes of the model and any batch size.
 
-    Inputs are ``slice`` and, where the network has a context, ``context`` (float32, (B, 3, size, size), normalised as
+    Inputs are ``slice`` and, where the network has a context, ``context`` (float32, (B, 3, size, size), normalized as
     ``normalization`` in the metadata says, which has a ``context`` of its own where that differs) and for ``aligned``
     fusion ``box`` (B, 4); the output is ``logits``. The header of the model file is in the metadata.
 

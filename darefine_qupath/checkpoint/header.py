@@ -1,4 +1,4 @@
-"""Read and write the header of a model file: network, tiles, classes, normalisation and provenance."""
+"""Read and write the header of a model file: network, tiles, classes, normalization and provenance."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class CheckpointHeader:
         The tiles it was trained on, and has to be given.
     classes : ClassMap
         What its logits mean.
-    normalisation : Normalisation
+    normalization : Normalization
         How pixels become its input.
     provenance : mapping of str to Any
         Where it comes from, as JSON values: ``data`` (digest), ``split``, ``metrics``, ``recipe``, ``environment``, ...
     weights_sha256 : str
         Digest of the weights.
     num_parameters : int
-        Values in the weights, buffers of batch normalisation included.
+        Values in the weights, buffers of batch normalization included.
     model_id : str
         Twelve hexadecimal digits that stand for everything that decides what the model predicts. They are written into
         the file, so that a model keeps its id when the names of settings change.

@@ -1,6 +1,6 @@
 """Save and load a model file: one ``.safetensors`` whose header says what it is.
 
-Beside the weights, the header holds everything that prediction needs (network, tiles, classes, normalisation) and where
+Beside the weights, the header holds everything that prediction needs (network, tiles, classes, normalization) and where
 the model comes from. Nothing in it is ever executed; a file of another kind, of another version or with damage is
 refused by name.
 """
@@ -51,7 +51,7 @@ class Checkpoint:
     ----------
     state : mapping of str to Tensor
         The network's state_dict.
-    model, tiles, classes, normalisation, provenance
+    model, tiles, classes, normalization, provenance
         See `CheckpointHeader`.
     """
 

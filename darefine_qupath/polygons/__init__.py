@@ -1,10 +1,10 @@
 """Turn a label map into class polygons that share their borders exactly.
 
 The map is sieved, traced with 4-connectivity, rounded by less than half a map pixel, and simplified as a coverage
-(Visvalingam-Whyatt on the shared borders, `shapely.coverage_simplify`), so neighbours have the same border to the
+(Visvalingam-Whyatt on the shared borders, `shapely.coverage_simplify`), so neighbors have the same border to the
 last bit: no gap, no overlap. Three facts make that hold from the first pixel to QuPath's file:
 
-* Every border point is a corner of the pixel lattice moved by less than half a pixel, the same for both neighbours.
+* Every border point is a corner of the pixel lattice moved by less than half a pixel, the same for both neighbors.
   Lattice edges that share no end lie a whole pixel apart on one axis, so borders moved that little cannot cross.
 * Points are rounded to quarters of a level-0 pixel *before* they are simplified, and simplification only leaves
   points out. A quarter is a multiple of QuPath's precision (0.01 px) and exact in the float32 that QuPath stores

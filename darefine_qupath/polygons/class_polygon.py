@@ -20,7 +20,7 @@ class ClassPolygon:
     geometry : Polygon
         In level-0 pixels, on quarters of a pixel; valid, holes kept.
     area_um2 : float or None
-        Area in square micrometres; None while the pixel size is unknown.
+        Area in square micrometers; None while the pixel size is unknown.
     confidence, margin : float or None
         Means over the region's pixels of the map, 0 to 1 where the layer is; None where no layer was given.
     runner_up : int or None

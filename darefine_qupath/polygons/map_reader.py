@@ -47,7 +47,7 @@ class MapReader:
         """Layer of any kind; `size` is what it must measure."""
         if isinstance(layer, np.ndarray):
             if layer.ndim != 2 or 0 in layer.shape:
-                raise PolygonError(f"A map has rows and columns, this one has the shape {layer.shape}")
+                raise PolygonError(f"A map must have rows and columns; this one has the shape {layer.shape}")
             array = layer
             found = cls(layer.shape[1], layer.shape[0], lambda at: array[at.y : at.bottom, at.x : at.right])
         elif callable(layer):

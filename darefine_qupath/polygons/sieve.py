@@ -28,7 +28,7 @@ _SIEVES = 4
 
 
 def sieve_labels(source: MapReader, settings: VectorizeSettings, scratch: Path) -> NDArray[np.uint8]:
-    """Map inside the image with regions below the smallest area given to their largest neighbour."""
+    """Map inside the image with regions below the smallest area given to their largest neighbor."""
     width, height = settings.columns[1] - settings.columns[0], settings.rows[1] - settings.rows[0]
     large = width * height > IN_MEMORY_PIXELS
     current = _read_all(source, settings, _canvas((height, width), scratch / "labels" if large else None))
@@ -40,7 +40,7 @@ def sieve_labels(source: MapReader, settings: VectorizeSettings, scratch: Path) 
         with WARNINGS_LOCK:
             features.sieve(current, threshold, out=other, connectivity=4)
         current, other = other, current
-        # One pass leaves a small region whose neighbours are all small. Few of them are better dealt with one by one,
+        # One pass leaves a small region whose neighbors are all small. Few of them are better dealt with one by one,
         # when they are known; many are not.
         if _changed(current, other) < current.size // 100:
             break

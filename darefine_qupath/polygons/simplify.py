@@ -65,19 +65,19 @@ def _fixed(points: NDArray[np.int32], window: NDArray[np.uint8]) -> NDArray[np.b
 
 
 def _smoothed(rings: Rings, fixed: NDArray[np.bool_], limit: float) -> NDArray[np.float64]:
-    """Points pulled towards their neighbours on the border, each by less than `limit` from its lattice place."""
+    """Points pulled towards their neighbors on the border, each by less than `limit` from its lattice place."""
     home = rings.points.astype(np.float64)
     pull = np.where(fixed, 0.0, 0.25)[:, None]
     moved = home.copy()
     for _ in range(_PASSES):
-        # Before plus after is the same sum whichever way the ring runs: both neighbours get the same bits.
+        # Before plus after is the same sum whichever way the ring runs: both neighbors get the same bits.
         moved += (rings.step_back(moved) + rings.step(moved) - 2 * moved) * pull
         np.clip(moved, home - limit, home + limit, out=moved)
     return moved
 
 
 def _thinned(rings: Rings, fixed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Every second point, by a rule that both neighbours of a border follow: the parity of its lattice place."""
+    """Every second point, by a rule that both neighbors of a border follow: the parity of its lattice place."""
     return np.asarray(fixed | (rings.points.sum(axis=1) % 2 == 0), np.bool_)
 
 

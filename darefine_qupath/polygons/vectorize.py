@@ -52,13 +52,13 @@ def vectorize(
     box : Box
         What the map covers, in level-0 pixels; may overhang the image.
     mpp : float, optional
-        Micrometres per level-0 pixel. Without it the ``_px`` settings hold and areas in um^2 are None.
+        Micrometers per level-0 pixel. Without it the ``_px`` settings hold and areas in um^2 are None.
     size : tuple of int, optional
         Width and height of the map, for a callable.
     image_size : tuple of int, optional
         Width and height of the image at level 0; nothing is given back outside.
     simplify_um, simplify_px : float, optional
-        Detail that is left out: square root of the area of a bump, in micrometres, or in map pixels where
+        Detail that is left out: square root of the area of a bump, in micrometers, or in map pixels where
         `simplify_um` is None.
     min_area_um2, min_area_px : float, optional
         Smaller regions go to their largest neighbor; in um^2, or in map pixels where `min_area_um2` is None. Square
@@ -141,7 +141,7 @@ def _length(um: float | None, px: float, mpp: float | None, scale: tuple[float, 
 def _pixels(um2: float | None, px: float, mpp: float | None, scale: tuple[float, float]) -> float:
     """Area in map pixels."""
     if mpp is not None and not mpp > 0:
-        raise PolygonError(f"{mpp} micrometres per pixel make no sense; give the slide's mpp")
+        raise PolygonError(f"{mpp} micrometers per pixel make no sense; give the slide's mpp")
     value = um2 / (mpp * mpp * scale[0] * scale[1]) if um2 is not None and mpp is not None else px
     if not value >= 0:
         raise PolygonError(f"A smallest area of {value} map pixels makes no sense; give 0 or more")

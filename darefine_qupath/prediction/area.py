@@ -73,14 +73,14 @@ class PredictionArea:
         outside = None if self.tissue is None else ~_sampled(self.tissue, grid, top, bottom)
         if self.within is not None:
             scale = grid.downsample
-            # A pixel of the map belongs to the area when its centre does.
+            # A pixel of the map belongs to the area when its center does.
             beyond = geometry_mask([self.within], shape, Affine(scale, 0, 0, 0, scale, top * scale))
             outside = beyond if outside is None else outside | beyond
         return outside
 
 
 def _sampled(tissue: TissueMask, grid: MapGrid, top: int, bottom: int) -> NDArray[np.bool_]:
-    """Tissue at the centres of map pixels."""
+    """Tissue at the centers of map pixels."""
     height, width = tissue.mask.shape
     columns = (np.arange(grid.size.width) + 0.5) * grid.downsample * width / tissue.size[0]
     rows = (np.arange(top, bottom) + 0.5) * grid.downsample * height / tissue.size[1]

@@ -1,7 +1,7 @@
 """Blend overlapping slices smoothly in a rolling band of map rows.
 
 Scores are weighted by a window that falls towards the slice's edge and summed on the score map's grid; the sum of the
-windows normalises them. Only the rows that unfinished slices can still reach are in memory.
+windows normalizes them. Only the rows that unfinished slices can still reach are in memory.
 """
 
 from __future__ import annotations

@@ -131,10 +131,10 @@ class Engine:
     Parameters
     ----------
     model : nn.Module
-        With ``encode_context`` and ``decode`` as `darefine_qupath.models.SegmentationNetwork` has them. It is made
-        ready in place (batch normalisation folded into convolutions, weights in the precision) and no good for
-        training any more.
-    normalisation : Normalisation
+        With ``encode_context`` and ``decode`` as `darefine_qupath.models.SegmentationNetwork` has them. It is changed
+        in place for prediction (batch normalization folded into convolutions, weights in the precision), so it cannot
+        be trained afterwards.
+    normalization : Normalization
         Of the pixels.
     settings : EngineSettings
         How to compute.

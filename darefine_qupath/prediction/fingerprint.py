@@ -31,7 +31,7 @@ def compute_fingerprint(
     checkpoint : Checkpoint or CheckpointHeader
         The model.
     mpp : float or None
-        Micrometres per level-0 pixel.
+        Micrometers per level-0 pixel.
     options : PredictOptions
         Of which those count that change scores. An ``"auto"`` is a choice of its own: a map that was begun on one
         machine is as good on another.

@@ -139,7 +139,7 @@ class PredictionJournal:
                 return None
             self._check(state, bottoms, width)
         except (PredictionError, ValueError) as error:
-            _log.warning("%s cannot be gone on with (%s): starting over", path, error)
+            _log.warning("%s cannot be resumed (%s): starting over", path, error)
             return None
         return state
 

@@ -27,10 +27,10 @@ class PredictOptions:
     batch_size : int or None
         Slices at once; None chooses. Halved when memory runs out.
     overlap : float or None
-        Part of a slice that its neighbour sees too, 0 to 0.9; None is as trained, but at least a quarter.
+        Part of a slice that its neighbor sees too, 0 to 0.9; None is as trained, but at least a quarter.
     context_overlap : float
         How far parent contexts overlap, 0 to 0.9: the part of the slices fitting into one that is left to its
-        neighbours, so that slices lie around the middle of their context and see tissue on all sides. Every slice is
+        neighbors, so that slices lie around the middle of their context and see tissue on all sides. Every slice is
         predicted once; a larger overlap costs more contexts, not more slices.
     tta : bool
         Average over the eight symmetries of the square; about eight times slower.

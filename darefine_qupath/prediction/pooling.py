@@ -18,7 +18,7 @@ __all__ = ["pool_logits", "pooled_length", "pooled_window", "smooth_window"]
 
 
 _EDGE = 1e-3
-"""Weight of a slice's outermost pixel against its centre: small, but a pixel that one slice alone sees counts."""
+"""Weight of a slice's outermost pixel against its center: small, but a pixel that one slice alone sees counts."""
 
 
 @lru_cache(maxsize=64)

@@ -39,7 +39,7 @@ class ScoreMap:
     """What a network said about a slide, on disk.
 
     A map pixel ``(row, column)`` covers the level-0 pixels from ``(column, row) * downsample`` on. The layers are
-    uint8 TIFFs: class (255 = not predicted, with a colour map), confidence and margin (0 to 255 for 0 to 1; the
+    uint8 TIFFs: class (255 = not predicted, with a color map), confidence and margin (0 to 255 for 0 to 1; the
     margin is the best score minus the second), and the runner-up class.
 
     Attributes
@@ -53,7 +53,7 @@ class ScoreMap:
     downsample : float
         Level-0 pixels per map pixel.
     mpp : float or None
-        Micrometres per level-0 pixel.
+        Micrometers per level-0 pixel.
     classes : ClassMap
         What the labels mean.
     model_id : str

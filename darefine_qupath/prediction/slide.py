@@ -62,8 +62,8 @@ def predict_slide(
 ) -> ScoreMap:
     """Predict a slide.
 
-    A finished map of the same image, model and options is given back at once; an unfinished one is gone on with, and
-    ends with the same bytes as if it had never stopped. Memory grows with the slide's width, not with its height.
+    A finished map of the same image, model and options is returned at once; an unfinished one is resumed, and ends
+    with the same bytes as if it had never stopped. Memory grows with the slide's width, not with its height.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def predict_slide(
     out : Path
         Folder for this image's maps; nobody else's.
     mpp : float, optional
-        Micrometres per level-0 pixel; the file's by default.
+        Micrometers per level-0 pixel; the file's by default.
     options : PredictOptions, optional
         How.
     progress : callable, optional
@@ -90,7 +90,7 @@ def predict_slide(
     PredictionError
         If prediction cannot start or go on, or `options.strict` is set and there is a warning.
     MissingMppError
-        If the model's tiles are in micrometres and the pixel size is not known.
+        If the model's tiles are in micrometers and the pixel size is not known.
     SlideError
         If the slide cannot be opened.
     """
@@ -207,7 +207,7 @@ class _SlidePrediction:
         same = replace(now, batch_size=state.settings.batch_size) == state.settings
         asked = (self.options.batch_size or state.settings.batch_size) >= state.settings.batch_size
         if not (same and asked):
-            _log.info("%s was begun with %s, now it would be %s: starting over", self.out, state.settings, now)
+            _log.info("%s was started with %s, this run would use %s: starting over", self.out, state.settings, now)
         return same and asked
 
     def _predict_rows(self, state: JournalState, progress: Callable[[PredictionProgress], None] | None) -> JournalState:

@@ -110,7 +110,7 @@ def check_slide(
     tiles : TileSpec
         Of the model.
     mpp : float or None
-        Micrometres per level-0 pixel.
+        Micrometers per level-0 pixel.
     provenance : mapping
         Of the checkpoint; ``"mpp"`` (the training slides' mean or a list) and ``"stain"`` (see `StainStatistics`) are
         looked at where they are there.
@@ -146,7 +146,7 @@ def _probe(slide: Slide, plan: SlidePlan) -> tuple[list[NDArray[np.uint8]], list
 def _unreadable(boxes: Sequence[Box], num_probes: int) -> SlideWarning:
     return SlideWarning(
         kind="unreadable",
-        message=f"{len(boxes)} of {num_probes} places looked at cannot be read; they stay unpredicted",
+        message=f"{len(boxes)} of {num_probes} sampled places cannot be read; they will have no prediction",
         value=len(boxes) / num_probes,
     )
 

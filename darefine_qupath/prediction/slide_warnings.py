@@ -60,7 +60,7 @@ def damage_warnings(unreadable: list[Box], white: list[Box]) -> Iterator[SlideWa
     if white:
         yield SlideWarning(
             kind="context",
-            message=f"{len(white)} pieces of contexts cannot be read and were white to the network",
+            message=f"{len(white)} pieces of contexts cannot be read; the network saw white there",
             value=float(len(white)),
             boxes=tuple(white),
         )

@@ -32,7 +32,7 @@ class SlideTask:
     out : Path
         Folder for this image's maps.
     mpp : float or None
-        Micrometres per level-0 pixel; the file's by default.
+        Micrometers per level-0 pixel; the file's by default.
     options : PredictOptions
         How.
     """
