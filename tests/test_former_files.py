@@ -45,6 +45,8 @@ def test_what_a_training_run_was_asked_for_is_read() -> None:
     request = TrainRequest.from_json(json.loads((FORMER / "run" / "request.json").read_text()))
     assert request.tiles.tiles["input_px"] == 64
     assert TrainRequest.from_json(request.to_json()) == request
+    former = {**request.to_json(), "train": {"clip_norm": 1.0, "schedule": "one-cycle"}}
+    assert TrainRequest.from_json(former).train == {"grad_clip_norm": 1.0, "schedule": "cosine"}
 
 
 def test_the_copy_of_the_project_s_settings_is_read() -> None:

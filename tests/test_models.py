@@ -31,7 +31,6 @@ from darefine_qupath.models import (
     SegmentationNetwork,
     box_within,
     build_model,
-    decoder_parameters,
     encoder_parameters,
     load_encoder_weights,
     load_imagenet_weights,
@@ -132,11 +131,12 @@ def test_width_decides_the_channels_of_the_decoder() -> None:
     assert [refine[0].convs[0].in_channels for refine in network.refinements] == [128, 64, 64, 64]
 
 
-def test_parameters_are_either_of_an_encoder_or_of_the_decoder() -> None:
+def test_parameters_of_the_encoders() -> None:
     network = on_meta(small())
-    parts = [*encoder_parameters(network), *decoder_parameters(network)]
-    assert len({id(part) for part in parts}) == len(parts) == len(list(network.parameters()))
-    assert sum(p.numel() for p in encoder_parameters(network)) == 2 * 2_958_848
+    parameters = encoder_parameters(network)
+    own = {id(p) for name, p in network.named_parameters() if name.startswith(("slice_encoder.", "context_encoder."))}
+    assert {id(parameter) for parameter in parameters} == own
+    assert sum(p.numel() for p in parameters) == 2 * 2_958_848
     assert not encoder_parameters(on_meta(ModelConfig(network="unet", width=8)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -203,7 +204,8 @@ def test_processes_whose_clocks_disagree_stop_at_the_same_step(tmp_path: Path) -
 
 def test_two_processes_of_the_command_line_have_the_loss_of_one(tmp_path: Path) -> None:
     (tmp_path / "darefine.toml").write_text(SETTINGS)
-    command = ["train", str(ROOT / "projects" / "tiny"), "--settings", str(tmp_path / "darefine.toml"), "-o"]
+    project = shutil.copytree(ROOT / "projects" / "tiny", tmp_path / "project")
+    command = ["train", str(project), "--settings", str(tmp_path / "darefine.toml"), "-o"]
     with pytest.raises(SystemExit) as ended:
         main([*command, str(tmp_path / "one")])
     printed = start_two("-c", "from darefine_qupath.cli import main; main()", *command, str(tmp_path / "two"))

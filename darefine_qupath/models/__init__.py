@@ -42,7 +42,6 @@ __all__ = [
     "SegmentationNetwork",
     "box_within",
     "build_model",
-    "decoder_parameters",
     "encoder_parameters",
     "load_encoder_weights",
     "load_imagenet_weights",
@@ -82,12 +81,6 @@ def _build(config: ModelConfig) -> SegmentationNetwork:
 def encoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:
     """Return the parameters of the encoders, in a fixed order; empty for U-Net."""
     return [parameter for encoder in model.encoders.values() for parameter in encoder.parameters()]
-
-
-def decoder_parameters(model: SegmentationNetwork) -> list[nn.Parameter]:
-    """Return the parameters outside the encoders, in a fixed order."""
-    inside = {id(parameter) for parameter in encoder_parameters(model)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
 
 def num_parameters(model: nn.Module) -> int:

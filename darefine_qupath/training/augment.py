@@ -78,7 +78,7 @@ class AugmentationParams:
         Magnification of slice and context.
     place : tuple of float
         Where the crop lies, x and y for the slice, then for the context; 0 to 1 within the room it has.
-    stains, colours : tuple of float
+    stains, colors : tuple of float
         Relative changes: haematoxylin, eosin, residual; brightness, contrast, saturation.
     blank_context : bool
         Whether the context is shown white.
@@ -86,9 +86,9 @@ class AugmentationParams:
 
     symmetry: int = 0
     scale: float = 1.0
-    place: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
-    stains: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    colors: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    place: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5)
+    stains: tuple[float, ...] = (0.0, 0.0, 0.0)
+    colors: tuple[float, ...] = (0.0, 0.0, 0.0)
     blank_context: bool = False
 
 
@@ -113,17 +113,13 @@ def draw_augmentation(config: TrainConfig, *, epoch: int, position: int) -> Augm
     symmetry = int(rng.integers(8)) & {"none": 0, "flip": 3, "dihedral": 7}[config.flips]
     low, high = np.log(config.scale)
     scale = float(np.exp(low + (high - low) * rng.random()))
-    place = rng.random(4)
-    stains = config.stain_jitter * rng.uniform(-1, 1, 3)
-    colors = config.color_jitter * rng.uniform(-1, 1, 3)
-    blank = bool(rng.random() < config.context_dropout)
     return AugmentationParams(
         symmetry=symmetry,
         scale=scale,
-        place=(float(place[0]), float(place[1]), float(place[2]), float(place[3])),
-        stains=(float(stains[0]), float(stains[1]), float(stains[2])),
-        colors=(float(colors[0]), float(colors[1]), float(colors[2])),
-        blank_context=blank,
+        place=tuple(rng.random(4).tolist()),
+        stains=tuple((config.stain_jitter * rng.uniform(-1, 1, 3)).tolist()),
+        colors=tuple((config.color_jitter * rng.uniform(-1, 1, 3)).tolist()),
+        blank_context=bool(rng.random() < config.context_dropout),
     )
 
 

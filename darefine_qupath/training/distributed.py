@@ -59,12 +59,6 @@ class ProcessGroup:
             distributed.all_reduce(tensor)
         return tensor
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            # NCCL would guess the device, and warn.
-            distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
     def value_of_main(self, value: float) -> float:
         """Return what the first process has, whatever this one has; a collective call.
 
