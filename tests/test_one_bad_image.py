@@ -124,7 +124,7 @@ def test_an_error_that_nobody_has_thought_of_is_that_images(
         return whole(project, image)
 
     monkeypatch.setattr(Project, "annotations", fails)
-    monkeypatch.setattr(check, "_copies", lambda _: [])
+    monkeypatch.setattr(check, "_find_copies", lambda _: [])
     for words in (("check",), ("export", "--geojson", str(folder / "out"))):
         code, out, err = run(words[0], folder, *words[1:])
         assert code in (1, 2)

@@ -305,7 +305,7 @@ def test_the_model_that_was_reviewed_is_found(
     assert find_former_model(project) == always_normal
     always_normal.unlink()
     assert find_former_model(project) is None
-    assert f"is not at {always_normal}" in caplog.text
+    assert f"cannot be found at {always_normal}" in caplog.text
 
 
 # The whole way, with a training that only notes what it was given
