@@ -1,4 +1,4 @@
-"""From a slide to a score map on disk: shared contexts, smooth blending, bounded memory, resumable."""
+"""Predict slides into score maps on disk: shared contexts, smooth blending, bounded memory, resumable."""
 
 from darefine_qupath.prediction.many_slides import predict_many
 from darefine_qupath.prediction.options import PredictionProgress, PredictOptions

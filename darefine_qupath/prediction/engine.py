@@ -235,7 +235,7 @@ class Engine:
 
         Returns
         -------
-        SliceScores
+        BatchScores
             On the map's grid.
         """
         jobs = list(zip(slices, index, boxes, phases, strict=True))

@@ -158,8 +158,8 @@ class _SlidePrediction:
 
     def predict(self, progress: Callable[[PredictionProgress], None] | None) -> ScoreMap:
         with self.journal.locked():
-            state = self._interrupted() if self.options.resume else None
-            if state is None or not self._can_go_on(state):
+            state = self._load_interrupted() if self.options.resume else None
+            if state is None or not self._can_resume(state):
                 state = self._start()
             _raise_if_strict(self.slide, state.warnings, self.options)
             if state.rows_done < len(self.plan.rows):
@@ -170,7 +170,7 @@ class _SlidePrediction:
             self.journal.clear()
         return score_map
 
-    def _interrupted(self) -> JournalState | None:
+    def _load_interrupted(self) -> JournalState | None:
         bottoms = [row.bottom for row in self.plan.rows]
         return self.journal.load(self.fingerprint, bottoms=bottoms, width=self.plan.grid.size.width)
 
@@ -201,7 +201,7 @@ class _SlidePrediction:
             output_stride=self.options.output_stride,
         )
 
-    def _can_go_on(self, state: JournalState) -> bool:
+    def _can_resume(self, state: JournalState) -> bool:
         """Whether this machine, and the user, would compute as the run did that was interrupted."""
         now = self._settings()
         same = replace(now, batch_size=state.settings.batch_size) == state.settings
@@ -323,7 +323,7 @@ class _SlidePrediction:
             band.add(WindowedScores(row, column, scores, weight))
 
     def _finite(self, scored: _PendingScores) -> BatchScores:
-        """Scores of a batch, in float32 where they are no numbers otherwise: those would spread to all that overlap."""
+        """Scores of a batch, again in float32 where they are not finite, which would spread to all that overlap."""
         scores = scored.scores
         wrong = scores.first_not_finite()
         if wrong is not None:
