@@ -258,7 +258,7 @@ class _Streams:
 
     def _external(self, depth: int) -> JavaObject:
         node = self._keep(JavaObject(self.desc((E,))))
-        node.content = self.values(depth - 1)
+        node.data = tuple(self.values(depth - 1))
         return node
 
     def _object(self, depth: int) -> JavaObject:

@@ -301,7 +301,7 @@ def test_the_old_measurements_of_32_bits_are_read() -> None:
     items = [JavaObject.of(desc, {"value": value, "name": JavaString(f"m{value}")}) for value in (0.5, -2.25)]
     backing = builder.object("java.util.ArrayList", {"size": 2, "@java.util.ArrayList": (bytes(3) + b"\x02", *items)})
     measured = builder.object("qupath.lib.measurements.DefaultMeasurementList", {"list": backing})
-    old = _old_object(builder, "x").content
+    old = _old_object(builder, "x").data
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:2], measured, *old[3:]))
     image = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
     assert image.objects[0].measurements == {"m0.5": 0.5, "m-2.25": -2.25}
@@ -313,7 +313,7 @@ def test_the_layout_with_a_uuid_object_is_read(num_fields: int) -> None:
     desc = decode(_uuid_stream()).contents[0].desc  # type: ignore[union-attr]
     high, low = ID.int >> 64, ID.int & (2**64 - 1)
     identity = JavaObject.of(desc, {"mostSigBits": high - (high >> 63 << 64), "leastSigBits": low - (low >> 63 << 64)})
-    old = _old_object(builder, "x").content
+    old = _old_object(builder, "x").data
     fields = [builder.metadata({"k": "v"}, None)][:num_fields]
     count = num_fields.to_bytes(4, "big")
     blocks = (count, *fields, bytes(4)) if fields else (count + bytes(4),)
@@ -344,7 +344,7 @@ def test_the_old_area_roi_is_read() -> None:
         builder.desc("qupath.lib.roi.PolygonROI$SerializationProxy"), "qupath.lib.roi.AreaROI$SerializationProxy"
     )
     roi = JavaObject.of(desc, {"c": -1, "x": columns[0], "y": columns[1]})
-    old = _old_object(builder, "x").content
+    old = _old_object(builder, "x").data
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], roi, old[6]))
     image = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node)))
     assert image.objects[0].roi == "Geometry"
@@ -359,7 +359,7 @@ def test_a_roi_of_a_foreign_library_is_refused_by_name() -> None:
     builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     name = "qupath.lib.roi.GeometryROI$SerializationProxy"
     desc = _renamed(builder.desc("qupath.lib.roi.PolygonROI$SerializationProxy"), name)
-    old = _old_object(builder, "x").content
+    old = _old_object(builder, "x").data
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], JavaObject.of(desc, {}), old[6]))
     data = _stream_of((None, None, None, (1).to_bytes(4, "big"), node))
     with pytest.raises(
@@ -401,7 +401,7 @@ def test_a_file_without_its_end_says_so(annotated: ImageData) -> None:
 def test_an_object_that_is_its_own_child_is_refused() -> None:
     stream = decode(_stream_of((None, None, None, bytes(4))))
     root = stream.contents[2].get("rootObject")  # type: ignore[union-attr]
-    root.content = (None, None, None, (1).to_bytes(4, "big"), root)
+    root.data = (None, None, None, (1).to_bytes(4, "big"), root)
     with pytest.raises(ProjectFormatError, match="in the hierarchy twice"):
         read_image_data(encode(stream))
 
@@ -635,7 +635,7 @@ def test_numbers_of_any_size_are_read(value: float) -> None:
     builder = NodeBuilder(Stream(()), is_modern=True, colors={})
     name = "qupath.lib.roi.RectangleROI$SerializationProxy"
     roi = builder.object(name, {"c": -1, "x": value, "x2": value + abs(value), "y": 0.0, "y2": 1.0})
-    old = _old_object(builder, "x").content
+    old = _old_object(builder, "x").data
     node = builder.external("qupath.lib.objects.PathAnnotationObject", (*old[:5], roi, old[6]))
     (record,) = read_image_data(_stream_of((None, None, None, (1).to_bytes(4, "big"), node))).objects
     assert record.geometry.bounds[0] == pytest.approx(value, abs=0.005)

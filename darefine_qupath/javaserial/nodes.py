@@ -54,7 +54,7 @@ class JavaObject:
 
     Notes
     -----
-    `content` is all that an object of an externalizable class has; `get` and `put` are for the fields of the others.
+    `get` and `put` are for the fields of classes that are not externalizable.
     """
 
     __slots__ = ("data", "desc")
@@ -85,15 +85,6 @@ class JavaObject:
             if part.flags & Flag.WRITE_METHOD:
                 data.append(tuple(values.get(f"@{part.name}", ())))
         return cls(desc, data)
-
-    @property
-    def content(self) -> tuple[Content, ...]:
-        """What an externalizable object wrote."""
-        return self.data
-
-    @content.setter
-    def content(self, values: Sequence[Content]) -> None:
-        self.data = tuple(values)
 
     def get(self, name: str) -> Any:  # noqa: ANN401 - a field holds whatever its type says
         """Value of a field, or of an annotation by ``"@class name"``.

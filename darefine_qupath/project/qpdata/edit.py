@@ -147,10 +147,10 @@ class _Editor:
 
     @staticmethod
     def _set_children(parts: ObjectParts, children: Sequence[Content]) -> None:
-        content = parts.node.content
+        content = parts.node.data
         block = content[parts.first_child - 1]
-        count = block[:-4] + len(children).to_bytes(4, "big")  # type: ignore[index]
-        parts.node.content = (*content[: parts.first_child - 1], count, *children, *content[parts.tail :])
+        count = block[:-4] + len(children).to_bytes(4, "big")
+        parts.node.data = (*content[: parts.first_child - 1], count, *children, *content[parts.tail :])
 
     def _new_nodes(
         self, records: Sequence[Annotation], removed: set[int], parents: Sequence[int]
@@ -174,7 +174,7 @@ class _Editor:
         for record, roi, nucleus in zip(reached, *self._new_rois(reached), strict=True):
             children = [nodes[child.id] for child in below.get(record.id, ())]
             is_wide = needs_wide_list(record, None)
-            nodes[record.id].content = self.builder.path_object(record, roi, nucleus, children, is_wide=is_wide)
+            nodes[record.id].data = self.builder.path_object(record, roi, nucleus, children, is_wide=is_wide)
         added: dict[int, list[Content]] = {}
         for number, record in tops:
             added.setdefault(number, []).append(nodes[record.id])
@@ -203,7 +203,7 @@ class _Editor:
 
     def _replace(self, parts: ObjectParts, record: Annotation, former: Annotation) -> None:
         _check_layout(parts, record, former)
-        content = list(parts.node.content)
+        content = list(parts.node.data)
         if record.name != former.name:
             content[0] = None if record.name is None else JavaString(record.name)
         if record.color != former.color:
@@ -213,7 +213,7 @@ class _Editor:
         if not same_numbers(record.measurements, former.measurements):
             content[3] = self.builder.measurements(record.measurements, is_wide=needs_wide_list(record, former))
         self._replace_tail(content, parts.tail, record, former)
-        parts.node.content = content
+        parts.node.data = tuple(content)
 
     def _replace_tail(self, content: list[Content], tail: int, record: Annotation, former: Annotation) -> None:
         if record.locked != former.locked:

@@ -153,7 +153,7 @@ def _locale(node: JavaObject) -> str:
 
 
 def _workflow(node: JavaObject) -> tuple[WorkflowStep, ...]:
-    return tuple([_workflow_step(step) for step in node.content if isinstance(step, JavaObject)])
+    return tuple([_workflow_step(step) for step in node.data if isinstance(step, JavaObject)])
 
 
 def _workflow_step(step: JavaObject) -> WorkflowStep:
@@ -166,7 +166,7 @@ _Step = tuple[str | None, str | None]
 
 
 def _simple_step(step: JavaObject) -> _Step:
-    strings = [text(part) for part in step.content if not isinstance(part, bytes)]
+    strings = [text(part) for part in step.data if not isinstance(part, bytes)]
     if len(strings) != 5:
         raise NodeError(f"{step.desc.name} has {len(strings)} texts instead of 5", step)
     name, plugin, argument, before, after = strings

@@ -71,7 +71,7 @@ def _cross(a: tuple[float, float, float], b: tuple[float, float, float]) -> tupl
 
 def read_stains(node: JavaObject) -> Stains:
     """Read the node of the stains."""
-    described = next((text(part) for part in node.content if isinstance(part, JavaString)), None)
+    described = next((text(part) for part in node.data if isinstance(part, JavaString)), None)
     values = json_object(described or "")
     if values is None:
         raise NodeError("The colour deconvolution stains cannot be read", node)
