@@ -28,7 +28,8 @@ from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.prediction.slide_warnings import SlideWarning
 from darefine_qupath.project import open_project
 from darefine_qupath.review import list_runs
-from darefine_qupath.review.runs import Run, RunObject, save_run
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_records import save_run
 from darefine_qupath.tiles.dataset import FORMAT, VERSION, DatasetReader, load_index
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig

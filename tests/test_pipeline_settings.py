@@ -15,7 +15,7 @@ from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.pipeline.settings import Settings, read_settings
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
 from darefine_qupath.prediction import PredictOptions
-from darefine_qupath.review.writeback import WriteOptions
+from darefine_qupath.review.write_options import WriteOptions
 from darefine_qupath.tiles.scan import TileFilter
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig

@@ -13,7 +13,9 @@ from darefine_qupath.errors import ProjectLockedError, ProjectWriteError, Review
 from darefine_qupath.project import Project
 from darefine_qupath.project.staging import Batch, write_lock
 from darefine_qupath.review import WriteOptions, list_runs, sort_objects, undo, write_back
-from darefine_qupath.review.runs import Run, runs_folder, save_run
+from darefine_qupath.review.run import Run
+from darefine_qupath.review.run_names import runs_folder
+from darefine_qupath.review.run_records import save_run
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, overlaps, polygon, square, write
 
 
@@ -268,12 +270,12 @@ def test_what_returns_gives_way_to_what_was_taken_over_or_rejected_since(project
     assert (large.path_class, right.geometry.bounds[0]) == ("Benign", 4000)  # type: ignore[union-attr]
     assert large.area == 1000**2 - 401**2
     assert large.measurements["DA-RefineNet: area µm^2"] == large.area * 0.25
-    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).ours} == {
+    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).predictions} == {
         locked.id: "accepted", gone.id: "rejected", large.id: "untouched", right.id: "untouched",
     }  # fmt: skip
-    after = {item.written.id: item.status for item in sort_objects(project, SLIDE).ours}
+    after = {item.written.id: item.status for item in sort_objects(project, SLIDE).predictions}
     assert [(result.added, result.removed) for result in undo(project)] == [(0, 0)]
-    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).ours} == after
+    assert {item.written.id: item.status for item in sort_objects(project, SLIDE).predictions} == after
     assert [(result.added, result.removed) for result in undo(project)] == [(0, 2)]
     assert [record.id for record in ours(project)] == [locked.id]
 
@@ -346,7 +348,7 @@ def test_objects_whose_run_has_no_file_are_still_ours(project: FakeProject) -> N
     for path in runs_folder(project).iterdir():
         path.unlink()
     found = sort_objects(project, SLIDE)
-    assert [item.status for item in found.ours] == ["reshaped", "untouched", "untouched"]
+    assert [item.status for item in found.predictions] == ["reshaped", "untouched", "untouched"]
     result = write(project, [], model="m2")
     assert (result.removed, result.adopted) == (2, 1)
 
@@ -389,7 +391,7 @@ def test_nothing_a_pathologist_did_is_ever_changed(
         if choice.draw(st.booleans()):
             project.draw(square(choice.draw(st.integers(0, 5000)) + 0.37, 900.11), "Benign")
     found = sort_objects(project, SLIDE)
-    standing = {repr(record) for record in (*found.theirs, *(item.current for item in found.adopted))}
+    standing = {repr(record) for record in (*found.user_objects, *(item.current for item in found.adopted))}
     refused = [(item.written.training_class, item.written.record.geometry) for item in found.rejected]
     write(project, grid(5, shift=choice.draw(shifts)), model="m3")
     now = project.objects(SLIDE)

@@ -170,7 +170,7 @@ def test_undo_names_a_damaged_backup_and_goes_by_the_record(
     with open_project(folder, engine="embedded") as project:
         for image in project.images:
             found = sort_objects(project, image)
-            assert (found.run and found.run.model, [item.status for item in found.ours]) == ("m1", ["untouched"])
+            assert (found.run and found.run.model, [item.status for item in found.predictions]) == ("m1", ["untouched"])
 
 
 def test_an_image_that_was_restored_is_said_to_be_overwritten(

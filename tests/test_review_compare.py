@@ -189,7 +189,7 @@ def predicted(columns: range, shift: int) -> tuple[ClassPolygon, ...]:
 
 
 def by_place(project: Project, image: ImageEntry) -> list[Annotation]:
-    found = [item.current for item in sort_objects(project, image).ours if item.current is not None]
+    found = [item.current for item in sort_objects(project, image).predictions if item.current is not None]
     return sorted((r for r in found if r.geometry.bounds[1] > 500), key=lambda r: r.geometry.bounds)  # type: ignore[union-attr]
 
 
@@ -203,7 +203,7 @@ def test_from_annotations_to_polygons_and_back(data: Path, tmp_path: Path) -> No
     drawn = [Annotation(geometry=shape, path_class=name) for name, shape in shapes.items()]
     mask = LabelPainter(drawn, CLASSES).paint(Box(0, 0, 2048, 1536), (512, 384))
     write_back(project, image, vectorize(mask, box=Box(0, 0, 2048, 1536), mpp=0.5), model="m", classes=CLASSES)
-    again = [item.current for item in sort_objects(project, image).ours]
+    again = [item.current for item in sort_objects(project, image).predictions]
     assert {record.path_class for record in again if record} == set(shapes)
     for record in again:
         assert record is not None
@@ -250,7 +250,7 @@ def test_scenario_on_a_project_that_qupath_wrote(
     bytes_at_first = stored.read_bytes()
     for _ in range(3):
         predict("m1", 0)
-    assert len(project.objects(image)) == len(theirs) + 1 + len(sort_objects(project, image).ours)
+    assert len(project.objects(image)) == len(theirs) + 1 + len(sort_objects(project, image).predictions)
     locked, moved, other, gone, _ = by_place(project, image)
     assert moved.geometry is not None
     assert gone.geometry is not None

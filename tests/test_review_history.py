@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -35,25 +36,18 @@ from darefine_qupath.review import (
     manual_annotations,
     plan_write,
     reviewed_annotations,
+    run_records,
     run_states,
     sort_objects,
     undo,
     write_back,
 )
-from darefine_qupath.review import runs as recording
+from darefine_qupath.review import run as runs_module
 from darefine_qupath.review import writeback as writing
 from darefine_qupath.review.ownership import _statuses
-from darefine_qupath.review.runs import (
-    Run,
-    RunObject,
-    digest_of,
-    next_number,
-    read_run,
-    run_files,
-    runs_folder,
-    save_run,
-    take_number,
-)
+from darefine_qupath.review.run import Run, RunObject, digest_of
+from darefine_qupath.review.run_names import next_number, run_files, runs_folder, take_number
+from darefine_qupath.review.run_records import read_run, save_run
 from tests.fake_project import CLASSES, SLIDE, FakeProject, grid, ours, polygon, square, write
 
 
@@ -67,7 +61,7 @@ def states(project: FakeProject) -> list[str]:
 
 
 def statuses(project: FakeProject) -> dict[str, int]:
-    found = [item.status for item in sort_objects(project, SLIDE).ours]
+    found = [item.status for item in sort_objects(project, SLIDE).predictions]
     return {status: found.count(status) for status in found}
 
 
@@ -122,7 +116,7 @@ def test_a_state_between_two_runs_is_that_of_the_first(project: FakeProject) -> 
         assert statuses(project)["rejected"] == 1
     project.save_from(seen)
     found = sort_objects(project, SLIDE)
-    assert (found.run and found.run.id, [run.id for run in found.past.overwritten]) == (first.run, [second.run])
+    assert (found.run and found.run.id, [run.id for run in found.history.overwritten]) == (first.run, [second.run])
     assert statuses(project) == {"untouched": 2, "rejected": 1}
     assert [result.removed for result in undo(project, dry_run=True)] == [2]
     assert write(project, grid(4, shift=30), model="m2").suppressed == 1
@@ -175,8 +169,8 @@ def test_an_image_that_was_duplicated_with_its_data_lost_nothing(project: FakePr
     project.stored[copy.id] = project.stored[SLIDE.id][1:]
     project.properties[copy.id] = dict(project.properties[SLIDE.id])
     found = sort_objects(project, copy)
-    assert [item.status for item in found.ours] == ["untouched"] * 2
-    assert (found.past.overwritten, found.theirs) == ((), ())
+    assert [item.status for item in found.predictions] == ["untouched"] * 2
+    assert (found.history.overwritten, found.user_objects) == ((), ())
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)
@@ -634,12 +628,12 @@ def test_a_run_of_one_polygon_lists_no_cells(project: FakeProject) -> None:
 def test_a_write_packs_and_seals_each_object_once(project: FakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
     work: Counter[str] = Counter()
 
-    def counted(name: str, size: Callable[..., int]) -> None:
-        function = getattr(recording, name)
-        monkeypatch.setattr(recording, name, lambda *given: (work.update({name: size(*given)}), function(*given))[1])
+    def counted(module: ModuleType, name: str, size: Callable[..., int]) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: (work.update({name: size(*given)}), function(*given))[1])
 
-    counted("_object_to_json", lambda _: 1)
-    counted("_outlines", len)
+    counted(run_records, "_object_to_json", lambda _: 1)
+    counted(runs_module, "_outlines", len)
     polygons = [polygon(1, square(500 * (number % 50), 500 * (number // 50))) for number in range(300)]
     write(project, polygons)
     assert work == {"_object_to_json": 300, "_outlines": 300}
@@ -661,13 +655,13 @@ def test_an_object_that_was_duplicated_counts_as_drawn(project: FakeProject, rec
     if not recorded:
         run_files(project)[0].path.unlink()
     found = sort_objects(project, SLIDE)
-    assert found.theirs == (copy,)
+    assert found.user_objects == (copy,)
     assert statuses(project) == {"untouched": 2}
     if recorded:
         assert compare(project).counts["drawn"] == 1
     write(project, grid(3, shift=30), model="m2")
     assert copy in project.objects(SLIDE)
-    assert sort_objects(project, SLIDE).theirs == (copy,)
+    assert sort_objects(project, SLIDE).user_objects == (copy,)
 
 
 def test_an_object_that_was_pasted_into_another_image_counts_as_drawn_there(project: FakeProject) -> None:
@@ -676,7 +670,7 @@ def test_an_object_that_was_pasted_into_another_image_counts_as_drawn_there(proj
     other = project.images[1]
     pasted = replace(first, id=uuid4())
     project.stored[other.id] = (pasted,)
-    assert sort_objects(project, other).theirs == (pasted,)
+    assert sort_objects(project, other).user_objects == (pasted,)
     assert manual_annotations(project, other, taken_over=False) == (pasted,)
 
 
@@ -734,7 +728,7 @@ def in_project(project: Project, count: int = 3) -> list[Annotation]:
     image = project.images[0]
     polygons = [polygon(1, square(100 + 500 * number, 1000, 300)) for number in range(count)]
     write_back(project, image, polygons, model="m", classes=CLASSES)
-    return [item.current for item in sort_objects(project, image).ours if item.current is not None]
+    return [item.current for item in sort_objects(project, image).predictions if item.current is not None]
 
 
 @pytest.fixture(params=["0.4.4", "0.5.1", "0.6.0", "0.7.0"])
@@ -753,9 +747,9 @@ def test_qupath_keeps_the_witness_through_open_and_save(annotated: Path, engine:
         window.delete(*(record.id for record in written[:deleted]))
         window.save()
         found = sort_objects(project, project.images[0])
-        assert found.past.is_seen
-        assert [item.status for item in found.ours].count("rejected") == deleted
-        assert [item.status for item in found.ours].count("untouched") == 3 - deleted
+        assert found.history.is_seen
+        assert [item.status for item in found.predictions].count("rejected") == deleted
+        assert [item.status for item in found.predictions].count("untouched") == 3 - deleted
         assert len(in_project(project)) == 3 - deleted
 
 
@@ -769,6 +763,6 @@ def test_qupaths_save_over_an_image_that_was_open_overwrites_the_run(annotated: 
         in_project(project)
         window.save()
         found = sort_objects(project, image)
-        assert (found.ours, len(found.past.overwritten)) == ((), 1)
+        assert (found.predictions, len(found.history.overwritten)) == ((), 1)
         assert len(in_project(project)) == 3
         assert not sort_objects(project, image).rejected

@@ -11,7 +11,7 @@ from darefine_qupath.cli.options import COUNT, Command, Engine, engine_option, i
 from darefine_qupath.cli.output import Failures, echo_json, json_option, note, number, table
 from darefine_qupath.pipeline.next_places import find_places
 from darefine_qupath.project import open_project
-from darefine_qupath.review import Place, ReviewReport, clear_places, compare, mark_places, write_page
+from darefine_qupath.review import ReviewPlace, ReviewReport, clear_places, compare, mark_places, write_page
 
 __all__ = ["next_", "review"]
 
@@ -70,7 +70,7 @@ def next_(
     failures.end()
 
 
-def _show_places(places: Sequence[Place], failures: Failures, *, as_json: bool) -> None:
+def _show_places(places: Sequence[ReviewPlace], failures: Failures, *, as_json: bool) -> None:
     if as_json:
         echo_json({"places": [place.to_json() for place in places], **failures.to_json()})
         return

@@ -10,7 +10,7 @@ from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.prediction import StainStatistics, read_score_map, stain_statistics
 from darefine_qupath.prediction.slide_checks import stain_distance
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.review import MapLayers, OnError, Place, next_places, sort_objects
+from darefine_qupath.review import MapLayers, OnError, ReviewPlace, next_places, sort_objects
 from darefine_qupath.slides import open_slide
 
 __all__ = ["find_places"]
@@ -25,7 +25,7 @@ _STRANGE = 2.0
 
 def find_places(
     project: Project, images: Iterable[ImageEntry] | None, *, count: int, on_error: OnError | None = None
-) -> tuple[Place, ...]:
+) -> tuple[ReviewPlace, ...]:
     """Find the places where a look helps most, by the score maps where there are any, else by the objects.
 
     Parameters

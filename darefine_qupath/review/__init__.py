@@ -2,20 +2,17 @@
 
 from darefine_qupath.review.compare import ImageReview, ObjectReview, ReviewReport, compare
 from darefine_qupath.review.labels import ReviewedLabels, manual_annotations, reviewed_annotations
-from darefine_qupath.review.ownership import ImageObjects, Reviewed, for_images, sort_objects
+from darefine_qupath.review.ownership import ImageObjects, ReviewedObject, sort_objects
 from darefine_qupath.review.page import write_page
-from darefine_qupath.review.review_queue import MapLayers, Place, clear_places, mark_places, next_places
-from darefine_qupath.review.runs import OnError, Run, RunObject, list_runs
+from darefine_qupath.review.per_image import OnError, for_images
+from darefine_qupath.review.review_queue import MapLayers, ReviewPlace, clear_places, mark_places, next_places
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_records import list_runs
+from darefine_qupath.review.run_result import RunResult
 from darefine_qupath.review.scripts import install_scripts, script_names
 from darefine_qupath.review.undo import run_states, undo
-from darefine_qupath.review.writeback import (
-    RunResult,
-    WriteOptions,
-    WritePlan,
-    apply_plan,
-    plan_write,
-    write_back,
-)
+from darefine_qupath.review.write_options import WriteOptions
+from darefine_qupath.review.writeback import WritePlan, apply_plan, plan_write, write_back
 
 __all__ = [
     "ImageObjects",
@@ -23,10 +20,10 @@ __all__ = [
     "MapLayers",
     "ObjectReview",
     "OnError",
-    "Place",
+    "ReviewPlace",
     "ReviewReport",
-    "Reviewed",
     "ReviewedLabels",
+    "ReviewedObject",
     "Run",
     "RunObject",
     "RunResult",

@@ -1,4 +1,7 @@
-"""New predictions give way: to what a pathologist drew or took over, and where a pathologist rejected them before."""
+"""Clip new predictions to what a pathologist drew or took over, and leave out what a pathologist rejected before.
+
+`clip_to_review` holds the rule, `clip_predictions` the geometry.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
+from shapely.geometry.base import BaseGeometry
 
+from darefine_qupath.annotations import Annotation
+from darefine_qupath.classes import ClassMap, is_ignored
 from darefine_qupath.polygons import GRID, ClassPolygon
+from darefine_qupath.review.ownership import ImageObjects
+from darefine_qupath.review.write_options import WriteOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from shapely.geometry import Polygon
     from shapely.geometry.base import BaseGeometry
 
-__all__ = ["ClippedPolygons", "areal", "clip_predictions"]
+__all__ = ["ClippedPolygons", "areal", "clip_predictions", "clip_to_review", "smallest_part"]
 
 _CLEARANCE = 2 * GRID
 _REJECTED_FROM = 0.5
@@ -80,7 +88,7 @@ def clip_predictions(
 
     Returns
     -------
-    Yielded
+    ClippedPolygons
         Polygons that were not touched are the same objects as before.
     """
     if not polygons:
@@ -143,3 +151,66 @@ def _parts(item: ClassPolygon, shape: BaseGeometry, smallest: float, mpp: float 
         replace(item, geometry=part, area_um2=None if mpp is None else part.area * mpp * mpp)
         for part in sorted(parts, key=lambda part: part.bounds)
     ]
+
+
+_IGNORE_CLASS = "Ignore*"
+
+
+def clip_to_review(
+    polygons: Sequence[ClassPolygon], found: ImageObjects, classes: ClassMap, options: WriteOptions, mpp: float | None
+) -> tuple[ClippedPolygons, tuple[str, ...]]:
+    """Clip new predictions to what is a pathologist's in an image, and say what the user should know."""
+    standing = _standing(found, options)
+    rejected: dict[int, list[BaseGeometry]] = {}
+    for item in found.predictions if options.remember_rejections else ():
+        place = areal(item.written.record.geometry)
+        # What a pathologist cut off from an object of ours was rejected as well.
+        if (
+            item.status in ("rejected", "reshaped")
+            and place is not None
+            and item.written.training_class in classes.names
+        ):
+            rejected.setdefault(classes.names.index(item.written.training_class), []).append(place)
+    smallest = smallest_part(mpp, options)
+    shapes = [shape for _, shape in standing]
+    clipped = clip_predictions(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
+    return clipped, _covered_by_strangers(polygons, standing, classes)
+
+
+def smallest_part(mpp: float | None, options: WriteOptions) -> float:
+    """Square level-0 pixels below which what is left of a clipped polygon is left out."""
+    return options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
+
+
+def _standing(found: ImageObjects, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
+    """List what nothing may overlap, with its class."""
+    theirs = [record for record in found.user_objects if _stands(record, options)]
+    theirs += [item.current for item in found.adopted if item.current is not None]
+    shapes = [(record.path_class, areal(record.geometry)) for record in theirs if record.plane[1:] == (0, 0)]
+    return [(name, shape) for name, shape in shapes if shape is not None]
+
+
+def _stands(record: Annotation, options: WriteOptions) -> bool:
+    """Whether new predictions give way to an object that is not ours: a classified annotation, or ``Ignore*``."""
+    name = record.path_class
+    if record.kind != "annotation" or name is None or name in options.over:
+        return False
+    return name == _IGNORE_CLASS or not is_ignored(name)
+
+
+def _covered_by_strangers(
+    polygons: Sequence[ClassPolygon], standing: Sequence[tuple[str | None, BaseGeometry]], classes: ClassMap
+) -> tuple[str, ...]:
+    """Say so where annotations of a class that the model does not know hide most of a prediction."""
+    shapes = np.array([item.geometry for item in polygons], np.object_)
+    total = float(shapely.area(shapes).sum()) if len(shapes) else 0.0
+    warnings = []
+    for name in sorted({name for name, _ in standing if name is not None and not classes.knows(name)}):
+        cover = shapely.union_all([shape for other, shape in standing if other == name])
+        hidden = float(shapely.area(shapely.intersection(shapes, cover)).sum())
+        if total and hidden > total / 2:
+            warnings.append(
+                f"Annotations of class {name!r} hide {hidden / total:.0%} of the prediction, which gives way to every "
+                f"classified annotation; end the class name in '*' in QuPath, or let predictions lie over it"
+            )
+    return tuple(warnings)

@@ -18,8 +18,10 @@ from darefine_qupath.classes import is_ignored
 from darefine_qupath.errors import ReviewError
 from darefine_qupath.metrics import ConfusionMatrix
 from darefine_qupath.review.clipping import areal
-from darefine_qupath.review.ownership import MODEL, ImageObjects, Reviewed, Status, for_images, sort_objects
-from darefine_qupath.review.runs import OnError, number_of
+from darefine_qupath.review.ownership import ImageObjects, ReviewedObject, Status, sort_objects
+from darefine_qupath.review.per_image import OnError, for_images
+from darefine_qupath.review.run_names import number_of
+from darefine_qupath.review.tags import MODEL
 from darefine_qupath.sheets import write_csv
 
 if TYPE_CHECKING:
@@ -266,7 +268,9 @@ def compare(
         project.images if images is None else images, lambda image: sort_objects(project, image), on_error
     )
     reviews = tuple(
-        _image_review(image, state) for image, state in found if state.run or state.ours or state.past.overwritten
+        _image_review(image, state)
+        for image, state in found
+        if state.run or state.predictions or state.history.overwritten
     )
     names = dict.fromkeys(name for review in reviews for name in review.classes[:-1])
     classes = (*sorted(names), NOTHING)
@@ -275,19 +279,19 @@ def compare(
 
 
 def _image_review(image: ImageEntry, state: ImageObjects) -> ImageReview:
-    last = state.run or next(iter(state.past.overwritten), None)
+    last = state.run or next(iter(state.history.overwritten), None)
     known = set() if last is None else set(last.known)
-    drawn = [record for record in state.theirs if last and record.id not in known and _is_drawn(record)]
-    classes, confusion = _agreement(state.ours, drawn)
+    drawn = [record for record in state.user_objects if last and record.id not in known and _is_drawn(record)]
+    classes, confusion = _agreement(state.predictions, drawn)
     return ImageReview(
         image=image.id,
         image_name=image.name,
         run="" if state.run is None else state.run.id,
         mpp=image.mpp if last is None or last.mpp is None else last.mpp,
-        objects=(*(_object_review(item) for item in state.ours), *(_drawn_review(record) for record in drawn)),
+        objects=(*(_object_review(item) for item in state.predictions), *(_drawn_review(record) for record in drawn)),
         classes=classes,
         confusion=confusion,
-        overwritten=tuple(Lost(run.id, len(run.added)) for run in state.past.overwritten),
+        overwritten=tuple(Lost(run.id, len(run.added)) for run in state.history.overwritten),
     )
 
 
@@ -296,7 +300,7 @@ def _is_drawn(record: Annotation) -> bool:
     return record.kind == "annotation" and classified and areal(record.geometry) is not None
 
 
-def final_class(item: Reviewed) -> str | None:
+def final_class(item: ReviewedObject) -> str | None:
     """Class of an object now, without the suffix that it may have been written with."""
     if item.current is None or item.status == "rejected":
         return None
@@ -305,7 +309,7 @@ def final_class(item: Reviewed) -> str | None:
     return name if name is None or not suffix else name.removesuffix(suffix)
 
 
-def _object_review(item: Reviewed) -> ObjectReview:
+def _object_review(item: ReviewedObject) -> ObjectReview:
     before, after = areal(item.written.record.geometry), None
     if item.current is not None and item.status != "rejected":
         after = areal(item.current.geometry)
@@ -341,7 +345,7 @@ def _iou(first: BaseGeometry, second: BaseGeometry) -> float:
     return float(common / (first.area + second.area - common))
 
 
-def _agreement(ours: Sequence[Reviewed], drawn: Sequence[Annotation]) -> tuple[tuple[str, ...], ConfusionMatrix]:
+def _agreement(ours: Sequence[ReviewedObject], drawn: Sequence[Annotation]) -> tuple[tuple[str, ...], ConfusionMatrix]:
     """Areas by final and predicted class, over what somebody looked at."""
     reviewed = [item for item in ours if item.status != "untouched"]
     before = _unions((item.written.training_class, item.written.record.geometry) for item in reviewed)

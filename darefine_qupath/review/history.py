@@ -1,4 +1,4 @@
-"""Which run an image's data was saved from: what vanished with the data it stood in was not rejected.
+"""Find the run that an image's data was saved from: what vanished with its data was not rejected.
 
 Every write puts its run's id among the image's properties, which QuPath keeps when it opens and saves an image. Data
 that bears the witness of a run was saved by someone who saw its objects: what is missing was rejected. Data that does
@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from darefine_qupath.errors import ReviewError
-from darefine_qupath.review.runs import Run, RunObject, number_of, read_run, run_files, save_run
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_names import number_of, run_files
+from darefine_qupath.review.run_records import read_run, save_run
+from darefine_qupath.review.tags import RUN, UNDONE
 
 if TYPE_CHECKING:
     from darefine_qupath.project import ImageEntry, ImageState, Project
 
-__all__ = ["UNDONE", "WITNESS", "History", "history_of", "settle", "standing", "witness_of"]
+__all__ = ["History", "finish_interrupted_runs", "history_of", "runs_below", "witness_of"]
 
 _log = logging.getLogger(__name__)
-
-WITNESS = "darefine.run"
-"""Image property that says which run its data was written by, or saved from."""
-
-UNDONE = "darefine.undone"
-"""Image property that says which run was undone last, where that left objects of ours in the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,7 @@ class History:
 
 def witness_of(state: ImageState) -> str | None:
     """Id of the run that an image's data bears the witness of."""
-    witness = state.properties.get(WITNESS)
+    witness = state.properties.get(RUN)
     return witness if number_of(witness) is not None else None
 
 
@@ -141,7 +138,7 @@ def _is_there(run: Run, present: Collection[UUID]) -> bool:
     return not written or any_of(written)
 
 
-def settle(project: Project, past: History) -> None:
+def finish_interrupted_runs(project: Project, past: History) -> None:
     """Write down how runs ended that were cut off, or came back, between the project and their file."""
     for run in past.undone:
         if run.state != "undone":
@@ -150,7 +147,7 @@ def settle(project: Project, past: History) -> None:
         save_run(project, replace(past.current, state="done", undoing=()))
 
 
-def standing(past: History, runs: Collection[Run], witness: str | None = None) -> frozenset[str]:
+def runs_below(past: History, runs: Collection[Run], witness: str | None = None) -> frozenset[str]:
     """Ids of an image's runs that its data stands on: the current one, the one before it, and so on.
 
     Parameters

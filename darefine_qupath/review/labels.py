@@ -120,7 +120,7 @@ def _without(places: Sequence[BaseGeometry], shapes: Sequence[BaseGeometry]) -> 
 
 
 def _annotations(found: ImageObjects, *, taken_over: bool) -> tuple[Annotation, ...]:
-    theirs = [record for record in found.theirs if record.kind == "annotation"]
+    theirs = [record for record in found.user_objects if record.kind == "annotation"]
     if not taken_over:
         return tuple(theirs)
     # A detection that was accepted labels as an annotation does.

@@ -1,28 +1,27 @@
-"""Which objects of an image are ours, and what the pathologist made of each.
+"""Tell whose each object of an image is, and what the pathologist made of ours.
 
 An object that we wrote belongs to the pathologist as soon as it is locked, moved, reshaped, given another class, name,
-colour, description or metadata, marked as accepted, or holds detections. Measurements do not count: QuPath's own
+color, description or metadata, marked as accepted, or holds detections. Measurements do not count: QuPath's own
 commands add them to every object.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 from uuid import UUID
 
 import numpy as np
 import shapely
 
-from darefine_qupath.errors import DarefineError, ReviewError
-from darefine_qupath.limits import wording
-from darefine_qupath.project import image_titles
-from darefine_qupath.review.history import WITNESS, History, history_of
-from darefine_qupath.review.runs import DIGEST, OnError, Run, RunFile, RunObject, digests_of, read_run, run_files
+from darefine_qupath.review.history import History, history_of
+from darefine_qupath.review.origins import Origins, is_ours
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_names import run_files
+from darefine_qupath.review.run_records import readable_runs
+from darefine_qupath.review.tags import CLASS, DIGEST, MARK, MODEL, PLACE, RUN, RUNNER_UP
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -30,43 +29,22 @@ if TYPE_CHECKING:
     from darefine_qupath.annotations import Annotation
     from darefine_qupath.project import ImageEntry, ImageState, Project
 
-__all__ = [
-    "CLASS",
-    "MARK",
-    "MODEL",
-    "PLACE",
-    "RUN",
-    "ImageObjects",
-    "Reviewed",
-    "Status",
-    "for_images",
-    "sort_objects",
-]
+__all__ = ["ImageObjects", "ReviewedObject", "Status", "sort_objects"]
 
 _log = logging.getLogger(__name__)
 
-_Found = TypeVar("_Found")
 
 TOLERANCE = 0.006
 """Level-0 pixels by which a vertex may differ in an outline that nobody changed: QuPath keeps 0.01 px."""
 
-RUN, MODEL, CLASS = WITNESS, "darefine.model", "darefine.class"
-"""Metadata that every object of ours carries, beside its digest."""
 
-MARK = "darefine.review"
-"""Metadata (or measurement, 1 or -1) by which a script accepts or rejects an object."""
-
-PLACE = "darefine.place"
-"""Metadata of an annotation that says where to look next."""
-
-RUNNER_UP = "darefine.runner_up"
 _OWN = frozenset({RUN, MODEL, CLASS, DIGEST, MARK, RUNNER_UP})
 
 Status = Literal["untouched", "accepted", "reshaped", "reclassified", "edited", "rejected"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reviewed:
+class ReviewedObject:
     """An object of ours and what became of it.
 
     Attributes
@@ -92,75 +70,47 @@ class ImageObjects:
     ----------
     run : Run or None
         The run that the image's data was written by, or saved from; None where there is none.
-    past : History
+    history : History
         That run, and those after it which do not stand.
     state : ImageState
         What is stored for the image.
-    ours : tuple of Reviewed
+    predictions : tuple of Reviewed
         Everything we ever wrote that we did not take back, containers left out.
     containers : tuple of Reviewed
         The annotations that hold ours.
-    theirs : tuple of Annotation
+    user_objects : tuple of Annotation
         All other objects; what was ours and belongs to the pathologist now is not among them.
     places : tuple of Annotation
         Annotations that say where to look next.
     """
 
     run: Run | None
-    past: History
+    history: History
     state: ImageState
-    ours: tuple[Reviewed, ...]
-    containers: tuple[Reviewed, ...]
-    theirs: tuple[Annotation, ...]
+    predictions: tuple[ReviewedObject, ...]
+    containers: tuple[ReviewedObject, ...]
+    user_objects: tuple[Annotation, ...]
     places: tuple[Annotation, ...]
 
     @property
-    def untouched(self) -> tuple[Reviewed, ...]:
+    def untouched(self) -> tuple[ReviewedObject, ...]:
         """Objects of ours, containers among them, that we may replace."""
-        return tuple(item for item in (*self.containers, *self.ours) if item.status == "untouched")
+        return tuple(item for item in (*self.containers, *self.predictions) if item.status == "untouched")
 
     @property
-    def adopted(self) -> tuple[Reviewed, ...]:
+    def adopted(self) -> tuple[ReviewedObject, ...]:
         """Objects of ours that belong to the pathologist now."""
-        return tuple(item for item in self.ours if item.status not in ("untouched", "rejected"))
+        return tuple(item for item in self.predictions if item.status not in ("untouched", "rejected"))
 
     @property
-    def rejected(self) -> tuple[Reviewed, ...]:
+    def adopted_with_containers(self) -> tuple[ReviewedObject, ...]:
+        """As `adopted`, and the containers among them."""
+        return (*self.adopted, *(item for item in self.containers if item.status not in ("untouched", "rejected")))
+
+    @property
+    def rejected(self) -> tuple[ReviewedObject, ...]:
         """Objects of ours that the pathologist deleted or marked as wrong."""
-        return tuple(item for item in self.ours if item.status == "rejected")
-
-
-def for_images(
-    images: Iterable[ImageEntry], action: Callable[[ImageEntry], _Found], on_error: OnError | None
-) -> Iterator[tuple[ImageEntry, _Found]]:
-    """Do something with every image.
-
-    Parameters
-    ----------
-    images : iterable of ImageEntry
-        The images.
-    action : callable
-        What to do.
-    on_error : callable or None
-        Told of an image whose data are damaged, say; without it the error ends the walk.
-
-    Yields
-    ------
-    tuple
-        Image, and what the action gave.
-    """
-    images = tuple(images)
-    titles = image_titles({image.id: image.name for image in images})
-    for image in images:
-        try:
-            with wording(ReviewError):
-                found = action(image)
-        except DarefineError as error:
-            if on_error is None:
-                raise
-            on_error(titles[image.id], error)
-        else:
-            yield image, found
+        return tuple(item for item in self.predictions if item.status == "rejected")
 
 
 def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | None = None) -> ImageObjects:
@@ -189,19 +139,20 @@ def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | Non
     past, run = _without_false_rejections(project, image, history_of(project, image, state))
     objects = state.objects
     now = {record.id: record for record in objects}
-    used = {record.parent for record in objects if record.kind != "annotation" and not _is_ours(record)}
+    used = {record.parent for record in objects if record.kind != "annotation" and not is_ours(record)}
     survivors = {item.id: item for item in past.survivors}
     written = survivors if run is None else survivors | {item.id: item for item in (*run.objects, *run.adopted)}
-    strangers = [record for record in objects if _is_ours(record) and record.id not in written]
+    strangers = [record for record in objects if is_ours(record) and record.id not in written]
     # Whoever saved the image's data saw these: what is missing of them was deleted.
     seen = written if past.is_seen else survivors
-    written = written | _Origins(project, past, now).of(strangers)
+    written = written | Origins(project, past, now).of(strangers)
     pairs = [(item, now.get(item.id)) for item in written.values() if item.id in now or item.id in seen]
     found = [
-        Reviewed(item, current, status) for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
+        ReviewedObject(item, current, status)
+        for (item, current), status in zip(pairs, _statuses(pairs, used), strict=True)
     ]
     known = {item.written.id for item in found}
-    found += [Reviewed(item, None, "rejected") for item in _rejections(run, past) if item.id not in known]
+    found += [ReviewedObject(item, None, "rejected") for item in _rejections(run, past) if item.id not in known]
     # A container that was given a class is an annotation like any other.
     found = [item for item in found if item.written.role == "region" or not _is_classified(item.current)]
     ids = {item.written.id for item in found}
@@ -210,17 +161,13 @@ def sort_objects(project: Project, image: ImageEntry, *, state: ImageState | Non
     ids.update(record.id for record in places)
     return ImageObjects(
         run=run,
-        past=past,
+        history=past,
         state=state,
-        ours=tuple(item for item in found if item.written.role == "region"),
+        predictions=tuple(item for item in found if item.written.role == "region"),
         containers=tuple(item for item in found if item.written.role == "container"),
-        theirs=tuple(record for record in objects if record.id not in ids),
+        user_objects=tuple(record for record in objects if record.id not in ids),
         places=places,
     )
-
-
-def _is_ours(record: Annotation) -> bool:
-    return RUN in record.metadata and record.metadata.get(DIGEST) is not None
 
 
 def _is_classified(record: Annotation | None) -> bool:
@@ -235,78 +182,10 @@ def _without_false_rejections(project: Project, image: ImageEntry, past: History
     rejected = {item.id for item in run.rejected}
     names = {item.record.metadata.get(RUN) for item in run.rejected}
     files = [file for file in run_files(project, image) if file.id in names]
-    gone = [former for former in _readable(files) if {item.id for item in former.added} <= rejected]
+    gone = [former for former in readable_runs(files) if {item.id for item in former.added} <= rejected]
     lost = {item.id for former in gone for item in former.added}
     run = replace(run, rejected=tuple(item for item in run.rejected if item.id not in lost))
     return replace(past, overwritten=(*gone, *past.overwritten)), run
-
-
-def _readable(files: Iterable[RunFile]) -> list[Run]:
-    found = []
-    for file in files:
-        try:
-            found.append(read_run(file.path))
-        except ReviewError as error:
-            _log.warning("%s", error)
-    return found
-
-
-class _Origins:
-    """Finds out what objects were when we wrote them that say they are ours, but that the current run does not list.
-
-    Duplicating an object in QuPath copies its metadata: such a copy is nobody's but the pathologist's.
-    """
-
-    def __init__(self, project: Project, past: History, now: Mapping[UUID, Annotation]) -> None:
-        self._project = project
-        self._runs = {run.id: run for run in (*past.undone, *past.overwritten)}
-        if past.current is not None:
-            self._runs[past.current.id] = past.current
-        self._records: dict[str, dict[UUID, RunObject] | None] = {}
-        holders = dict(now)
-        for run in self._runs.values():
-            holders.update({item.id: item.record for item in (*run.objects, *run.rejected, *run.replaced)})
-        self._holders = Counter(record.metadata.get(DIGEST) for record in holders.values())
-
-    @cached_property
-    def _files(self) -> dict[str, RunFile]:
-        """Runs of all images: a copy may come from another one."""
-        return {file.id: file for file in run_files(self._project)}
-
-    def of(self, strangers: Sequence[Annotation]) -> dict[UUID, RunObject]:
-        """Objects as they were written, by identity; copies are not among them."""
-        pairs = zip(strangers, digests_of(strangers), strict=True)
-        found = {record.id: self._origin(record, digest) for record, digest in pairs}
-        return {key: item for key, item in found.items() if item is not None}
-
-    def _origin(self, record: Annotation, digest: str) -> RunObject | None:
-        if digest == record.metadata[DIGEST]:
-            return _unrecorded(record)
-        listed = self._listed(record.metadata[RUN])
-        if listed is not None:
-            return listed.get(record.id)
-        # With another digest it was edited, and is taken for the pathologist's as it is.
-        is_copy = self._holders[record.metadata[DIGEST]] > 1
-        return None if is_copy else _unrecorded(replace(record, geometry=None))
-
-    def _listed(self, run_id: str) -> dict[UUID, RunObject] | None:
-        """Objects that a run wrote; None where its file is gone or damaged."""
-        if run_id not in self._records:
-            run = self._runs.get(run_id)
-            if run is None and run_id in self._files:
-                run = next(iter(_readable([self._files[run_id]])), None)
-            self._records[run_id] = None if run is None else {item.id: item for item in run.objects}
-        return self._records[run_id]
-
-
-def _unrecorded(record: Annotation) -> RunObject:
-    """Take from its metadata what is known of an object of ours whose run has no file."""
-    training_class = record.metadata.get(CLASS, "")
-    return RunObject(
-        record=replace(record, locked=False),
-        training_class=training_class,
-        role="region" if training_class else "container",
-    )
 
 
 def _rejections(run: Run | None, past: History) -> list[RunObject]:

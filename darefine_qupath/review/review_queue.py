@@ -17,15 +17,16 @@ from darefine_qupath.errors import ReviewError
 from darefine_qupath.geometry import Box
 from darefine_qupath.project import Changes
 from darefine_qupath.review.clipping import areal
-from darefine_qupath.review.ownership import PLACE, for_images, sort_objects
-from darefine_qupath.review.runs import OnError
+from darefine_qupath.review.ownership import sort_objects
+from darefine_qupath.review.per_image import OnError, for_images
+from darefine_qupath.review.tags import PLACE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from darefine_qupath.project import ImageEntry, Project
 
-__all__ = ["MapLayers", "Place", "clear_places", "mark_places", "next_places"]
+__all__ = ["MapLayers", "ReviewPlace", "clear_places", "mark_places", "next_places"]
 
 _NAMESPACE = UUID("c2b0f2f4-55d7-5a0e-9a07-2a7cf0d6a3b1")
 _PREFIX = "Review"
@@ -39,7 +40,7 @@ Unlike: TypeAlias = "Callable[[ImageEntry, Sequence[Box]], Sequence[float]]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ReviewPlace:
     """A place that is worth a look.
 
     Attributes
@@ -115,7 +116,7 @@ def next_places(
     maps: Mapping[str, MapLayers] | Callable[[ImageEntry], MapLayers | None] | None = None,
     unlike: Unlike | None = None,
     on_error: OnError | None = None,
-) -> tuple[Place, ...]:
+) -> tuple[ReviewPlace, ...]:
     """Find the places where a look helps most.
 
     Parameters
@@ -151,7 +152,7 @@ def next_places(
     if count < 1:
         raise ReviewError(f"{count} places to look at next make no sense; ask for 1 or more")
 
-    def search(image: ImageEntry) -> list[Place]:
+    def search(image: ImageEntry) -> list[ReviewPlace]:
         side = side_px if image.mpp is None else max(1, round(side_um / image.mpp))
         layers = maps(image) if callable(maps) else (maps or {}).get(image.id)
         if layers is None:
@@ -167,8 +168,8 @@ def next_places(
     return _apart(found, count)
 
 
-def _apart(places: Sequence[Place], count: int) -> tuple[Place, ...]:
-    chosen: list[Place] = []
+def _apart(places: Sequence[ReviewPlace], count: int) -> tuple[ReviewPlace, ...]:
+    chosen: list[ReviewPlace] = []
     for place in places:
         if len(chosen) == count:
             break
@@ -182,15 +183,17 @@ def _overlap(first: Box, second: Box) -> float:
     return 0.0 if common is None else common.area / min(first.area, second.area)
 
 
-def _scored(place: Place, *, unlike: float) -> Place:
+def _scored(place: ReviewPlace, *, unlike: float) -> ReviewPlace:
     parts = (place.uncertainty, place.size, place.border, unlike)
     score = sum(weight * part for weight, part in zip(_WEIGHTS, parts, strict=True)) / sum(_WEIGHTS)
     return replace(place, unlike=unlike, score=score)
 
 
-def _places_of_objects(project: Project, image: ImageEntry, side: int) -> list[Place]:
+def _places_of_objects(project: Project, image: ImageEntry, side: int) -> list[ReviewPlace]:
     items = [
-        item for item in sort_objects(project, image).ours if item.status == "untouched" and item.current is not None
+        item
+        for item in sort_objects(project, image).predictions
+        if item.status == "untouched" and item.current is not None
     ]
     shapes = np.array([item.written.record.geometry for item in items], np.object_)
     if not len(items):
@@ -216,9 +219,9 @@ def _place(
     path_class: str,
     parts: tuple[float, float, float],
     identity: UUID | None = None,
-) -> Place:
+) -> ReviewPlace:
     uncertainty, size, border = parts
-    return Place(
+    return ReviewPlace(
         image=image.id, image_name=image.name, box=box, path_class=path_class, score=0.0,
         uncertainty=uncertainty, size=size, border=border, unlike=0.0, object=identity,
     )  # fmt: skip
@@ -237,13 +240,13 @@ def _window(image: ImageEntry, center: NDArray[np.float64], side: int) -> Box:
 def _looked_at(project: Project, image: ImageEntry) -> list[Any]:
     """Where a pathologist has been already."""
     found = sort_objects(project, image)
-    records = [record for record in found.theirs if record.kind == "annotation" and record.path_class is not None]
-    records += [item.current or item.written.record for item in found.ours if item.status != "untouched"]
+    records = [record for record in found.user_objects if record.kind == "annotation" and record.path_class is not None]
+    records += [item.current or item.written.record for item in found.predictions if item.status != "untouched"]
     shapes = [areal(record.geometry) for record in records]
     return [shape for shape in shapes if shape is not None]
 
 
-def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: Sequence[Any]) -> list[Place]:
+def _places_of_map(image: ImageEntry, layers: MapLayers, side: int, looked_at: Sequence[Any]) -> list[ReviewPlace]:
     height, width = layers.labels.shape
     scale = layers.box.width / width
     step = max(1, round(side / scale))
@@ -285,7 +288,7 @@ def _cell_sums(values: NDArray[Any], step: int) -> NDArray[np.float64]:
     return np.asarray(np.add.reduceat(across, rows, axis=0), np.float64)
 
 
-def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError | None = None) -> int:
+def mark_places(project: Project, places: Sequence[ReviewPlace], *, on_error: OnError | None = None) -> int:
     """Put places into the project as small unclassified annotations, named in order: ``Review 01``, ``Review 02`` ...
 
     Those of an earlier call go, but for those that were locked or given a class: a place that has such a one gets no
@@ -321,12 +324,12 @@ def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError 
 
     def mark(image: ImageEntry) -> int:
         marks = of_image[image.id]
-        new = [record for record in wanted.get(image.id, ()) if record.id not in marks.theirs]
+        new = [record for record in wanted.get(image.id, ()) if record.id not in marks.taken]
         ids = {record.id for record in new}
         changes = Changes(
-            add=[record for record in new if record.id not in marks.ours],
-            replace=[record for record in new if record.id in marks.ours],
-            remove=[identity for identity in marks.ours if identity not in ids],
+            add=[record for record in new if record.id not in marks.removable],
+            replace=[record for record in new if record.id in marks.removable],
+            remove=[identity for identity in marks.removable if identity not in ids],
         )
         if not changes.is_empty:
             project.apply(image, changes, version=marks.version)
@@ -339,8 +342,8 @@ def mark_places(project: Project, places: Sequence[Place], *, on_error: OnError 
 class _Marks(NamedTuple):
     """Marks of an image that may go, identities that are somebody's, and the names of marks among them."""
 
-    ours: tuple[UUID, ...]
-    theirs: frozenset[UUID]
+    removable: tuple[UUID, ...]
+    taken: frozenset[UUID]
     names: tuple[str, ...]
     version: str
 
@@ -361,7 +364,7 @@ def _names(count: int, taken: Collection[str]) -> list[str]:
     return [next(spare) if name in taken else name for name in names]
 
 
-def _description(place: Place) -> str:
+def _description(place: ReviewPlace) -> str:
     return (
         f"{place.path_class}: uncertainty {place.uncertainty:.2f}, size {place.size:.2f}, border {place.border:.2f}, "
         f"unlike {place.unlike:.2f}"
@@ -390,9 +393,9 @@ def clear_places(
 
     def clear(image: ImageEntry) -> int:
         marks = _standing_marks(project, image)
-        if not marks.ours:
+        if not marks.removable:
             return 0
-        return project.apply(image, Changes(remove=marks.ours), version=marks.version).removed
+        return project.apply(image, Changes(remove=marks.removable), version=marks.version).removed
 
     chosen = project.images if images is None else images
     return sum(count for _, count in for_images(chosen, clear, on_error))

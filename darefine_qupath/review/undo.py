@@ -1,4 +1,4 @@
-"""Runs taken back: what they wrote goes, what they replaced returns."""
+"""Undo runs: what they wrote goes, what they replaced returns."""
 
 from __future__ import annotations
 
@@ -14,24 +14,17 @@ from darefine_qupath.errors import DarefineError, ProjectFormatError, ReviewErro
 from darefine_qupath.limits import DATA, read_file
 from darefine_qupath.polygons import ClassPolygon
 from darefine_qupath.project import Changes
-from darefine_qupath.review.clipping import areal, clip_predictions
-from darefine_qupath.review.history import UNDONE, History, history_of, settle, standing, witness_of
-from darefine_qupath.review.ownership import MODEL, RUN, ImageObjects, for_images, sort_objects
-from darefine_qupath.review.runs import (
-    OnError,
-    Run,
-    RunFile,
-    RunObject,
-    call_number,
-    is_named,
-    list_runs,
-    number_of,
-    run_files,
-    runs_folder,
-    save_run,
-    with_packed,
-)
-from darefine_qupath.review.writeback import RunResult, cut_to, smallest_part
+from darefine_qupath.review.clipping import areal, clip_predictions, smallest_part
+from darefine_qupath.review.history import History, finish_interrupted_runs, history_of, runs_below, witness_of
+from darefine_qupath.review.new_objects import cut_to
+from darefine_qupath.review.ownership import ImageObjects, sort_objects
+from darefine_qupath.review.per_image import OnError, for_images
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_names import RunFile, call_number, is_named, number_of, run_files, runs_folder
+from darefine_qupath.review.run_records import list_runs, save_run, with_packed
+from darefine_qupath.review.run_result import RunResult
+from darefine_qupath.review.tags import MODEL, RUN, UNDONE
+from darefine_qupath.review.write_options import WriteOptions
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -195,7 +188,7 @@ class _Standing:
         past, witness = self._past(run.image)
         if past is None:
             return run.state
-        if run.id in standing(past, self._runs.get(run.image, ()), witness):
+        if run.id in runs_below(past, self._runs.get(run.image, ()), witness):
             return "done"
         return "overwritten" if run.state == "done" else "undone"
 
@@ -203,7 +196,7 @@ class _Standing:
 def _recovered(project: Project, image: ImageEntry, run_id: str) -> Run:
     """Make up the record of a run from the objects that say they are of it."""
     found = sort_objects(project, image)
-    items = [item.written for item in (*found.containers, *found.ours)]
+    items = [item.written for item in (*found.containers, *found.predictions)]
     objects = [item for item in items if item.record.geometry is not None and item.record.metadata.get(RUN) == run_id]
     return Run(
         id=run_id,
@@ -285,7 +278,7 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     ]
     present = {record.id for record in found.state.objects}
     missing = [item for item in run.replaced if item.id not in present]
-    whole, parts = _making_way(missing, run, found)
+    whole, parts = _cut_to_review(missing, run, found)
     restored = [item.record for item in (*whole, *parts)]
     result = RunResult(
         run=run.id,
@@ -300,7 +293,7 @@ def _undo_one(project: Project, run: Run, *, dry_run: bool) -> RunResult:
     )
     if dry_run:
         return result
-    settle(project, found.past)
+    finish_interrupted_runs(project, found.history)
     # What does not return whole is no object of the former run any more; otherwise it would count as deleted.
     _forget(project, image, run, {item.id for item in missing} - {item.id for item in whole})
     run = replace(
@@ -338,7 +331,9 @@ def _taken_back(project: Project, image: ImageEntry, run: Run) -> Applied | None
         return None
 
 
-def _making_way(missing: Sequence[RunObject], run: Run, found: ImageObjects) -> tuple[list[RunObject], list[RunObject]]:
+def _cut_to_review(
+    missing: Sequence[RunObject], run: Run, found: ImageObjects
+) -> tuple[list[RunObject], list[RunObject]]:
     """Objects that can return as they were, and what is left of those where the pathologist made up their mind since.
 
     Only objects of the run itself count: to all others the former run gave way already, or they were put over it.
@@ -351,17 +346,17 @@ def _making_way(missing: Sequence[RunObject], run: Run, found: ImageObjects) -> 
         if rejected.written.id in added and place is not None:
             refused.setdefault(rejected.written.training_class, []).append(place)
     regions = {number: item for number, item in enumerate(missing) if item.role == "region"}
-    yielded = clip_predictions(
+    clipped = clip_predictions(
         # The label says which object a part is of.
         [ClassPolygon(label=number, geometry=item.record.geometry) for number, item in regions.items()],
         standing=[shape for shape in standing if shape is not None],
         rejected={number: refused.get(item.training_class, []) for number, item in regions.items()},
-        min_area_px2=smallest_part(run.mpp) if run.min_area_px2 is None else run.min_area_px2,
+        min_area_px2=smallest_part(run.mpp, WriteOptions()) if run.min_area_px2 is None else run.min_area_px2,
         mpp=run.mpp,
     )
     returned = {number for number, item in enumerate(missing) if item.role != "region"}
     parts: list[RunObject] = []
-    for polygon in yielded.polygons:
+    for polygon in clipped.polygons:
         item = missing[polygon.label]
         if polygon.geometry is item.record.geometry:
             returned.add(polygon.label)

@@ -1,4 +1,4 @@
-"""Predictions into a project, and out of it again: planned first, then applied as a whole.
+"""Write predictions into a project: planned first, then applied as a whole.
 
 What a pathologist drew, took over or rejected stands; a run replaces only objects of ours that nobody touched. The
 same prediction gives the same identities, so doing it again changes nothing.
@@ -9,143 +9,31 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
-from uuid import UUID, uuid5
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-import numpy as np
-import shapely
-
-from darefine_qupath.annotations import Annotation
-from darefine_qupath.classes import ClassMap, PathClass, is_ignored
+from darefine_qupath.classes import ClassMap, PathClass
 from darefine_qupath.errors import ProjectChangedError, ReviewError
-from darefine_qupath.limits import require_finite
 from darefine_qupath.project import Changes
-from darefine_qupath.review.clipping import ClippedPolygons, areal, clip_predictions
-from darefine_qupath.review.history import UNDONE, History, settle, witness_of
-from darefine_qupath.review.ownership import (
-    CLASS,
-    MODEL,
-    RUN,
-    RUNNER_UP,
-    ImageObjects,
-    Reviewed,
-    sort_objects,
-)
-from darefine_qupath.review.runs import (
-    DIGEST,
-    Run,
-    RunObject,
-    digests_of,
-    new_token,
-    next_number,
-    now_utc,
-    run_name,
-    save_run,
-    take_number,
-    with_packed,
-)
+from darefine_qupath.review.clipping import ClippedPolygons, clip_to_review, smallest_part
+from darefine_qupath.review.history import History, finish_interrupted_runs, witness_of
+from darefine_qupath.review.new_objects import ObjectMaker
+from darefine_qupath.review.ownership import ImageObjects, sort_objects
+from darefine_qupath.review.run import Run, RunObject
+from darefine_qupath.review.run_names import new_token, next_number, now_utc, run_name, take_number
+from darefine_qupath.review.run_records import save_run, with_packed
+from darefine_qupath.review.run_result import RunResult
+from darefine_qupath.review.tags import RUN, UNDONE
+from darefine_qupath.review.write_options import WriteOptions
 
 if TYPE_CHECKING:
-    from shapely.geometry.base import BaseGeometry
-
     from darefine_qupath.polygons import ClassPolygon
     from darefine_qupath.project import ImageEntry, Project
 
-__all__ = ["RunResult", "WriteOptions", "WritePlan", "apply_plan", "plan_write", "write_back"]
+__all__ = ["WritePlan", "apply_plan", "plan_write", "write_back"]
 
 _log = logging.getLogger(__name__)
-
-_NAMESPACE = UUID("6d1f0a52-8f0e-5c58-9d3b-7c0f3f1f8a61")
-_PREFIX = "DA-RefineNet: "
-_AREA = "area µm^2"
-_IGNORE_CLASS = "Ignore*"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WriteOptions:
-    """How predictions become objects.
-
-    Attributes
-    ----------
-    kind : str
-        ``"annotation"``, or ``"detection"``: lighter for QuPath, and not editable there.
-    container : bool
-        Put the objects of a run below one unclassified annotation of the whole image.
-    class_suffix : str
-        Added to the class, for those who want "Invasive (predicted)".
-    over : tuple of str
-        Classes that predictions may lie over although a pathologist drew them ("Tissue", say).
-    remember_rejections : bool
-        Leave out what a pathologist rejected before.
-    min_area_um2, min_area_px2 : float
-        What is left of a clipped polygon is left out when it is smaller: in square micrometres, and in square level-0
-        pixels while the pixel size is unknown.
-    """
-
-    kind: Literal["annotation", "detection"] = "annotation"
-    container: bool = False
-    class_suffix: str = ""
-    over: tuple[str, ...] = ()
-    remember_rejections: bool = True
-    min_area_um2: float = 1000.0
-    min_area_px2: float = 4096.0
-
-    def __post_init__(self) -> None:
-        require_finite(self, ReviewError, "Option ")
-        if any(sign in self.class_suffix for sign in ":\n\r") or self.class_suffix.endswith("*"):
-            raise ReviewError(
-                f"Class suffix {self.class_suffix!r}: QuPath allows no ':' and no new line, and '*' ignores"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """What a write or an undo did to one image, or would do.
-
-    Attributes
-    ----------
-    run : str
-        Run id.
-    image, image_name : str
-        Entry id and name.
-    added, kept, removed : int
-        Objects of ours; `kept` were there already, the same to the last point.
-    adopted, rejected : int
-        Objects of ours that belong to the pathologist, and that were rejected; none of them was changed.
-    clipped, hidden, suppressed : int
-        New polygons that gave way in part, wholly, and to a rejection.
-    classes : mapping of str to int
-        Objects of ours afterwards, by class.
-    is_dry : bool
-        Whether nothing was written.
-    warnings : tuple of str
-        What the user should know.
-    """
-
-    run: str
-    image: str
-    image_name: str
-    added: int
-    kept: int
-    removed: int
-    adopted: int = 0
-    rejected: int = 0
-    clipped: int = 0
-    hidden: int = 0
-    suppressed: int = 0
-    classes: Mapping[str, int] = field(default_factory=dict)
-    is_dry: bool = False
-    warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        names = [name for name in self.__slots__ if name not in ("classes", "warnings")]
-        return {
-            **{name: getattr(self, name) for name in names},
-            "classes": dict(self.classes),
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +52,7 @@ class WritePlan:
         Classes that the project does not have yet.
     result : RunResult
         What it comes to.
-    past : History
+    history : History
         The image's runs before.
     """
 
@@ -173,7 +61,7 @@ class WritePlan:
     changes: Changes
     classes: tuple[PathClass, ...]
     result: RunResult
-    past: History
+    history: History
 
 
 def write_back(
@@ -255,12 +143,12 @@ def plan_write(
     _check_labels(polygons, classes)
     mpp = image.mpp if mpp is None else mpp
     found = sort_objects(project, image)
-    yielded, warnings = _yielded(polygons, found, classes, options, mpp)
+    clipped, warnings = clip_to_review(polygons, found, classes, options, mpp)
     former = witness_of(found.state)
     number, token = next_number(project, after=former), new_token()
     run_id = run_name(number, image, token)
-    maker = _Maker(run_id, image, model, classes, options)
-    objects = maker.objects(yielded.polygons, found)
+    maker = ObjectMaker(run_id, image, model, classes, options)
+    objects = maker.objects(clipped.polygons, found)
     untouched = {item.written.id: item.written for item in found.untouched}
     present = {item.id: replace(item, kept=item.id in untouched) for item in objects}
     gone = [item for item in untouched.values() if item.id not in present]
@@ -277,7 +165,7 @@ def plan_write(
         mpp=mpp,
         parameters=dict(parameters or {}),
         objects=tuple(replace(untouched[key], kept=True) if item.kept else item for key, item in present.items()),
-        adopted=tuple(item.written for item in _adopted(found)),
+        adopted=tuple(item.written for item in found.adopted_with_containers),
         rejected=tuple(item.written for item in found.rejected),
         replaced=tuple(gone),
         min_area_px2=smallest_part(mpp, options),
@@ -290,8 +178,8 @@ def plan_write(
         token=token,
         changes=_changes(run, {UNDONE: None} if UNDONE in found.state.properties else {}),
         classes=_new_classes(project, objects, classes),
-        result=_result(run, found, yielded, warnings),
-        past=found.past,
+        result=_result(run, found, clipped, warnings),
+        history=found.history,
     )
 
 
@@ -327,7 +215,7 @@ def apply_plan(project: Project, image: ImageEntry, plan: WritePlan) -> RunResul
             f"{image.name!r} changed since the prediction was laid out for it (QuPath or another program saved it); "
             f"nothing was written, run it again"
         )
-    settle(project, plan.past)
+    finish_interrupted_runs(project, plan.history)
     plan = _numbered(plan, take_number(project, after=plan.run.former), image)
     run = with_packed(plan.run)
     save_run(project, run)
@@ -371,14 +259,10 @@ def _numbered(plan: WritePlan, number: int, image: ImageEntry) -> WritePlan:
 
 def _known(found: ImageObjects) -> tuple[UUID, ...]:
     """Annotations that were there before the first run; what vanished with its data may have been drawn over since."""
-    former = found.run or next(iter(found.past.overwritten), None)
+    former = found.run or next(iter(found.history.overwritten), None)
     if former is not None:
         return former.known
-    return tuple(record.id for record in found.theirs if record.kind == "annotation")
-
-
-def _adopted(found: ImageObjects) -> tuple[Reviewed, ...]:
-    return (*found.adopted, *(item for item in found.containers if item.status not in ("untouched", "rejected")))
+    return tuple(record.id for record in found.user_objects if record.kind == "annotation")
 
 
 def _check_labels(polygons: Sequence[ClassPolygon], classes: ClassMap) -> None:
@@ -396,7 +280,7 @@ def _new_classes(project: Project, objects: Sequence[RunObject], classes: ClassM
     )
 
 
-def _result(run: Run, found: ImageObjects, yielded: ClippedPolygons, warnings: tuple[str, ...]) -> RunResult:
+def _result(run: Run, found: ImageObjects, clipped: ClippedPolygons, warnings: tuple[str, ...]) -> RunResult:
     regions = [item for item in run.objects if item.role == "region"]
     return RunResult(
         run=run.id,
@@ -407,9 +291,9 @@ def _result(run: Run, found: ImageObjects, yielded: ClippedPolygons, warnings: t
         removed=len(run.replaced),
         adopted=len(found.adopted),
         rejected=len(found.rejected),
-        clipped=yielded.num_clipped,
-        hidden=yielded.num_hidden,
-        suppressed=yielded.num_rejected,
+        clipped=clipped.num_clipped,
+        hidden=clipped.num_hidden,
+        suppressed=clipped.num_rejected,
         classes=dict(sorted(Counter(item.record.path_class or "" for item in regions).items())),
         warnings=warnings,
     )
@@ -418,153 +302,4 @@ def _result(run: Run, found: ImageObjects, yielded: ClippedPolygons, warnings: t
 # -- giving way
 
 
-def _yielded(
-    polygons: Sequence[ClassPolygon], found: ImageObjects, classes: ClassMap, options: WriteOptions, mpp: float | None
-) -> tuple[ClippedPolygons, tuple[str, ...]]:
-    standing = _standing(found, options)
-    rejected: dict[int, list[BaseGeometry]] = {}
-    for item in found.ours if options.remember_rejections else ():
-        place = areal(item.written.record.geometry)
-        # What a pathologist cut off from an object of ours was rejected as well.
-        if (
-            item.status in ("rejected", "reshaped")
-            and place is not None
-            and item.written.training_class in classes.names
-        ):
-            rejected.setdefault(classes.names.index(item.written.training_class), []).append(place)
-    smallest = smallest_part(mpp, options)
-    shapes = [shape for _, shape in standing]
-    yielded = clip_predictions(polygons, standing=shapes, rejected=rejected, min_area_px2=smallest, mpp=mpp)
-    return yielded, _covered_by_strangers(polygons, standing, classes)
-
-
-def smallest_part(mpp: float | None, options: WriteOptions = WriteOptions()) -> float:
-    """Square level-0 pixels below which what is left of a clipped polygon is left out."""
-    return options.min_area_px2 if mpp is None else options.min_area_um2 / mpp**2
-
-
-def _standing(found: ImageObjects, options: WriteOptions) -> list[tuple[str | None, BaseGeometry]]:
-    """List what nothing may overlap, with its class."""
-    theirs = [record for record in found.theirs if _stands(record, options)]
-    theirs += [item.current for item in found.adopted if item.current is not None]
-    shapes = [(record.path_class, areal(record.geometry)) for record in theirs if record.plane[1:] == (0, 0)]
-    return [(name, shape) for name, shape in shapes if shape is not None]
-
-
-def _stands(record: Annotation, options: WriteOptions) -> bool:
-    """Whether new predictions give way to an object that is not ours: a classified annotation, or ``Ignore*``."""
-    name = record.path_class
-    if record.kind != "annotation" or name is None or name in options.over:
-        return False
-    return name == _IGNORE_CLASS or not is_ignored(name)
-
-
-def _covered_by_strangers(
-    polygons: Sequence[ClassPolygon], standing: Sequence[tuple[str | None, BaseGeometry]], classes: ClassMap
-) -> tuple[str, ...]:
-    """Say so where annotations of a class that the model does not know hide most of a prediction."""
-    shapes = np.array([item.geometry for item in polygons], np.object_)
-    total = float(shapely.area(shapes).sum()) if len(shapes) else 0.0
-    warnings = []
-    for name in sorted({name for name, _ in standing if name is not None and not classes.knows(name)}):
-        cover = shapely.union_all([shape for other, shape in standing if other == name])
-        hidden = float(shapely.area(shapely.intersection(shapes, cover)).sum())
-        if total and hidden > total / 2:
-            warnings.append(
-                f"Annotations of class {name!r} hide {hidden / total:.0%} of the prediction, which gives way to every "
-                f"classified annotation; end the class name in '*' in QuPath, or let predictions lie over it"
-            )
-    return tuple(warnings)
-
-
 # -- objects
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes records of one run."""
-
-    run_id: str
-    image: ImageEntry
-    model: str
-    classes: ClassMap
-    options: WriteOptions
-
-    def objects(self, polygons: Sequence[ClassPolygon], found: ImageObjects) -> list[RunObject]:
-        taken = {record.id for record in found.theirs} | {item.written.id for item in _adopted(found)}
-        parent = self._container(polygons, found)
-        made = [] if parent is None or parent.id in taken else [parent]
-        outlines = shapely.to_wkb(shapely.normalize([polygon.geometry for polygon in polygons]), hex=True)
-        regions: list[Annotation] = []
-        for polygon, outline in zip(polygons, outlines, strict=True):
-            record = self._region(polygon, outline, taken, None if parent is None else parent.id)
-            taken.add(record.id)
-            regions.append(record)
-        names = [self.classes.names[polygon.label] for polygon in polygons]
-        made += [
-            RunObject(record=record, training_class=name) for record, name in zip(_sealed(regions), names, strict=True)
-        ]
-        return made
-
-    def _container(self, polygons: Sequence[ClassPolygon], found: ImageObjects) -> RunObject | None:
-        if not self.options.container or not polygons:
-            return None
-        identity = uuid5(_NAMESPACE, f"{self.image.id}/{self.model}/container")
-        former = [item for item in found.containers if item.written.id == identity and item.status != "rejected"]
-        if former:
-            return former[0].written
-        bounds = shapely.total_bounds([item.geometry for item in polygons])
-        if self.image.width is not None and self.image.height is not None:
-            bounds = (0, 0, self.image.width, self.image.height)
-        record = Annotation(
-            id=identity, geometry=shapely.box(*bounds), name=f"DA-RefineNet {self.model}", metadata=self._metadata("")
-        )
-        return RunObject(record=_sealed([record])[0], training_class="", role="container")
-
-    def _region(self, polygon: ClassPolygon, outline: str, taken: set[UUID], parent: UUID | None) -> Annotation:
-        name = self.classes.names[polygon.label]
-        path_class = name + self.options.class_suffix
-        key = f"{self.image.id}/{self.model}/{path_class}/{self.options.kind}/{parent or ''}/"
-        key += outline
-        identity, number = uuid5(_NAMESPACE, key), 2
-        # An object that was moved away keeps its identity, so what is found again at its place needs another.
-        while identity in taken:
-            identity, number = uuid5(_NAMESPACE, f"{key}#{number}"), number + 1
-        seconds = {} if polygon.runner_up is None else {RUNNER_UP: self.classes.names[polygon.runner_up]}
-        return Annotation(
-            id=identity,
-            geometry=polygon.geometry,
-            path_class=path_class,
-            kind=self.options.kind,
-            name=name if polygon.confidence is None else f"{name} {polygon.confidence:.0%}",
-            parent=parent,
-            measurements=_measurements(polygon),
-            metadata={**self._metadata(name), **seconds},
-        )
-
-    def _metadata(self, training_class: str) -> dict[str, str]:
-        return {RUN: self.run_id, MODEL: self.model, CLASS: training_class}
-
-
-def _sealed(records: Sequence[Annotation]) -> list[Annotation]:
-    """Give objects their digests."""
-    pairs = zip(records, digests_of(records), strict=True)
-    return [replace(record, metadata={**record.metadata, DIGEST: digest}) for record, digest in pairs]
-
-
-def cut_to(record: Annotation, polygon: ClassPolygon, identity: UUID) -> Annotation:
-    """Return an object of ours with another outline, as an object of its own."""
-    area = {} if polygon.area_um2 is None else {f"{_PREFIX}{_AREA}": float(np.float32(polygon.area_um2))}
-    measurements = {**record.measurements, **area}
-    return _sealed([replace(record, id=identity, geometry=polygon.geometry, measurements=measurements)])[0]
-
-
-def _measurements(polygon: ClassPolygon) -> dict[str, float]:
-    values = {
-        "confidence": polygon.confidence,
-        "margin": polygon.margin,
-        "runner-up share": polygon.runner_up_share,
-        _AREA: polygon.area_um2,
-    }
-    # QuPath keeps a detection's measurements as float32; what is read back must be what was written.
-    return {f"{_PREFIX}{name}": float(np.float32(value)) for name, value in values.items() if value is not None}
