@@ -352,10 +352,10 @@ def test_damage_to_what_an_interrupted_run_left_is_computed_again(tmp_path: Path
 def test_a_finished_map_that_was_cut_off_is_predicted_again(tmp_path: Path) -> None:
     slide = array_slide(tmp_path, blobs((300, 300)))
     found = predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
-    whole = found.class_path.read_bytes()
-    found.class_path.write_bytes(whole[: len(whole) // 2])
+    whole = found.path("class").read_bytes()
+    found.path("class").write_bytes(whole[: len(whole) // 2])
     predict_slide(slide, checkpoint(ColorNetwork()), out=tmp_path / "map", options=OPTIONS)
-    assert found.class_path.read_bytes() == whole
+    assert found.path("class").read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:

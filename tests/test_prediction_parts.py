@@ -46,8 +46,9 @@ from darefine_qupath.prediction.plan import ContextGroup, MapGrid, plan_slide, w
 from darefine_qupath.prediction.pooling import pooled_length, pooled_window, smooth_window
 from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch, batches, read_ahead
 from darefine_qupath.prediction.scoremap_writer import write_score_map
-from darefine_qupath.prediction.slide_checks import check_slide, stain_distance
+from darefine_qupath.prediction.slide_checks import check_slide
 from darefine_qupath.prediction.slide_warnings import SlideWarning
+from darefine_qupath.prediction.stain import stain_distance
 from darefine_qupath.slides import TissueMask
 from darefine_qupath.tiles.plan import plan_training_tiles
 from darefine_qupath.tiles.spec import TileSpec
@@ -522,14 +523,14 @@ def test_openslide_opens_the_pyramid_in_class_colours(tmp_path: Path) -> None:
     found = a_map(tmp_path)
     band = some_bands((700, 900), [900])[0]
     write_score_map(found, [band])
-    with openslide.OpenSlide(str(found.class_path)) as slide:
+    with openslide.OpenSlide(str(found.path("class"))) as slide:
         assert slide.level_dimensions[0] == (700, 900)
         assert slide.level_count == 3
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(2.0)
         pixels = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., :3]
     for label, color in enumerate(CLASSES.colors):
         assert (pixels[band.label == label] == color).all()
-    with openslide.OpenSlide(str(found.confidence_path)) as slide:
+    with openslide.OpenSlide(str(found.path("confidence"))) as slide:
         gray = np.asarray(slide.read_region((0, 0), 0, (700, 900)))[..., 0]
     np.testing.assert_array_equal(gray, band.confidence)
 

@@ -8,7 +8,7 @@ from darefine_qupath.errors import PredictionError, SlideError
 from darefine_qupath.geometry import Box, Size, fit_within
 from darefine_qupath.pipeline.slide_tasks import map_folder
 from darefine_qupath.prediction import StainStatistics, read_score_map, stain_statistics
-from darefine_qupath.prediction.slide_checks import stain_distance
+from darefine_qupath.prediction.stain import stain_distance
 from darefine_qupath.project import ImageEntry, Project
 from darefine_qupath.review import MapLayers, OnError, ReviewPlace, next_places, sort_objects
 from darefine_qupath.slides import open_slide

@@ -4,8 +4,8 @@ from darefine_qupath.prediction.many_slides import predict_many
 from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.scoremap import ScoreMap, read_score_map
 from darefine_qupath.prediction.slide import predict_slide
-from darefine_qupath.prediction.slide_checks import StainStatistics, stain_statistics
 from darefine_qupath.prediction.slide_warnings import SlideWarning
+from darefine_qupath.prediction.stain import StainStatistics, stain_statistics
 from darefine_qupath.prediction.tasks import SlideResult, SlideTask
 
 __all__ = [

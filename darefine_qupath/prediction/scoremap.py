@@ -86,26 +86,6 @@ class ScoreMap:
     warnings: tuple[SlideWarning, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def class_path(self) -> Path:
-        """TIFF of labels."""
-        return self.path("class")
-
-    @property
-    def confidence_path(self) -> Path:
-        """TIFF of the best class's score."""
-        return self.path("confidence")
-
-    @property
-    def margin_path(self) -> Path:
-        """TIFF of best minus second score."""
-        return self.path("margin")
-
-    @property
-    def runner_up_path(self) -> Path:
-        """TIFF of the second class."""
-        return self.path("runner_up")
-
     def path(self, layer: LayerName) -> Path:
         """File of a layer."""
         return self.folder / f"{layer}.tif"
