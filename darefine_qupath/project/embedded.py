@@ -54,41 +54,17 @@ _Verify = Callable[[Document], None]
 
 
 class EmbeddedProject(ProjectReader):
-    """A QuPath project, without QuPath.
+    """A QuPath project, without QuPath; made and opened as `ProjectReader` says.
 
     Opening and reading never write. Every write holds the project's lock, is read back and compared before it takes
     the place of the former file, and keeps that file as a backup.
-
-    Parameters
-    ----------
-    path : Path
-        The ``.qpproj`` file.
-
-    Raises
-    ------
-    ProjectNotFoundError
-        If there is no such file.
-    ProjectFormatError
-        If it is not a QuPath project.
     """
 
     engine: Engine = "embedded"
 
     @classmethod
     def create(cls, path: Path, classes: Sequence[PathClass] = ()) -> Self:
-        """Make a project without images.
-
-        Parameters
-        ----------
-        path : Path
-            Its folder, or the ``.qpproj`` file to be made in it.
-        classes : sequence of PathClass, optional
-            The class list.
-
-        Returns
-        -------
-        EmbeddedProject
-            The new project.
+        """Make a project without images in a folder, or of the name of a ``.qpproj`` file.
 
         Raises
         ------
@@ -121,8 +97,6 @@ class EmbeddedProject(ProjectReader):
             return Document(self._blank(self._records[image.id], image.image_type), path=path)
         data, self._stamps[image.id] = staging.read_stamped(path)
         return Document(data, path=path)
-
-    # -- objects
 
     def apply(self, image: ImageEntry, changes: Changes, *, version: str | None = None) -> Applied:
         """Add, replace and remove objects: all of it, read back and verified, or nothing."""
@@ -178,26 +152,12 @@ class EmbeddedProject(ProjectReader):
         return backups.without_present(backups.backups_of(self.folder, image.id), self._data_file(image.id))
 
     def restore(self, image: ImageEntry, backup: Backup) -> Applied:
-        """Bring back a former state of an image's objects; the present one is kept as a backup.
-
-        Parameters
-        ----------
-        image : ImageEntry
-            The image.
-        backup : Backup
-            One of `backups`.
-
-        Returns
-        -------
-        Applied
-            With the backup of the state that was replaced.
+        """Bring back a former state of an image's objects, one of `backups`; the present one is kept as a backup.
 
         Raises
         ------
         ProjectFormatError
             If the backup is damaged.
-        ProjectChangedError, ProjectLockedError, ProjectWriteError
-            As for `apply`.
         """
         with self._writing(image) as path:
             content = staging.read_stamped(backup.path)[0]
@@ -292,8 +252,6 @@ class EmbeddedProject(ProjectReader):
             return ()
         return (f"{self.path.name} was saved by another program while this one ran: QuPath may have the project open",)
 
-    # -- classes
-
     def set_classes(self, classes: Sequence[PathClass]) -> None:
         """Write the class list.
 
@@ -329,8 +287,6 @@ class EmbeddedProject(ProjectReader):
         known = {**changes.class_colors, **data.colors}
         more = [PathClass(name, known.get(name, default_color(name))) for name in names if name is not None]
         return class_list.merged_classes(listed, more)
-
-    # -- images
 
     def add_image(
         self,

@@ -105,20 +105,7 @@ def _server_builder(builder: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of Jav
 
 
 class PaquoProject(EmbeddedProject):
-    """A QuPath project whose objects a real QuPath writes.
-
-    Parameters
-    ----------
-    path : Path
-        The ``.qpproj`` file or its folder.
-
-    Raises
-    ------
-    ProjectNotFoundError
-        If there is no such file.
-    ProjectFormatError
-        If it is not a QuPath project.
-    """
+    """A QuPath project whose objects a real QuPath writes."""
 
     engine = "paquo"
 
@@ -186,21 +173,13 @@ class PaquoProject(EmbeddedProject):
             return opened.written()
 
 
-class _Stains:
-    """Stains, equal to those that differ by no more than QuPath 0.4 writes."""
-
-    def __init__(self, stains: Stains | None) -> None:
-        self._names = [] if stains is None else [stains.name, *(vector.name for vector in stains.vectors)]
-        self._values = np.array([] if stains is None else [*(v.rgb for v in stains.vectors), stains.background])
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Stains)
-            and self._names == other._names
-            and np.allclose(self._values, other._values, rtol=0, atol=1e-6)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+def _same_stains(before: Stains | None, after: Stains | None) -> bool:
+    """Whether stains differ by no more than QuPath 0.4 writes."""
+    if before is None or after is None:
+        return before is after
+    numbers = [[*(vector.rgb for vector in stains.vectors), stains.background] for stains in (before, after)]
+    names = [[stains.name, *(vector.name for vector in stains.vectors)] for stains in (before, after)]
+    return names[0] == names[1] and np.allclose(numbers[0], numbers[1], rtol=0, atol=1e-6)
 
 
 def _check_rest(before: ImageData, after: ImageData, changes: Changes) -> None:
@@ -212,7 +191,6 @@ def _check_rest(before: ImageData, after: ImageData, changes: Changes) -> None:
             "TMA grid": data.tma_grid,
             "history": [(step.java_class, step.name, step.script) for step in data.workflow],
             "properties": {*data.properties, _ENTRY_ID},
-            "stains": _Stains(data.stains),
         }
 
     ours, theirs = parts(before), parts(after)
@@ -221,6 +199,8 @@ def _check_rest(before: ImageData, after: ImageData, changes: Changes) -> None:
     if any(after.properties.get(name) != value for name, value in changes.properties.items()):
         theirs["properties"] = None
     lost = [name for name, value in ours.items() if value != theirs[name]]
+    if not _same_stains(before.stains, after.stains):
+        lost.append("stains")
     if lost:
         raise ProjectWriteError(
             f"QuPath {start_qupath()} does not keep the {', '.join(lost)} of {before.path}; nothing was changed, use "

@@ -99,7 +99,7 @@ def read_stamped(path: Path, limits: Limits = DATA) -> tuple[bytes, FileVersion]
 
     Returns
     -------
-    tuple of bytes and Stamp
+    tuple of bytes and FileVersion
 
     Raises
     ------
@@ -137,7 +137,7 @@ def check_unchanged(path: Path, stamp: FileVersion | None) -> None:
     ----------
     path : Path
         The file.
-    stamp : Stamp or None
+    stamp : FileVersion or None
         From `read_stamped`; None = there was no file.
 
     Raises

@@ -12,7 +12,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring as parse_xml
 
 from darefine_qupath.errors import MissingMppError
-from darefine_qupath.geometry import MPP_LIMITS, PixelSize
+from darefine_qupath.geometry import MPP_LIMITS, PixelSize, is_possible_mpp
 from darefine_qupath.slides.reader import number_or_none
 from darefine_qupath.slides.slide import Slide
 
@@ -66,6 +66,7 @@ _UNITS_UM = {
     "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "\u03bcm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0,
     "nm": 1e-3, "pm": 1e-6, "\u00c5": 1e-4, "in": 25_400.0, "thou": 25.4,
 }  # fmt: skip
+"""Micrometres in the units of length of the OME schema that microscopes use; pixels are no length."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ def resolve_mpp(given: float | None, project: float | None, slide: Slide) -> flo
     MissingMppError
         If none of them says, or one says a value outside `MPP_LIMITS`.
     """
-    least, largest = MPP_LIMITS
-    for value in (given, project, slide.mpp):
-        if value is not None:
-            if not least <= value <= largest:
-                raise MissingMppError(
-                    f"{slide.path}: a pixel size of {value} um is not possible; it must be {least:g} to {largest:g}"
-                )
-            return value
+    value = next((value for value in (given, project, slide.mpp) if value is not None), None)
+    if value is not None and is_possible_mpp(value):
+        return value
+    if value is not None:
+        least, largest = MPP_LIMITS
+        raise MissingMppError(
+            f"{slide.path}: a pixel size of {value} um is not possible; it must be {least:g} to {largest:g}"
+        )
     raise MissingMppError(
         f"{slide.path}: neither the project nor the file knows the pixel size; give it with --mpp, set it in QuPath "
         f"(Image tab, double click on Pixel width), or work in pixels (slice_px, context_px, stride_px)"
