@@ -22,9 +22,9 @@ class ContextFeatures(NamedTuple):
     Attributes
     ----------
     maps : tuple of Tensor, each of shape (N, C, H, W)
-        Features that are joined pixel by pixel, coarsest first.
+        Features that are fused pixel by pixel, coarsest first.
     pooled : tuple of Tensor, each of shape (N, C, 1, 1)
-        Features that are joined as their average, coarsest first.
+        Features that are fused as their average, coarsest first.
     """
 
     maps: tuple[Tensor, ...] = ()

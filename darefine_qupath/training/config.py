@@ -71,7 +71,7 @@ class TrainConfig:
     balance: Annotated[float, Bounds(ge=0, le=1)] = 0.5
     """1: tiles are drawn such that all classes show the same number of pixels. 0: all tiles alike. In full balance a
     tile that holds the commonest class alone may never come: tiles of other classes show enough of it. What looks like
-    a lesson only there, normal glands far from any tumour, is then never learnt."""
+    a lesson only there, normal glands far from any tumour, is then never learned."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
@@ -101,7 +101,7 @@ class TrainConfig:
     ``none``: random. Anything else: a file with torchvision's or timm's names."""
 
     loss: Literal["ce", "ce-dice"] = "ce"
-    """``ce``: cross-entropy per pixel. ``ce-dice``: the same plus `dice_weight` times (1 - soft Dice) per tile."""
+    """``ce``: cross-entropy per pixel, the paper's NLL (Eq. 12). ``ce-dice``: the same plus `dice_weight` times (1 - soft Dice) per tile."""
     dice_weight: Annotated[float, Bounds(ge=0)] = 1.0
     """Weight of the Dice term in ``ce-dice``."""
     class_weights: Literal["none", "inverse"] = "none"

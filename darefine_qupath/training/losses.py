@@ -85,7 +85,7 @@ class SegmentationLoss(nn.Module):
         pixels, tiles = counts_2.float().clamp(min=1e-6)
         summed = F.cross_entropy(
             logits_BKHW, labels_BHW, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
-        )
+        )  # Eq. 12 of the paper, on logits
         loss: Tensor = summed / pixels
         if self.dice_weight:
             loss = loss + self.dice_weight * _dice_loss(logits_BKHW, labels_BHW) / tiles

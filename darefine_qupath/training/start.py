@@ -114,7 +114,6 @@ def warn_of_partial_norms(network: SegmentationNetwork, config: TrainConfig, gro
     by += [f"{shares} processes without a GPU"] * (shares > 1)
     mend = 'freeze_batch_norm = "yes"' if network.encoders else "a network without batch norm of its own"
     _log.warning(
-        "Batch norm learns from %s of the batch at a time (%s), so that the result is not that of the whole batch; "
-        "it is with %s",
+        "Batch norm learns from %s of the batch at a time (%s), which changes the result; avoid it with %s",
         f"1/{shares * config.grad_accum_steps}", " and ".join(by), mend,
     )  # fmt: skip
