@@ -101,7 +101,8 @@ class TrainConfig:
     ``none``: random. Anything else: a file with torchvision's or timm's names."""
 
     loss: Literal["ce", "ce-dice"] = "ce"
-    """``ce``: cross-entropy per pixel, the paper's NLL (Eq. 12). ``ce-dice``: the same plus `dice_weight` times (1 - soft Dice) per tile."""
+    """``ce``: cross-entropy per pixel, the paper's NLL (Eq. 12). ``ce-dice``: the same plus `dice_weight` times
+    (1 - soft Dice) per tile."""
     dice_weight: Annotated[float, Bounds(ge=0)] = 1.0
     """Weight of the Dice term in ``ce-dice``."""
     class_weights: Literal["none", "inverse"] = "none"
