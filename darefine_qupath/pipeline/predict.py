@@ -296,45 +296,33 @@ def _vectorize_and_write(
     left_out: frozenset[int],
     batch: str | None,
 ) -> ImagePrediction:
+    written = None
     try:
         with wording(PredictionError):
-            polygons, written = _write_polygons(project, image, score_map, request, left_out, batch)
+            polygons = _vectorize_map(image, score_map, request.polygons, left_out)
+            if request.write is not None:
+                written = write_back(
+                    project,
+                    image,
+                    polygons,
+                    model=score_map.model_id,
+                    classes=score_map.classes,
+                    mpp=score_map.mpp,
+                    options=request.write,
+                    parameters={
+                        "prediction": dict(score_map.settings),
+                        "fingerprint": score_map.fingerprint,
+                        # Training on the reviewed labels finds here the model to start from.
+                        MODEL_FILE: str(request.model.resolve()),
+                        # What the model was trained on, so that a review can say what is unlike it.
+                        "stain": read_header(request.model).provenance.get("stain"),
+                    },
+                    batch=batch,
+                    dry_run=request.dry_run,
+                )
     except DarefineError as error:
         return ImagePrediction(image=image, score_map=score_map, error=str(error))
     return ImagePrediction(image=image, score_map=score_map, num_polygons=len(polygons), written=written)
-
-
-def _write_polygons(
-    project: Project,
-    image: ImageEntry,
-    score_map: ScoreMap,
-    request: PredictRequest,
-    left_out: frozenset[int],
-    batch: str | None,
-) -> tuple[tuple[ClassPolygon, ...], RunResult | None]:
-    polygons = _vectorize_map(image, score_map, request.polygons, left_out)
-    written = None
-    if request.write is not None:
-        written = write_back(
-            project,
-            image,
-            polygons,
-            model=score_map.model_id,
-            classes=score_map.classes,
-            mpp=score_map.mpp,
-            options=request.write,
-            parameters={
-                "prediction": dict(score_map.settings),
-                "fingerprint": score_map.fingerprint,
-                # Training on the reviewed labels finds here the model to start from.
-                MODEL_FILE: str(request.model.resolve()),
-                # What the model was trained on, so that a review can say what is unlike it.
-                "stain": read_header(request.model).provenance.get("stain"),
-            },
-            batch=batch,
-            dry_run=request.dry_run,
-        )
-    return polygons, written
 
 
 def _vectorize_map(
