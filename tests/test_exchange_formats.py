@@ -560,9 +560,12 @@ def test_a_layer_that_nobody_named_is_the_class_only_where_nothing_else_is(write
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (aperio(region(SQUARE)), "'grade' is no field for a class here; there are attribute, layer, text, description"),
-        (asap(asap_item(SQUARE)), "'grade' is no field .* there are group, name"),
-        (halo(halo_region(SQUARE)), "'grade' is no field .* there are layer, comment"),
+        (
+            aperio(region(SQUARE)),
+            "'grade' is no field for a class here; choose among attribute, layer, text, description",
+        ),
+        (asap(asap_item(SQUARE)), "'grade' is no field .* choose among group, name"),
+        (halo(halo_region(SQUARE)), "'grade' is no field .* choose among layer, comment"),
         (json.dumps(qupath_feature(stage="T1")), r'no object has a class in grade; .* are stage \(e.g. "T1"\)'),
     ],
     ids=["Aperio", "ASAP", "HALO", "GeoJSON"],

@@ -46,7 +46,7 @@ def read_coco(request: ReadRequest, data: object) -> Imported:
     Parameters
     ----------
     request : ReadRequest
-        The file and the image; a file of a single image is taken as being of it. The class stands in ``category`` (the
+        The file and the image; a file of a single image is taken for it. The class stands in ``category`` (the
         default), ``supercategory``, or an attribute.
     data : object
         Its JSON, of which `holds_coco` is true.

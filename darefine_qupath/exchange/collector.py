@@ -33,7 +33,7 @@ _FILE_CROSSINGS = 50_000
 """The same for all shapes of a file, on top of one for each of its corners."""
 
 _INT32 = 2**31
-"""A coordinate, plane or time point from here on is no place in an image: QuPath counts in 32 bits."""
+"""A coordinate, plane or time point from here on lies in no image: QuPath counts in 32 bits."""
 
 _LISTED = 5
 _MAX_CLASS_DEPTH = 20
@@ -70,7 +70,7 @@ class Collector:
     ) -> None:
         for name in class_from if fields else ():
             if name not in fields:
-                raise ExchangeError(f"{path}: {name!r} is no field for a class here; there are {', '.join(fields)}")
+                raise ExchangeError(f"{path}: {name!r} is no field for a class here; choose among {', '.join(fields)}")
         self.path = path
         self.fields = FieldTally(class_from)
         self.budget = Budget(DATA)
@@ -88,7 +88,7 @@ class Collector:
         self._respelled: dict[str, str] = {}
 
     def class_name(self, text: str | None) -> str | None:
-        """Name of a class: as the project has it, else the first spelling seen whatever the case; None for no text."""
+        """Name of a class as the project spells it, else as the file first does; None for no text."""
         name = " ".join((text or "").split())
         if not name or name in self._classes:
             return name or None
@@ -99,7 +99,7 @@ class Collector:
 
     @contextmanager
     def item(self, item: str) -> Iterator[None]:
-        """Refuse an item by name, whatever goes wrong inside; the others of the file are read."""
+        """Refuse this item, and no other, when anything goes wrong inside."""
         self.budget.spend()
         try:
             with naming(item, ExchangeError):
@@ -138,7 +138,7 @@ class Collector:
             self.refuse(item, f"has a coordinate of {largest:g}, where no image reaches")
             return None
         self.budget.spend(len(corners))
-        # As many more crossings as corners: what it may take grows with the file, and no faster.
+        # One more crossing for each corner: the work allowed grows with the file, and no faster.
         self._crossings += len(corners)
         if self._is_tangled(item, geometry):
             return None
@@ -189,7 +189,7 @@ class Collector:
         Returns
         -------
         UUID or None
-            Of the annotation, for what stands below it; None where it is refused.
+            Id of the annotation, for the objects below it; None where it is refused.
         """
         reason = _unusable(annotation)
         if reason is not None:
@@ -200,7 +200,7 @@ class Collector:
             annotation = replace(annotation, id=own_id)
             self._first[own_id] = annotation
         elif first is not None and replace(annotation, id=first.id) == first:
-            self.refuse(item, f"stands in the file twice (id {own_id})")
+            self.refuse(item, f"is in the file twice (id {own_id})")
             return first.id
         elif first is not None:
             self.repaired.append(Note(item=item, reason=f"has the id {own_id} of another one and gets a new one"))
@@ -215,12 +215,12 @@ class Collector:
         self.refused.append(Note(item=item, reason=reason))
 
     def color(self, name: str | None, color: Color | None) -> None:
-        """Note the colour of a class; the first one stays."""
+        """Note the color of a class; the first one stays."""
         if name is not None and color is not None:
             self.colors.setdefault(name, color)
 
     def result(self, format_name: str, *, mpp: float | None = None) -> Imported:
-        """Everything gathered.
+        """Give all that was collected.
 
         Raises
         ------
@@ -257,7 +257,7 @@ def _is_same(word: str, name: str | None) -> bool:
 
 
 def _unusable(annotation: Annotation) -> str | None:
-    """Why a project cannot hold an object, whatever its geometry; None where it can."""
+    """Say why a project cannot hold an object, apart from its geometry; None where it can."""
     texts = [annotation.path_class or "", annotation.name or "", *annotation.measurements]
     for text in (*texts, *annotation.metadata, *annotation.metadata.values()):
         try:

@@ -50,7 +50,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """Its text, by its byte order mark, else by what its XML declares, else UTF-8.
+        """Its text, decoded by its byte order mark, else by what its XML declares, else as UTF-8.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Document:
 
 
 def first_bytes(path: Path, count: int = 4096) -> bytes:
-    """Beginning of a file, by which it is told what it is."""
+    """Beginning of a file, by which its format is recognized."""
     with open_file(path) as file:
         return file.read(count)
 

@@ -41,7 +41,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Name whatever its case, and however its accents are written: macOS keeps them as letters of their own."""
+    """Name without case, with accents in one form: macOS writes them as characters of their own."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 

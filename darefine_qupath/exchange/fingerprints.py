@@ -18,7 +18,7 @@ _OUR_METADATA = "darefine."
 
 
 def contents(records: Sequence[Annotation]) -> list[str]:
-    """Fingerprints of what annotations are: kind, class, plane and geometry, whatever their ids and file order.
+    """Fingerprint annotations by kind, class, plane and geometry, not by their ids or order.
 
     Parameters
     ----------

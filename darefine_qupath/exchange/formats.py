@@ -59,7 +59,7 @@ def read_annotations(
     image_name: str | None = None,
     glass: Callable[[], GlassFrame | None] | None = None,
 ) -> Imported:
-    """Read an annotation file of any known format, told by its content and not by its name.
+    """Read an annotation file of any known format, which is recognized by its content and not by its name.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def read_annotations(
     Raises
     ------
     ExchangeError
-        If the file is not there, not readable, or of no known format; it says of which.
+        If the file is not there, not readable, or of no known format; the message names the format it has.
     """
     path = Path(path)
     with naming(path, ExchangeError):
@@ -118,7 +118,7 @@ def read_annotations(
 
 
 def _read_all(request: ReadRequest) -> Imported:
-    """Read the file, or those of an archive, of which one that is named otherwise need not be an annotation file."""
+    """Read the file, or all annotation files of an archive; others that lie there too are left out."""
     parts, left_out = [], []
     for document in documents(request.path):
         try:

@@ -6,28 +6,20 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
-
-import numpy as np
-import shapely
-from shapely.geometry import GeometryCollection, LineString, MultiLineString, MultiPoint, MultiPolygon, Point, Polygon
 
 from darefine_qupath.annotations import Annotation, Kind, Plane
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 from darefine_qupath.exchange.class_fields import ClassChoice
 from darefine_qupath.exchange.collector import Collector
+from darefine_qupath.exchange.geojson_shapes import GEOMETRIES, shape_of
 from darefine_qupath.exchange.imported import Imported
 from darefine_qupath.exchange.request import ReadRequest
-from darefine_qupath.exchange.values import band_color, plain_text, scalars
-from darefine_qupath.limits import spoken
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from shapely.geometry.base import BaseGeometry
+from darefine_qupath.exchange.values import band_color, plain_text, scalars, short_json
 
 __all__ = ["holds_features", "read_features"]
 
@@ -47,14 +39,12 @@ _KINDS: Mapping[str, Kind] = {
 }
 _ROOTS = ("PathRootObject", "root")
 
-_GEOMETRIES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
-
 
 _MAX_CHILDREN = 100
 """Levels of objects in objects."""
 
 _MAX_TEXT = 4096
-"""Length of a text that may be JSON or Python for a class or colour."""
+"""Length of a text that may be JSON or Python for a class or color."""
 
 _CLASS = "classification"
 _OWN = (
@@ -106,12 +96,12 @@ class _Place(NamedTuple):
 def holds_features(data: object) -> bool:
     """Whether JSON is GeoJSON, or a list that may be one of features."""
     if isinstance(data, dict):
-        return isinstance(data.get("features"), list) or data.get("type") in ("Feature", *_GEOMETRIES)
+        return isinstance(data.get("features"), list) or data.get("type") in ("Feature", *GEOMETRIES)
     return isinstance(data, list) and (not data or any(_is_feature(item) for item in data))
 
 
 def _is_feature(item: object) -> bool:
-    return isinstance(item, dict) and item.get("type") in ("Feature", *_GEOMETRIES)
+    return isinstance(item, dict) and item.get("type") in ("Feature", *GEOMETRIES)
 
 
 def _items(data: object) -> Sequence[object]:
@@ -122,13 +112,13 @@ def _items(data: object) -> Sequence[object]:
 
 def _read(collector: Collector, item: str, data: object, place: _Place) -> list[tuple[str, object, _Place]]:
     """Take one object in; gives those that lie in it."""
-    if isinstance(data, dict) and data.get("type") in _GEOMETRIES:
+    if isinstance(data, dict) and data.get("type") in GEOMETRIES:
         data = {"type": "Feature", "geometry": data}
     if not isinstance(data, dict) or data.get("type") != "Feature":
-        raise ExchangeError(f"is no Feature but {_short(data)}")
+        raise ExchangeError(f"is no Feature but {short_json(data)}")
     properties = data.get("properties") or {}
     if not isinstance(properties, dict):
-        raise ExchangeError(f"has properties that are {_short(properties)}")
+        raise ExchangeError(f"has properties that are {short_json(properties)}")
     if place.depth >= _MAX_CHILDREN:
         raise ExchangeError(f"lies in more than {_MAX_CHILDREN} others, one in the other")
     parent = place.parent
@@ -150,7 +140,7 @@ def _annotation(
     kind_name = str(properties.get("objectType", properties.get("object_type", data.get("id", "annotation"))))
     if kind_name in _ROOTS:
         return None
-    geometry = collector.shape(item, _geometry(data.get("geometry")))
+    geometry = collector.shape(item, shape_of(data.get("geometry")))
     if geometry is None:
         return None
     choice = _choice(collector, properties)
@@ -169,70 +159,9 @@ def _annotation(
         color=_object_color(properties.get("color")),
         measurements=_measurements(_unwrapped(properties.get("measurements"))),
         metadata=_metadata(_unwrapped(properties.get("metadata"))),
-        nucleus=None if nucleus is None else collector.shape(f"the nucleus of {item}", _geometry(nucleus)),
+        nucleus=None if nucleus is None else collector.shape(f"the nucleus of {item}", shape_of(nucleus)),
     )
     return annotation, choice
-
-
-def _geometry(member: object, depth: int = 0) -> BaseGeometry:
-    if not isinstance(member, dict) or member.get("type") not in _GEOMETRIES:
-        raise ExchangeError(f"has no geometry but {_short(member)}")
-    kind = str(member["type"])
-    try:
-        if kind != "GeometryCollection":
-            return _BUILDERS[kind](member["coordinates"])
-        if depth >= _MAX_COLLECTIONS:
-            raise ValueError("collections in collections")
-        return GeometryCollection([_geometry(part, depth + 1) for part in member["geometries"]])
-    except ExchangeError:
-        raise
-    except KeyError as error:
-        raise ExchangeError(f"has a geometry of type {kind} that is damaged ({error} is missing)") from error
-    except (shapely.errors.ShapelyError, ValueError, TypeError, IndexError, OverflowError) as error:
-        raise ExchangeError(f"has a geometry of type {kind} that is damaged ({spoken(error)})") from error
-
-
-_MAX_COLLECTIONS = 5
-
-
-def _positions(value: Any) -> NDArray[np.float64]:  # noqa: ANN401 - JSON is any value
-    """Corners of a list of positions, shape (N, 2); heights are left out."""
-    if not isinstance(value, list):
-        raise TypeError(f"{_short(value)} is no list of positions")
-    try:
-        corners = np.array(value, np.float64)
-    except ValueError:
-        corners = _ragged(value)
-    if len(value) == 0:
-        return np.empty((0, 2))
-    if corners.ndim != 2 or corners.shape[1] < 2:
-        raise ValueError(f"{_short(value)} is no list of positions")
-    if not np.isfinite(corners).all():
-        raise ExchangeError("has a coordinate that is not a number")
-    return corners[:, :2]
-
-
-def _ragged(value: list[Any]) -> NDArray[np.float64]:
-    """Corners of positions of which some have a height, and some none."""
-    try:
-        return np.array([position[:2] for position in value], np.float64)
-    except ValueError:
-        raise ValueError(f"{_short(value)} of other things than pairs of numbers") from None
-
-
-def _polygon(rings: Any) -> Polygon:  # noqa: ANN401 - JSON is any value
-    corners = [_positions(ring) for ring in rings]
-    return Polygon(corners[0], corners[1:]) if corners else Polygon()
-
-
-_BUILDERS: Mapping[str, Callable[[Any], BaseGeometry]] = {
-    "Point": lambda value: Point(*_positions([value])) if value else Point(),
-    "MultiPoint": lambda value: MultiPoint(_positions(value)),
-    "LineString": lambda value: LineString(_positions(value)),
-    "MultiLineString": lambda value: MultiLineString([_positions(part) for part in value]),
-    "Polygon": _polygon,
-    "MultiPolygon": lambda value: MultiPolygon([_polygon(part) for part in value]),
-}
 
 
 def _choice(collector: Collector, properties: Mapping[str, Any]) -> ClassChoice:
@@ -276,7 +205,7 @@ def _unwrapped(value: object) -> object:
         return value
     text = value.strip()
     if len(text) > _MAX_TEXT:
-        raise ExchangeError(f"has a text of {len(text)} characters where a value should be: {_short(text)}")
+        raise ExchangeError(f"has a text of {len(text)} characters where a value should be: {short_json(text)}")
     try:
         return json.loads(text)
     except ValueError:
@@ -284,7 +213,7 @@ def _unwrapped(value: object) -> object:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ExchangeError(f"has a text that is damaged JSON where a value should be: {_short(text)}") from None
+        raise ExchangeError(f"has a text that is damaged JSON where a value should be: {short_json(text)}") from None
 
 
 def _class_names(value: Mapping[str, Any]) -> list[str]:
@@ -301,7 +230,7 @@ def _class_names(value: Mapping[str, Any]) -> list[str]:
 
 def _class_part(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ExchangeError(f"has a class name that is {_short(value)}")
+        raise ExchangeError(f"has a class name that is {short_json(value)}")
     return plain_text(value)
 
 
@@ -310,7 +239,7 @@ _BANDS = re.compile(r"(?:rgb)?[\[(]\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*
 
 def _color(value: object) -> Color | None:
     if isinstance(value, str):
-        value = _colour_value(value.strip())
+        value = _color_value(value.strip())
     if isinstance(value, Color):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -318,7 +247,7 @@ def _color(value: object) -> Color | None:
     return band_color(value)
 
 
-def _colour_value(text: str) -> object:
+def _color_value(text: str) -> object:
     """Color that is written as text: a list, ``#rrggbb``, or a number."""
     bands = _BANDS.fullmatch(text)
     if bands:
@@ -357,13 +286,13 @@ def _plane(value: object) -> Plane:
     if value is None:
         return Plane()
     if not isinstance(value, dict):
-        raise ExchangeError(f"has a plane that is {_short(value)}")
+        raise ExchangeError(f"has a plane that is {short_json(value)}")
     return Plane(*(_index(value.get(axis, default), axis) for axis, default in zip("czt", Plane(), strict=True)))
 
 
 def _index(value: object, axis: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_INT32 <= value < _INT32:
-        raise ExchangeError(f"lies on a plane whose {axis} is {_short(value)}, which no image has")
+        raise ExchangeError(f"lies on a plane whose {axis} is {short_json(value)}, which no image has")
     return int(value)
 
 
@@ -375,11 +304,3 @@ def _uuid(value: object) -> UUID | None:
         return UUID(value) if isinstance(value, str) else None
     except ValueError:
         return None
-
-
-def _short(value: object) -> str:
-    """Beginning of a value as JSON; not all of it, which may be as large as it likes."""
-    if isinstance(value, (list, dict)) and value:
-        return "a list" if isinstance(value, list) else f"an object of {', '.join(map(_short, list(value)[:3]))}"
-    text = json.dumps(value[:40] if isinstance(value, str) else value, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -33,7 +33,7 @@ def write_geojson(annotations: Iterable[Annotation], path: Path | str, *, classe
     path : Path or str
         The file; replaced as a whole, or not at all.
     classes : iterable of PathClass, optional
-        Colours of the classes; others get their default.
+        Colors of the classes; others get their default.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def feature(annotation: Annotation, colors: Mapping[str, Color] | None = None) -
     ----------
     annotation : Annotation
         The object.
-    colours : mapping of str to Colour, optional
+    colors : mapping of str to Color, optional
         By full class name.
 
     Returns

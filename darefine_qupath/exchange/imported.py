@@ -56,8 +56,8 @@ class Imported:
         Items without an area, say; they are not.
     cut_outs : int
         Items that became holes of others.
-    colours : mapping of str to Colour
-        Class colours by the file.
+    colors : mapping of str to Color
+        Class colors by the file.
     mpp : float or None
         Micrometres per pixel by the file.
     warnings : tuple of str

@@ -27,7 +27,7 @@ _IGNORE_COLOR = Color(235, 235, 235)
 
 
 def write_label_tiff(painter: LabelPainter, image_size: tuple[int, int], path: Path | str, *, downsample: int) -> Size:
-    """Write the labels of an image as a tiled TIFF with the class colours as its palette.
+    """Write the labels of an image as a tiled TIFF with the class colors as its palette.
 
     Parameters
     ----------

@@ -107,7 +107,7 @@ class Matching:
         self._beside()
 
     def standing(self, parent: UUID | None, ids: Sequence[UUID]) -> UUID | None:
-        """Id under which the parent of a record stands in the image."""
+        """Id of a record's parent in the image."""
         return None if parent is None or parent not in self._numbers else ids[self._numbers[parent]]
 
     def left(self) -> list[int]:

@@ -26,13 +26,13 @@ class Reconciled:
     Attributes
     ----------
     add, update : tuple of Annotation
-        New objects; objects that stand there, with their new content.
+        New objects; objects of the image, with their new content.
     remove : tuple of UUID
         Former objects of the file, where they are to go.
     already : int
-        Objects of the file that stand there.
+        Objects of the file that are there.
     notes : tuple of Note
-        What became of objects for which that is no matter of course.
+        Objects that were updated, or of which a person should look at two.
     remarks : tuple of str
         What the user should know about the file as a whole.
     """
@@ -48,7 +48,7 @@ class Reconciled:
 def reconcile(found: Imported, objects: Sequence[Annotation], origin: Origin, *, replaces: bool = False) -> Reconciled:
     """Decide what an import does to the objects of an image.
 
-    What stands there with the same content stays. What changed is updated, by its id or by its outline, where only one
+    What is there with the same content stays. What changed is updated, by its id or by its outline, where only one
     object can be meant that nobody edited since it was imported; all else is added. Without `replaces` nothing is
     removed.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 
 from darefine_qupath.classes import Color
 from darefine_qupath.errors import ClassMapError, ExchangeError
 
-__all__ = ["band_color", "hex_color", "number", "plain_text", "scalars"]
+__all__ = ["band_color", "hex_color", "number", "plain_text", "scalars", "short_json"]
 
 
 def number(text: str | None, item: str) -> float:
@@ -56,3 +57,11 @@ def scalars(properties: Mapping[str, object], without: Iterable[str] = ()) -> di
         for name, value in properties.items()
         if name not in skipped and isinstance(value, (str, int, float)) and str(value).strip()
     }
+
+
+def short_json(value: object) -> str:
+    """Beginning of a value as JSON; not all of it, which may be as large as it likes."""
+    if isinstance(value, (list, dict)) and value:
+        return "a list" if isinstance(value, list) else f"an object of {', '.join(map(short_json, list(value)[:3]))}"
+    text = json.dumps(value[:40] if isinstance(value, str) else value, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
