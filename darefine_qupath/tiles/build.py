@@ -72,7 +72,7 @@ def build_dataset(
     out : Path
         The folder; made when it is not there.
     tile_filter : TileFilter, optional
-        Which tiles are worth having.
+        Which tiles are kept.
     storage : Storage, optional
         How pixels are stored.
     workers : int

@@ -120,20 +120,9 @@ def canonical_json(data: Any) -> bytes:  # noqa: ANN401 - any JSON value
 def write_index(
     folder: Path, index: TileIndex, digests: Sequence[str], request: Mapping[str, Any], state: Mapping[str, Any]
 ) -> None:
-    """Write the tiles of a dataset and, last, its manifest.
+    """Write the tiles of a dataset, each with the digest of its pixels, and last its manifest.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the dataset; the pixels are there.
-    index : TileIndex
-        Its tiles.
-    digests : sequence of str
-        SHA-256 of each tile's stored pixels.
-    request : mapping
-        All that decides what the dataset holds.
-    state : mapping
-        Digest of the request, and when its slides were written.
+    `request` is all that decides what the dataset holds; `state` has its digest, and when its slides were written.
     """
     _write_tiles(folder / TILES, index, digests)
     _write_manifest(folder, index, request, state)

@@ -45,7 +45,7 @@ TileProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileFilter:
-    """Which tiles are worth having.
+    """Which tiles are kept.
 
     Attributes
     ----------
@@ -105,26 +105,7 @@ def plan_sources(
     tile_filter: TileFilter,
     opener: Opener,
 ) -> tuple[ImagePlan, ...]:
-    """Plan the tiles of every source that may hold a label.
-
-    Parameters
-    ----------
-    sources : sequence of TileSource
-        Images with their annotations.
-    spec : TileSpec
-        Geometry of the tiles.
-    classes : ClassMap
-        Names to labels.
-    tile_filter : TileFilter
-        Which tiles are worth having.
-    opener : callable
-        Opens the slide of a source.
-
-    Returns
-    -------
-    tuple of ImagePlan
-        One per source.
-    """
+    """Plan the tiles of every source that may hold a label; the arguments are those of `index_tiles`."""
     ids = [source.id for source in sources]
     if len(set(ids)) != len(ids):
         raise TileError(
@@ -183,7 +164,7 @@ def index_tiles(
     classes : ClassMap
         Names to labels.
     tile_filter : TileFilter, optional
-        Which tiles are worth having.
+        Which tiles are kept.
     workers : int
         Worker processes; up to 1 means this process.
     progress : callable, optional

@@ -37,21 +37,7 @@ def spatial_split(
     slices that reach over a border take no part. Both sides are still the same tissue, stain and scan, so the
     validation scores are too good; the log says so.
 
-    Parameters
-    ----------
-    tiles : TileIndex
-        All tiles.
-    validation, test : float, optional
-        Share of the tiles to come near to; 0 for none.
-    seed : int, optional
-        Which of equally good splits.
-    fixed : mapping of str to str, optional
-        Image id to role, as for `split_images`; these images, and others of their case, are not split.
-
-    Returns
-    -------
-    Split
-        With a role per tile.
+    The parameters are those of `split_tiles`; images with a settled role, and others of their case, are not split.
 
     Raises
     ------

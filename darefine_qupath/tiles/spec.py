@@ -46,10 +46,6 @@ class PixelSpec:
     placement: Placement = "parent"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "placement" and value < 1:
-                raise TileError(f"{field.name} must be at least 1 pixel, got {value}")
         _check_limits(self)
         _check_order(self.slice_px, self.context_px, self.stride_px, "px")
 
@@ -104,9 +100,6 @@ class TileSpec:
         if self.placement not in _PLACEMENTS:
             raise TileError(f"placement is {self.placement!r}; it must be one of {list(_PLACEMENTS)}")
         self._check_types()
-        for name, size in (("input_px", self.input_px), ("context_input_px", self.context_input_px)):
-            if size is not None and size < 1:
-                raise TileError(f"{name} must be at least 1 pixel, got {size}")
         _check_limits(self)
         micrometers, pixels = self._triple("um"), self._triple("px")
         given = [triple for triple in (micrometers, pixels) if any(value is not None for value in triple)]
@@ -224,6 +217,8 @@ def _check_limits(spec: PixelSpec | TileSpec) -> None:
         value = getattr(spec, field.name)
         if field.name == "placement" or value is None:
             continue
+        if field.name.endswith("_px") and value < 1:
+            raise TileError(f"{field.name} must be at least 1 pixel, got {value}")
         largest = _LARGEST_INPUT if field.name.endswith("input_px") else _LARGEST
         if value > largest:
             raise TileError(f"{field.name} = {value:g} is too large; it must be at most {largest:,}")

@@ -34,11 +34,12 @@ def split_tiles(
     tiles : TileIndex
         All tiles.
     validation, test : float, optional
-        Share of the tiles to come near to; 0 for none.
+        Share of the tiles, as nearly as whole cases allow; 0 for none.
     seed : int, optional
         Which of equally good splits.
     fixed : mapping of str to str, optional
-        Image id to role where that is settled.
+        Image id to role where that is settled, by `explicit_roles` or `roles_of_metadata`; images of the same case
+        follow.
 
     Returns
     -------
@@ -65,22 +66,8 @@ def split_images(
 ) -> Split:
     """Split by case, or by image where no case is named, with every class on every side if that can be.
 
-    Parameters
-    ----------
-    tiles : TileIndex
-        All tiles.
-    validation, test : float, optional
-        Share of the tiles to come near to; 0 for none.
-    seed : int, optional
-        Which of equally good splits.
-    fixed : mapping of str to str, optional
-        Image id to role where that is settled, by `explicit_roles` or `roles_of_metadata`; images of the same case
-        follow.
-
-    Returns
-    -------
-    Split
-        Images without tiles are in it only if `fixed` names them or their case.
+    The parameters are those of `split_tiles`. Images without tiles are in the split only if `fixed` names them or their
+    case.
 
     Raises
     ------
