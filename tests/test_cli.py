@@ -47,6 +47,25 @@ def test_every_command_explains_itself(run: Run, name: str) -> None:
     assert out.startswith(f"Usage: darefine {name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "headings"),
+    [
+        ("train", ["Run", "What to learn from", "Network", "Recipe", "Validation and test", "Sampling", "Tiles"]),
+        ("predict", ["What to predict", "Polygons", "Objects in QuPath", "Network"]),
+        ("evaluate", ["What to predict", "What to compare with", "Network"]),
+    ],
+)
+def test_options_stand_under_headings(run: Run, name: str, headings: list[str]) -> None:
+    lines = run(name, "--help")[1].splitlines()
+    found = [line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert found == [*headings, "Other options"]
+    assert sum(line.lstrip().startswith("--json") for line in lines) == 1
+
+
+def test_places_are_marked_or_cleared_not_both(run: Run) -> None:
+    _assert_one_line(run("next", TINY, "--mark", "--clear"), "--mark or --clear, not both")
+
+
 def test_version(run: Run) -> None:
     assert run("--version")[1].startswith("darefine, version ")
 

@@ -38,7 +38,7 @@ class TrainRequest:
     init_from : Path or None
         Model file to start from. Its network and tiles are the defaults of this run.
     fine_tune : bool
-        Without `init_from`, start from the model whose predictions were reviewed, if those are learnt from.
+        When learning from reviewed labels without `init_from`, start from the model whose predictions were reviewed.
     """
 
     tiles: TileRequest
