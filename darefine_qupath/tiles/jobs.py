@@ -80,7 +80,7 @@ class TileScanner:
 
     Parameters
     ----------
-    reader : SlideReader
+    reader : SlideTileReader
         The slides.
     classes : ClassMap
         Names to labels.

@@ -47,7 +47,7 @@ class TileDataset(Dataset[TileItem]):
     tiles : TileIndex
         Which tiles, in which order.
     reader : TileReader
-        `DatasetReader` for a dataset on disk, `SlideReader` for slides read while training.
+        `DatasetReader` for a dataset on disk, `SlideTileReader` for slides read while training.
     """
 
     def __init__(self, tiles: TileIndex, reader: TileReader) -> None:
