@@ -33,7 +33,7 @@ class TrainRequest:
         Read slides while training instead of writing tiles first.
     dataset : Path or None
         Folder of the tiles, which several runs may share; ``tiles`` in the run folder by default.
-    note_roles : bool
+    save_roles : bool
         Write into the project which images train, validate and are held back.
     init_from : Path or None
         Model file to start from. Its network and tiles are the defaults of this run.
