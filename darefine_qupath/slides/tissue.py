@@ -61,12 +61,6 @@ class TissueMask:
         sums[1:, 1:] = self.mask.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
         object.__setattr__(self, "_sums", sums)
 
-    @property
-    def downsample(self) -> float:
-        """Level-0 pixels per mask pixel, mean of both axes."""
-        height, width = self.mask.shape
-        return float(self.size.width / width + self.size.height / height) / 2
-
     def fraction(self, box: Box) -> float:
         """Share of a box that is tissue, 0 to 1; what overhangs the slide is none.
 
@@ -112,14 +106,6 @@ class TissueMask:
         upper = self._sums[top, left] * (1 - across) + self._sums[top, left + 1] * across
         lower = self._sums[top + 1, left] * (1 - across) + self._sums[top + 1, left + 1] * across
         return np.asarray(upper * (1 - down) + lower * down)
-
-    def any(self, box: Box) -> bool:
-        """Whether a box holds any tissue."""
-        return self.fraction(box) > 1e-12
-
-    def area_um2(self, mpp: float) -> float:
-        """Area of the tissue in square micrometres, at `mpp` micrometres per level-0 pixel."""
-        return float(self.mask.mean()) * self.size[0] * self.size[1] * mpp**2
 
 
 def tissue_mask(
