@@ -15,7 +15,7 @@ from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.project import jvm
 from darefine_qupath.review import install_scripts, script_names
 from darefine_qupath.review.new_objects import _PREFIX as MEASUREMENT
-from darefine_qupath.review.review_queue import _PREFIX as PLACE_NAME
+from darefine_qupath.review.review_marks import _PREFIX as PLACE_NAME
 from darefine_qupath.review.tags import RUN
 from tests.prediction_stubs import CLASSES, blobs
 from tests.test_project_paquo import qupath

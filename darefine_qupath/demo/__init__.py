@@ -1,4 +1,4 @@
-"""Generated slides that need context, and the QuPath project around them."""
+"""Generate slides that need context, and the QuPath project around them."""
 
 from darefine_qupath.demo.slides import CLASSES, MPP, DemoSlide, draw_slide, write_slide
 from darefine_qupath.demo.workspace import DemoProject, make_project

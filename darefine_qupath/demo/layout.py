@@ -1,4 +1,4 @@
-"""Where things lie on a generated slide: tissue, territories, nests. Shapes only, no pixels.
+"""Plan where tissue, territories and nests lie on a generated slide: shapes only, no pixels.
 
 Benign, In situ and Invasive nests are filled with the same packed nuclei and wear the same collar of plain stroma.
 What tells them apart lies beyond the collar, further from the nest than a slice reaches and within reach of its

@@ -1,4 +1,4 @@
-"""Pixels of a generated slide: haematoxylin and eosin concentrations, then colour by Beer and Lambert."""
+"""Paint a generated slide: hematoxylin and eosin concentrations, then color by Beer and Lambert."""
 
 from __future__ import annotations
 

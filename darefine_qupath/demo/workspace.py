@@ -1,4 +1,4 @@
-"""A QuPath project of generated slides: annotated ones to learn from, bare ones to predict."""
+"""Make a QuPath project of generated slides: annotated ones to learn from, bare ones to predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which annotations train: what a person drew or took over, never a prediction that nobody looked at."""
+"""Choose the annotations that train: what a person drew or took over, never a prediction that nobody looked at."""
 
 from __future__ import annotations
 

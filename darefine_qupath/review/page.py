@@ -1,4 +1,4 @@
-"""The review as one HTML page that needs nothing else."""
+"""Write a review as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darefine_qupath.classes import Color, default_color
-from darefine_qupath.review.compare import OUTCOMES, ReviewReport
+from darefine_qupath.review.review_report import OUTCOMES, ReviewReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +48,7 @@ def write_page(report: ReviewReport, path: Path, *, classes: Iterable[PathClass]
     path : Path
         HTML file.
     classes : iterable of PathClass, optional
-        Colours of the project's classes.
+        Colors of the project's classes.
     """
     path.write_text(render_page(report, classes=classes), encoding="utf-8")
 

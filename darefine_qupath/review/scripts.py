@@ -1,4 +1,4 @@
-"""The scripts that a pathologist runs inside QuPath, as they come with this package."""
+"""Install the scripts that a pathologist runs inside QuPath."""
 
 from __future__ import annotations
 

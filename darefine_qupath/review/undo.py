@@ -13,17 +13,18 @@ from uuid import UUID, uuid5
 from darefine_qupath.errors import DarefineError, ProjectFormatError, ReviewError
 from darefine_qupath.limits import DATA, read_file
 from darefine_qupath.polygons import ClassPolygon
-from darefine_qupath.project import Changes
+from darefine_qupath.project import Changes, image_titles
 from darefine_qupath.review.clipping import areal, clip_predictions, smallest_part
-from darefine_qupath.review.history import History, finish_interrupted_runs, history_of, runs_below, witness_of
+from darefine_qupath.review.history import finish_interrupted_runs, witness_of
 from darefine_qupath.review.new_objects import cut_to
 from darefine_qupath.review.ownership import ImageObjects, sort_objects
 from darefine_qupath.review.per_image import OnError, for_images
 from darefine_qupath.review.run import Run, RunObject
-from darefine_qupath.review.run_names import RunFile, call_number, is_named, number_of, run_files, runs_folder
+from darefine_qupath.review.run_names import RunFile, call_number, is_named, run_files, runs_folder
 from darefine_qupath.review.run_records import list_runs, save_run, with_packed
 from darefine_qupath.review.run_result import RunResult
-from darefine_qupath.review.tags import MODEL, RUN, UNDONE
+from darefine_qupath.review.run_states import StandingRuns
+from darefine_qupath.review.tags import RUN, UNDONE
 from darefine_qupath.review.write_options import WriteOptions
 
 if TYPE_CHECKING:
@@ -75,21 +76,22 @@ def undo(
     """
     damaged: dict[str, ReviewError] = {}
     runs = list_runs(project, on_error=None if on_error is None else damaged.__setitem__)  # type: ignore[arg-type]
-    stand = _Standing(project, runs, on_error)
+    stand = StandingRuns(project, runs, on_error)
     unrecorded = stand.unrecorded()
     if run_id is not None:
         wanted = _named(project, stand, (*runs, *unrecorded), run_id)
     else:
-        lost = {run.image_name: _record_missing(project, run) for run in unrecorded}
+        titles = image_titles({image.id: image.name for image in project.images})
+        lost = {titles[run.image]: _record_missing(project, run) for run in unrecorded}
         wanted = _last_call(project, stand, runs, {**damaged, **lost})
         first = min(call_number(run) or 0 for run in wanted)
         last = max(run.number for run in wanted)
         for missing in unrecorded:
-            error = lost[missing.image_name]
+            error = lost[titles[missing.image]]
             if missing.number > last:
                 raise ReviewError(f"The last run cannot be undone: {error}") from error
             if missing.number >= first:
-                damaged[missing.image_name] = error
+                damaged[titles[missing.image]] = error
         if on_error is None and damaged:
             raise next(iter(damaged.values()))
     for run in wanted:
@@ -112,108 +114,8 @@ def _record_missing(project: Project, run: Run) -> ReviewError:
     )
 
 
-def run_states(project: Project, *, on_error: OnError | None = None) -> tuple[tuple[Run, str], ...]:
-    """List the runs of a project and what became of them, as the data of their images tells.
-
-    Parameters
-    ----------
-    project : Project
-        Open project.
-    on_error : callable, optional
-        Told of an image or a run's file that is damaged; without it that is an error.
-
-    Returns
-    -------
-    tuple of Run and str
-        Oldest first; ``"done"``, ``"undone"``, ``"overwritten"``, or ``"unrecorded"`` where only the image tells of
-        the run. Of an image that is not there, or damaged, what the run's file says.
-
-    Raises
-    ------
-    ReviewError, ProjectFormatError
-        If a file is damaged.
-    """
-    runs = list_runs(project, on_error=on_error)
-    stand = _Standing(project, runs, on_error)
-    found = [(run, stand.state(run)) for run in runs] + [(run, "unrecorded") for run in stand.unrecorded()]
-    return tuple(sorted(found, key=lambda pair: pair[0].order))
-
-
-class _Standing:
-    """Which runs stand, as the data of their images tells; an image is read when it is first asked for."""
-
-    def __init__(self, project: Project, runs: Sequence[Run], on_error: OnError | None) -> None:
-        self._project = project
-        self._images = {image.id: image for image in project.images}
-        self._on_error = on_error
-        self._recorded = {file.id for file in run_files(project)}
-        self._runs: dict[str, list[Run]] = {}
-        for run in runs:
-            self._runs.setdefault(run.image, []).append(run)
-        self._pasts: dict[str, tuple[History | None, str | None]] = {}
-
-    def _past(self, image_id: str) -> tuple[History | None, str | None]:
-        """History and witness; None where the image is not there, or damaged."""
-        if image_id not in self._pasts:
-            images = [self._images[image_id]] if image_id in self._images else []
-            read = for_images(images, self._read, self._on_error)
-            self._pasts[image_id] = next((past for _, past in read), (None, None))
-        return self._pasts[image_id]
-
-    def _read(self, image: ImageEntry) -> tuple[History | None, str | None]:
-        state = self._project.state(image)
-        try:
-            return history_of(self._project, image, state), witness_of(state)
-        except ReviewError:
-            # Its damaged file was named when all were read.
-            return None, witness_of(state)
-
-    def current(self, image_id: str) -> Run | None:
-        """Run that the image's data was written by, or saved from."""
-        past, _ = self._past(image_id)
-        return None if past is None else past.current
-
-    def witness(self, image_id: str) -> str | None:
-        """Id of the run that the image's data bears the witness of, whether or not its file is there."""
-        return self._past(image_id)[1]
-
-    def unrecorded(self) -> tuple[Run, ...]:
-        """Return what the objects of images tell of the runs that wrote them last, where a run's file is missing."""
-        witnesses = [(image, self.witness(image.id)) for image in self._images.values()]
-        missing = [(image, witness) for image, witness in witnesses if witness and witness not in self._recorded]
-        return tuple(_recovered(self._project, *found) for found in missing)
-
-    def state(self, run: Run) -> str:
-        """Tell what became of a run: ``"done"`` where it stands, be it below others."""
-        past, witness = self._past(run.image)
-        if past is None:
-            return run.state
-        if run.id in runs_below(past, self._runs.get(run.image, ()), witness):
-            return "done"
-        return "overwritten" if run.state == "done" else "undone"
-
-
-def _recovered(project: Project, image: ImageEntry, run_id: str) -> Run:
-    """Make up the record of a run from the objects that say they are of it."""
-    found = sort_objects(project, image)
-    items = [item.written for item in (*found.containers, *found.predictions)]
-    objects = [item for item in items if item.record.geometry is not None and item.record.metadata.get(RUN) == run_id]
-    return Run(
-        id=run_id,
-        batch=run_id,
-        image=image.id,
-        image_name=image.name,
-        model=next((item.record.metadata.get(MODEL, "") for item in objects), ""),
-        date="",
-        state="done",
-        number=number_of(run_id) or 0,
-        mpp=image.mpp,
-        objects=tuple(objects),
-    )
-
-
 def _last_call(
-    project: Project, stand: _Standing, runs: Sequence[Run], damaged: Mapping[str, ReviewError]
+    project: Project, stand: StandingRuns, runs: Sequence[Run], damaged: Mapping[str, ReviewError]
 ) -> tuple[Run, ...]:
     """Find the runs of the last call of predict of which something stands."""
     files = {file.id: file for file in run_files(project) if file.path.name in damaged}
@@ -246,7 +148,7 @@ def _is_of_call(file: RunFile, run: Run) -> bool:
     return False
 
 
-def _named(project: Project, stand: _Standing, runs: Sequence[Run], run_id: str) -> tuple[Run, ...]:
+def _named(project: Project, stand: StandingRuns, runs: Sequence[Run], run_id: str) -> tuple[Run, ...]:
     """Find the run of an id, or the runs of a batch of that id."""
     known = [run for run in runs if is_named(run.id, run_id) or is_named(run.batch, run_id)]
     if not known:
