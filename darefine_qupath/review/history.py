@@ -148,7 +148,7 @@ def finish_interrupted_runs(project: Project, past: History) -> None:
 
 
 def runs_below(past: History, runs: Collection[Run], witness: str | None = None) -> frozenset[str]:
-    """Ids of an image's runs that its data stands on: the current one, the one before it, and so on.
+    """Return the ids of the runs that the data of an image builds on: the current one, the one before it, and so on.
 
     Parameters
     ----------

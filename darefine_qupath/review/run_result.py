@@ -24,7 +24,7 @@ class RunResult:
     adopted, rejected : int
         Objects of ours that belong to the pathologist, and that were rejected; none of them was changed.
     clipped, hidden, suppressed : int
-        New polygons that gave way in part, wholly, and to a rejection.
+        New polygons that were clipped, hidden wholly by a pathologist's objects, and left out where rejected before.
     classes : mapping of str to int
         Objects of ours afterwards, by class.
     is_dry : bool

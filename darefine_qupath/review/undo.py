@@ -70,7 +70,7 @@ def undo(
     Raises
     ------
     ReviewError
-        If there is no such run, it was undone or overwritten already, or a later one stands on it.
+        If there is no such run, it was undone or overwritten already, or a later one builds on it.
     ProjectError
         If the project cannot be written.
     """
@@ -236,7 +236,7 @@ def _taken_back(project: Project, image: ImageEntry, run: Run) -> Applied | None
 def _cut_to_review(
     missing: Sequence[RunObject], run: Run, found: ImageObjects
 ) -> tuple[list[RunObject], list[RunObject]]:
-    """Objects that can return as they were, and what is left of those where the pathologist made up their mind since.
+    """Find the objects that can return as they were, and cut the others to what the pathologist decided since.
 
     Only objects of the run itself count: to all others the former run gave way already, or they were put over it.
     """

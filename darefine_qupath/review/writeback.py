@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WritePlan:
-    """A write that has been thought through and not been done.
+    """A write that is planned and not done yet.
 
     Attributes
     ----------
@@ -133,7 +133,7 @@ def plan_write(
     parameters: Mapping[str, Any] | None = None,
     batch: str | None = None,
 ) -> WritePlan:
-    """Think a write through without doing it; see `write_back`.
+    """Plan a write without doing it; see `write_back`.
 
     Returns
     -------
@@ -297,9 +297,3 @@ def _result(run: Run, found: ImageObjects, clipped: ClippedPolygons, warnings: t
         classes=dict(sorted(Counter(item.record.path_class or "" for item in regions).items())),
         warnings=warnings,
     )
-
-
-# -- giving way
-
-
-# -- objects
