@@ -154,7 +154,7 @@ def annotators_in(annotations: Iterable[Annotation]) -> set[str]:
         if record.kind == "annotation"
         and record.path_class is not None
         and not _is_bound(record)
-        and "darefine.run" not in record.metadata
+        and (annotator_of(record) is not None or "darefine.run" not in record.metadata)
     }
 
 

@@ -22,7 +22,7 @@ from shapely.affinity import translate
 from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
 
-from darefine_qupath.annotations import NOBODY, Annotation, Plane, by_annotators
+from darefine_qupath.annotations import NOBODY, Annotation, Plane, annotators_in, by_annotators
 from darefine_qupath.classes import ClassMap, Color
 from darefine_qupath.errors import DarefineError, ExchangeError, ProjectError, ProjectWriteError
 from darefine_qupath.exchange import Imported, read_annotations, write_geojson
@@ -746,6 +746,13 @@ def test_several_annotators_of_one_image_are_said_unless_one_is_chosen(
     export_labels(project, Settings(), tmp_path, downsample=4, annotators=["Anna"])
     collect_training_images(project, Settings(), LabelCollector("manual", ["Anna"]))
     assert not caplog.messages
+
+
+def test_predictions_are_of_no_annotator_until_one_takes_them_over() -> None:
+    predicted = Annotation(geometry=A, path_class="Tumor", metadata={"darefine.run": "x"})
+    taken_over = replace(predicted, metadata={**predicted.metadata, "darefine.annotator": "Anna"})
+    assert annotators_in([predicted, Annotation(geometry=A, path_class="Region*")]) == set()
+    assert annotators_in([taken_over, Annotation(geometry=A, path_class="Tumor")]) == {"Anna", NOBODY}
 
 
 @pytest.mark.parametrize("bound", ["Region*", "Ignore*"])
