@@ -76,3 +76,12 @@ def test_the_legend_fits_below_pictures_of_any_size(tmp_path: Path, side: int) -
     assert (pixels[:, -5:] == 255).all()
     # The last name, right of its box.
     assert (pixels[:, np.flatnonzero(blue.any(axis=0)).max() + 30 :] != 255).any()
+
+
+def test_text_grows_with_the_pictures(tmp_path: Path) -> None:
+    heights = []
+    for width in (100, 1800):
+        draw_panels(tmp_path / "row.png", np.full((50, width, 3), 255, np.uint8), [Panel(title="Slide")], CLASSES)
+        with Image.open(tmp_path / "row.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] < heights[1] - 60

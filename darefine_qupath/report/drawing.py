@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["INK", "draw_box", "draw_key", "draw_text", "find_borders", "key_width", "text_width"]
 
 INK = (30, 30, 30)
-_SIDE, _PAD = 18, 28
 
 
 def draw_text(
@@ -45,14 +44,14 @@ def draw_key(
     """Draw names behind boxes of their colors, in a row."""
     x, y = corner
     for name, color in entries:
-        draw_box(pen, (x, y), color, side=_SIDE)
-        draw_text(pen, (x + _SIDE + 8, y), name, size=size)
+        draw_box(pen, (x, y), color, side=size + 2)
+        draw_text(pen, (x + size + 10, y), name, size=size)
         x += key_width([name], size)
 
 
 def key_width(names: Iterable[str], size: int) -> int:
     """Width of a key in pixels."""
-    return sum(_SIDE + 8 + round(text_width(name, size)) + _PAD for name in names)
+    return sum(size + 10 + round(text_width(name, size)) + size + 12 for name in names)
 
 
 def draw_box(pen: ImageDraw.ImageDraw, corner: tuple[float, float], color: Color, *, side: int) -> None:

@@ -17,10 +17,9 @@ from darefine_qupath.report.drawing import draw_key, draw_text, find_borders, ke
 __all__ = ["Panel", "draw_panels", "mark_differences", "paint_labels"]
 
 _GAP = 16
-_TITLE = 30
-_KEY = 44
-_LARGE, _SMALL = 20, 16
-"""Sizes of text, in pixels."""
+_SMALLEST_TEXT = 16
+_TEXT_SHARE = 1 / 36
+"""Size of the text as a share of a picture's width: large pictures are shown smaller than they are."""
 _OPACITY = 0.5
 # Violet is no class in the usual palettes, so what is wrong is not taken for a tumour.
 _RIGHT, _WRONG = Color(60, 170, 90), Color(150, 40, 200)
@@ -129,20 +128,22 @@ def draw_panels(
     if compare is not None:
         wrong = mark_differences(*compare)
         drawn.append(("Difference", paint_labels(_grayed(thumbnail), wrong, (_RIGHT, _WRONG), hidden=0)))
-    top = _GAP + (_TITLE if title else 0)
+    text = max(_SMALLEST_TEXT, round(width * _TEXT_SHARE))
+    line = 2 * text - 2
+    top = _GAP + (line if title else 0)
     entries = list(zip(class_map.names, class_map.colors, strict=True))
     if compare is not None:
         entries.append(("Wrong", _WRONG))
     # The key may be wider than the pictures of a small slide.
-    across = max(len(drawn) * (width + _GAP), key_width((name for name, _ in entries), _SMALL)) + _GAP
-    canvas = Image.new("RGB", (across, top + _TITLE + height + _KEY + _GAP), (255, 255, 255))
+    across = max(len(drawn) * (width + _GAP), key_width((name for name, _ in entries), text)) + _GAP
+    canvas = Image.new("RGB", (across, top + line + height + _GAP + line + _GAP), (255, 255, 255))
     pen = ImageDraw.Draw(canvas)
-    draw_text(pen, (_GAP, _GAP // 2), title, size=_LARGE)
+    draw_text(pen, (_GAP, _GAP // 2), title, size=text + text // 4)
     for index, (name, picture) in enumerate(drawn):
         x = _GAP + index * (width + _GAP)
-        draw_text(pen, (x, top), name, size=_SMALL)
-        canvas.paste(Image.fromarray(picture), (x, top + _TITLE))
-    draw_key(pen, (_GAP, top + _TITLE + height + _GAP), entries, size=_SMALL)
+        draw_text(pen, (x, top), name, size=text)
+        canvas.paste(Image.fromarray(picture), (x, top + line))
+    draw_key(pen, (_GAP, top + line + height + _GAP), entries, size=text)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
 
