@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -370,3 +371,9 @@ def test_resume_of_a_finished_run_gives_the_same_model(run: Run, trained: Path, 
 
 def test_a_second_run_in_the_same_folder_is_refused(run: Run, trained: Path) -> None:
     _assert_one_line(run("train", trained / "project", "-o", trained / "run"), "holds a training run already")
+
+
+def test_commands_without_a_network_do_not_wait_for_torch() -> None:
+    modules = ", ".join(f"darefine_qupath.cli.{name}" for name in ("project", "annotations", "runs", "tools"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

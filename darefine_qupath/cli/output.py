@@ -19,6 +19,7 @@ from darefine_qupath.cli.lines import UNSEEN, note, say, visible
 from darefine_qupath.errors import DarefineError
 
 __all__ = [
+    "OPEN_IN_QUPATH",
     "Failures",
     "echo_json",
     "json_option",
@@ -28,6 +29,11 @@ __all__ = [
     "say",
     "table",
 ]
+
+OPEN_IN_QUPATH = (
+    "If an image is open in QuPath, do not save it there: use File > Reload data. QuPath's Save would overwrite what "
+    "was written."
+)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 

@@ -21,7 +21,7 @@ from darefine_qupath.cli.options import (
     settings_option,
     whole_number,
 )
-from darefine_qupath.cli.output import echo_json, json_option, note, percent, table
+from darefine_qupath.cli.output import OPEN_IN_QUPATH, echo_json, json_option, note, percent, table
 from darefine_qupath.cli.progress import show_progress
 from darefine_qupath.pipeline.predict import PolygonOptions, Prediction, PredictRequest, predict_project
 from darefine_qupath.polygons import FEWEST_VERTICES
@@ -29,7 +29,6 @@ from darefine_qupath.prediction import PredictOptions
 from darefine_qupath.review import RunResult, WriteOptions
 
 __all__ = [
-    "OPEN_IN_QUPATH",
     "model_option",
     "network_options",
     "predict",
@@ -37,11 +36,6 @@ __all__ = [
     "tissue_option",
     "within_option",
 ]
-
-OPEN_IN_QUPATH = (
-    "If an image is open in QuPath, do not save it there: use File > Reload data. QuPath's Save would overwrite what "
-    "was written."
-)
 
 
 def _vertices(_context: click.Context, _option: click.Parameter, value: str) -> int | None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from darefine_qupath.cli.options import Command, Engine, engine_option, image_option, project_argument, whole_number
-from darefine_qupath.cli.output import Failures, echo_json, json_option, note, say, table
-from darefine_qupath.cli.predict import OPEN_IN_QUPATH
+from darefine_qupath.cli.output import OPEN_IN_QUPATH, Failures, echo_json, json_option, note, say, table
 from darefine_qupath.project import list_backups, open_project
 from darefine_qupath.project import restore as restore_backup
 from darefine_qupath.review import run_states

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from darefine_qupath.prediction import PredictionProgress
-from darefine_qupath.training import TrainingProgress
+if TYPE_CHECKING:
+    from darefine_qupath.prediction import PredictionProgress
+    from darefine_qupath.training import TrainingProgress
 
 __all__ = ["SILENT", "Listener"]
 

@@ -27,19 +27,20 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from darefine_qupath.classes import ClassMap, Color, PathClass, is_ignored
 from darefine_qupath.errors import ConfigError
 from darefine_qupath.geometry import MPP_LIMITS
 from darefine_qupath.limits import NOTES, naming, parse_toml, read_file
-from darefine_qupath.models import ModelConfig
 from darefine_qupath.pipeline.splitting import SamplingSpec, SplitSpec
 from darefine_qupath.tiles import spec
 from darefine_qupath.tiles.scan import TileFilter
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.tiles.storage import Storage
-from darefine_qupath.training import config
+
+if TYPE_CHECKING:
+    from darefine_qupath.models import ModelConfig
 
 __all__ = ["FILE_NAME", "RECORDED_NAME", "Settings", "read_settings", "with_current_names"]
 
@@ -215,10 +216,10 @@ class Settings:
 
     def model_config(self, default: ModelConfig, **changes: Any) -> ModelConfig:  # noqa: ANN401 - any field
         """Network of the ``[model]`` table; `changes` that are not None go over it."""
-        known = [item.name for item in fields(ModelConfig) if item.name != "num_classes"]
+        known = [item.name for item in fields(default) if item.name != "num_classes"]
         _refuse_unknown(self.model, known, "model", self.path)
         given = {key: value for key, value in changes.items() if value is not None}
-        return ModelConfig.from_json({**default.to_json(), **self.model, **given})
+        return type(default).from_json({**default.to_json(), **self.model, **given})
 
 
 def read_settings(folder: Path, path: Path | None = None) -> Settings:
@@ -257,6 +258,9 @@ def with_current_names(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Map
         section: {_FORMER_NAMES.get(key, key): value for key, value in table.items()}
         for section, table in tables.items()
     }
+    # Commands that neither train nor predict need not wait for torch.
+    from darefine_qupath.training import config  # noqa: PLC0415
+
     return {**named, "train": config.with_current_names(named.get("train", {}))}
 
 
