@@ -1,4 +1,4 @@
-"""What works on this machine, and the one thing to do for what does not."""
+"""Check what works on this machine, and name the one thing to do for what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error darefine raises on purpose, in one tree.
+"""Define every error that darefine raises on purpose, in one tree.
 
 ::
 

@@ -44,7 +44,7 @@ from darefine_qupath.prediction.engine import (
 from darefine_qupath.prediction.journal import JournalState, PredictionJournal
 from darefine_qupath.prediction.plan import ContextGroup, MapGrid, plan_slide, with_overlap
 from darefine_qupath.prediction.pooling import pooled_length, pooled_window, smooth_window
-from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch, batches, read_ahead
+from darefine_qupath.prediction.prefetch import BatchPixels, SliceBatch, cut_batches, read_ahead
 from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.prediction.slide_checks import check_slide
 from darefine_qupath.prediction.slide_warnings import SlideWarning
@@ -304,11 +304,11 @@ def test_every_map_pixel_that_is_asked_for_is_reached(
 
 def test_batches_run_over_groups_and_read_each_context_once() -> None:
     groups = [ContextGroup(Box(10 * n, 0, 10, 10), tuple(Box(10 * n + i, 0, 1, 1) for i in range(3))) for n in range(4)]
-    found = list(batches(groups, 5))
+    found = list(cut_batches(groups, 5))
     assert [len(batch.slices) for batch in found] == [5, 5, 2]
     assert [batch.group_numbers for batch in found] == [(0, 0, 0, 1, 1), (1, 2, 2, 2, 3), (3, 3)]
     assert [[number for number, _ in batch.new_contexts] for batch in found] == [[0, 1], [2, 3], []]
-    assert not any(batch.new_contexts for batch in batches(groups, 5, contexts=False))
+    assert not any(batch.new_contexts for batch in cut_batches(groups, 5, contexts=False))
 
 
 def test_reading_ahead_keeps_order_and_bound() -> None:

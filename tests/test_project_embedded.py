@@ -608,7 +608,7 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[Path] = []
         self.staged: list[Path] = []
-        read, stage, opened = staging.read_stamped, staging.Batch.stage, project_reader.open_file
+        read, stage, opened = staging.read_with_version, staging.StagedFiles.stage, project_reader.open_file
 
         def reads(path: Path, *limits: Any) -> Any:  # noqa: ANN401
             self.read.append(path)
@@ -618,13 +618,13 @@ class Reads:
             self.read.append(path)
             return opened(path)
 
-        def stages(batch: staging.Batch, target: Path, data: bytes, **more: Any) -> Path:  # noqa: ANN401
+        def stages(batch: staging.StagedFiles, target: Path, data: bytes, **more: Any) -> Path:  # noqa: ANN401
             self.staged.append(target)
             return stage(batch, target, data, **more)
 
-        monkeypatch.setattr(staging, "read_stamped", reads)
+        monkeypatch.setattr(staging, "read_with_version", reads)
         monkeypatch.setattr(project_reader, "open_file", opens)
-        monkeypatch.setattr(staging.Batch, "stage", stages)
+        monkeypatch.setattr(staging.StagedFiles, "stage", stages)
 
 
 def many(project: EmbeddedProject, number: int, *, has_summary: bool = True) -> Path:

@@ -19,7 +19,7 @@ from darefine_qupath.errors import (
     ProjectWriteError,
 )
 from darefine_qupath.project import backups, running_qupath, staging
-from darefine_qupath.project.staging import Batch
+from darefine_qupath.project.staging import StagedFiles
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_a_stamp_tells_one_content_from_another(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
-    data, stamp = staging.read_stamped(path)
+    data, stamp = staging.read_with_version(path)
     assert data == b"one"
     staging.check_unchanged(path, stamp)
     path.write_bytes(b"two")
@@ -44,7 +44,7 @@ def test_a_stamp_tells_one_content_from_another(tmp_path: Path) -> None:
 def test_a_touched_file_has_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
-    stamp = staging.read_stamped(path)[1]
+    stamp = staging.read_with_version(path)[1]
     os.utime(path, (1, 1))
     staging.check_unchanged(path, stamp)
 
@@ -53,7 +53,7 @@ def test_a_file_that_came_or_went_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     staging.check_unchanged(path, None)
     path.write_bytes(b"one")
-    stamp = staging.read_stamped(path)[1]
+    stamp = staging.read_with_version(path)[1]
     with pytest.raises(ProjectChangedError):
         staging.check_unchanged(path, None)
     path.unlink()
@@ -63,9 +63,9 @@ def test_a_file_that_came_or_went_has_changed(tmp_path: Path) -> None:
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProjectNotFoundError, match="is not there"):
-        staging.read_stamped(tmp_path / "a")
+        staging.read_with_version(tmp_path / "a")
     with pytest.raises(ProjectFormatError, match="cannot be read"):
-        staging.read_stamped(tmp_path)
+        staging.read_with_version(tmp_path)
 
 
 # -- lock
@@ -214,14 +214,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def stage_all(batch: Batch, folder: Path) -> None:
+def stage_all(batch: StagedFiles, folder: Path) -> None:
     batch.stage(folder / "a", b"new a", backup=folder / "backups" / "a-backup")
     batch.stage(folder / "b", b"new b")
     batch.stage(folder / "deep" / "er" / "c", b"new c")
 
 
 def test_a_batch_replaces_every_file(folder: Path) -> None:
-    with Batch(folder) as batch:
+    with StagedFiles(folder) as batch:
         stage_all(batch, folder)
         assert (folder / "a").read_bytes() == b"old a"
         batch.commit()
@@ -230,7 +230,7 @@ def test_a_batch_replaces_every_file(folder: Path) -> None:
 
 def test_a_batch_that_is_not_committed_leaves_no_trace(folder: Path) -> None:
     before = listing(folder)
-    with Batch(folder) as batch:
+    with StagedFiles(folder) as batch:
         stage_all(batch, folder)
     assert listing(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
@@ -260,7 +260,7 @@ def test_an_error_at_any_moment_leaves_what_was_there(
     monkeypatch.setattr(os, name, failing(getattr(os, name), nth, error))
     done, said = False, ""
     try:
-        with Batch(folder) as batch:
+        with StagedFiles(folder) as batch:
             stage_all(batch, folder)
             batch.commit()
             done = True
@@ -277,7 +277,7 @@ def test_an_error_at_any_moment_leaves_what_was_there(
 def test_a_short_write_is_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:2]))
-    with Batch(folder) as batch:
+    with StagedFiles(folder) as batch:
         batch.stage(folder / "a", b"a longer text")
         batch.commit()
     assert (folder / "a").read_bytes() == b"a longer text"
@@ -294,7 +294,7 @@ def test_what_cannot_be_put_back_is_kept_and_named(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace_once)
-    with Batch(folder) as batch:
+    with StagedFiles(folder) as batch:
         batch.stage(folder / "a", b"new a")
         batch.stage(folder / "b", b"new b")
         with pytest.raises(ProjectWriteError, match="Input/output error"):
@@ -311,7 +311,7 @@ def test_files_and_backups_keep_mode_and_links(folder: Path) -> None:
     (folder / "b").symlink_to(real)
     for path in (folder / "a", real):
         path.chmod(0o640)
-    with Batch(folder) as batch:
+    with StagedFiles(folder) as batch:
         stage_all(batch, folder)
         batch.stage(folder / "d", b"new d", like=real)
         batch.commit()
@@ -327,14 +327,14 @@ def test_leftovers_beside_the_file_of_a_link_are_removed(folder: Path) -> None:
     (folder / "disk").mkdir()
     (folder / "b").rename(folder / "disk" / "b-1")
     (folder / "b").symlink_to("disk/b-1")
-    Batch(folder).stage(folder / "b", b"new b")
+    StagedFiles(folder).stage(folder / "b", b"new b")
     staging.remove_leftovers(folder)
     assert listing(folder / "disk") == {"b-1": b"old b"}
 
 
 def test_leftovers_of_a_killed_write_are_removed(folder: Path) -> None:
     before = listing(folder)
-    batch = Batch(folder)
+    batch = StagedFiles(folder)
     batch.stage(folder / "a", b"new a")
     batch.stage(folder / "b", b"new b")
     assert listing(folder) != before

@@ -36,7 +36,7 @@ from darefine_qupath.project.qpdata.build import NodeBuilder
 from darefine_qupath.project.qpdata.create import create_image_data
 from darefine_qupath.project.qpdata.document import Document
 from darefine_qupath.project.qpdata.edit import edit_document
-from darefine_qupath.project.qpdata.geometries import fill
+from darefine_qupath.project.qpdata.geometries import filled_area
 from darefine_qupath.project.qpdata.objects import ObjectReader
 from darefine_qupath.project.qpdata.properties import Opaque
 from darefine_qupath.project.qpdata.read import ImageData, read_image_data
@@ -245,7 +245,7 @@ def test_read_gives_twenty_thousand_objects(shared: Path, version: str) -> None:
 def test_a_polygon_that_crosses_itself_is_the_area_it_winds_around() -> None:
     corners = [(math.cos(angle), math.sin(angle)) for angle in np.arange(5) * 4 * math.pi / 5]
     star = np.array(corners) * 100
-    filled, _ = fill([star], max_crossings=20_000)
+    filled, _ = filled_area([star], max_crossings=20_000)
     assert filled.contains(shapely.Point(0, 0))
     assert filled.geom_type == "Polygon"
     assert shapely.make_valid(shapely.Polygon(star)).area < filled.area < shapely.Polygon(star).convex_hull.area
@@ -254,7 +254,7 @@ def test_a_polygon_that_crosses_itself_is_the_area_it_winds_around() -> None:
 def test_rings_that_cross_too_often_are_refused() -> None:
     rng = np.random.default_rng(1)
     with pytest.raises(ValueError, match="edges cross more than 20000 times"):
-        fill([rng.uniform(0, 1000, (500, 2))], max_crossings=20_000)
+        filled_area([rng.uniform(0, 1000, (500, 2))], max_crossings=20_000)
 
 
 # -- other layouts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from darefine_qupath.errors import ProjectLockedError, ProjectWriteError, ReviewError
 from darefine_qupath.project import Project
-from darefine_qupath.project.staging import Batch, write_lock
+from darefine_qupath.project.staging import StagedFiles, write_lock
 from darefine_qupath.review import WriteOptions, list_runs, sort_objects, undo, write_back
 from darefine_qupath.review.run import Run
 from darefine_qupath.review.run_names import runs_folder
@@ -45,9 +45,9 @@ def test_a_record_is_staged_under_the_lock_so_that_the_next_write_cleans_up(
     project: FakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(project, grid(2))
-    commit = Batch.commit
+    commit = StagedFiles.commit
 
-    def locked(batch: Batch) -> None:
+    def locked(batch: StagedFiles) -> None:
         with (
             pytest.raises(ProjectLockedError, match="Another darefine process"),
             write_lock(project.folder, patience_s=0),
@@ -55,7 +55,7 @@ def test_a_record_is_staged_under_the_lock_so_that_the_next_write_cleans_up(
             pass
         commit(batch)
 
-    monkeypatch.setattr(Batch, "commit", locked)
+    monkeypatch.setattr(StagedFiles, "commit", locked)
     assert save_run(project, list_runs(project)[0]).is_file()
 
 

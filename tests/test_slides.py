@@ -36,7 +36,7 @@ from darefine_qupath.slides import (
     resolve_mpp,
     tissue_mask,
 )
-from darefine_qupath.slides.pixel_size import is_microscopes
+from darefine_qupath.slides.pixel_size import is_plausible_pixel_size
 from tests.tile_slides import area_means
 
 
@@ -565,7 +565,7 @@ def test_pixel_size_through_openslide(tmp_path: Path) -> None:
     [((0.5, 0.25), True), ((352.8, 352.8), False), ((0.5, 0.0), False), ((math.nan, 0.5), False), ((1e300, 1), False)],
 )
 def test_pixels_of_a_microscope(size: tuple[float, float], is_plausible: bool) -> None:
-    assert is_microscopes(PixelSize(*size)) == is_plausible
+    assert is_plausible_pixel_size(PixelSize(*size)) == is_plausible
 
 
 # Micrometres per pixel of 0.25 um, whatever the unit.

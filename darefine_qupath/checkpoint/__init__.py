@@ -1,1 +1,1 @@
-"""Model files: weights with everything that prediction needs to know of them."""
+"""Save, load and describe model files: weights with everything that prediction needs to know of them."""

@@ -1,4 +1,4 @@
-"""Load a command when it is called; turn errors into one line and exit code 2, a stop into 130."""
+"""List the commands, load each when it is called, and turn errors into one line and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Java's object serialization stream, decoded to a tree of nodes and encoded back to the identical bytes.
+"""Decode Java's object serialization stream to a tree of nodes, and encode it back to the identical bytes.
 
 The package knows the stream protocol (Java Object Serialization Specification, section 6, protocol version 2) and no
 class of any program: no class is loaded and nothing is run, an object is its class descriptor and its data. Where the

@@ -28,7 +28,7 @@ from darefine_qupath.javaserial.packed import PackedObject, Template
 from darefine_qupath.javaserial.protocol import ARRAY_CODES, FIRST_HANDLE, I4, MAGIC, U4, WIDTHS, Flag, Tag
 from darefine_qupath.javaserial.templates import MAX_NODES, MIN_NODES, template_of
 
-__all__ = ["decode", "first_of"]
+__all__ = ["decode", "decode_until"]
 
 # Forms of one class that are tried on each of its objects; and objects that are looked at for a new form.
 _MAX_TEMPLATES, _MAX_ATTEMPTS = 12, 48
@@ -358,7 +358,7 @@ def decode(data: bytes, *, is_compact: bool = False) -> Stream:
         raise JavaStreamError(error.message, offset=offset) from None
 
 
-def first_of(data: bytes, is_wanted: Callable[[TopLevel], bool]) -> TopLevel:
+def decode_until(data: bytes, is_wanted: Callable[[TopLevel], bool]) -> TopLevel:
     """Decode the beginning of a stream, up to a value that is wanted.
 
     Parameters

@@ -1,4 +1,4 @@
-"""The numbers of Java's stream protocol, version 2: tags, flags, the first handle, and how numbers are packed."""
+"""List the numbers of Java's stream protocol, version 2: tags, flags, the first handle, and how numbers are packed."""
 
 from __future__ import annotations
 

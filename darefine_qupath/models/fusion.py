@@ -1,4 +1,4 @@
-"""Fuse slice, context and previous output at one scale of DA-RefineNet: addition, concatenation, attention ([1]_).
+"""Fuse slice, context and previous output at one scale: addition, concatenation, attention (Eq. 7 of [1]_).
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""RefineNet [1]_, the single-input baseline: one encoder, 3x3 convolutions throughout.
+"""Define RefineNet [1]_, the single-input baseline: one encoder, 3x3 convolutions throughout.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""Register networks, encoders and fusions by name, from here or from another package.
+"""Register networks, encoders and fusions by name, those of other packages too.
 
 A name that is registered can stand in ``darefine.toml``, on the command line and in a model file. The package registers
 its own parts the same way, at the end of the file that defines them; see "How to add a network" in

@@ -1,4 +1,4 @@
-"""ResNet encoders [1]_ in the layout of torchvision, whose parameter names timm shares.
+"""Define and register the ResNet encoders [1]_, with the parameter names of torchvision and timm.
 
 The classification layer is left out: an encoder gives features at 1/4, 1/8, 1/16 and 1/32. The stride of a bottleneck
 lies in its 3x3 convolution, as in the weights that torchvision and timm distribute.

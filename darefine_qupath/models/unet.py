@@ -1,4 +1,4 @@
-"""U-Net [1]_, a single-input baseline, with padded convolutions and batch normalisation.
+"""Define U-Net [1]_, a single-input baseline, with padded convolutions and batch normalization.
 
 References
 ----------

@@ -14,8 +14,8 @@ last bit: no gap, no overlap. Three facts make that hold from the first pixel to
 """
 
 from darefine_qupath.polygons.class_polygon import ClassPolygon
-from darefine_qupath.polygons.map_reader import Dataset, MapSource
+from darefine_qupath.polygons.map_reader import MapSource, RasterDataset
 from darefine_qupath.polygons.settings import FEWEST_VERTICES, GRID, snap
 from darefine_qupath.polygons.vectorize import vectorize
 
-__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "Dataset", "MapSource", "snap", "vectorize"]
+__all__ = ["FEWEST_VERTICES", "GRID", "ClassPolygon", "MapSource", "RasterDataset", "snap", "vectorize"]

@@ -1,4 +1,4 @@
-"""What is known of a class polygon."""
+"""Hold a class polygon with what is known of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lock and the scratch memory of the threads that work on blocks."""
+"""Give the threads that work on blocks one lock, and scratch memory of their own."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from rasterio.windows import Window
 from darefine_qupath.errors import PolygonError
 from darefine_qupath.geometry import Box
 
-__all__ = ["Dataset", "MapReader", "MapSource"]
+__all__ = ["MapReader", "MapSource", "RasterDataset"]
 
 
-class Dataset(Protocol):
+class RasterDataset(Protocol):
     """What is used of an open rasterio dataset; the first band is read."""
 
     @property
@@ -31,7 +31,7 @@ class Dataset(Protocol):
         """Pixels of one band inside a window."""
 
 
-MapSource: TypeAlias = "NDArray[Any] | Dataset | Callable[[Box], NDArray[Any]]"
+MapSource: TypeAlias = "NDArray[Any] | RasterDataset | Callable[[Box], NDArray[Any]]"
 
 
 @dataclass(frozen=True)

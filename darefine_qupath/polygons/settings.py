@@ -1,4 +1,4 @@
-"""Settings of a vectorization in the units of the map, and the grid that vertices lie on."""
+"""Convert the settings of a vectorization to the units of the map, and lay the grid that vertices lie on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of a prediction, and how far it is."""
+"""Define the options of a prediction, and report how far it is."""
 
 from __future__ import annotations
 

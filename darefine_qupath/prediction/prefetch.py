@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from darefine_qupath.slides import Slide
     from darefine_qupath.tiles.spec import PixelSpec
 
-__all__ = ["BatchPixels", "SliceBatch", "SlideHandles", "batches", "read_ahead", "read_batch"]
+__all__ = ["BatchPixels", "SliceBatch", "SlideHandles", "cut_batches", "read_ahead", "read_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class BatchPixels:
     damaged: tuple[Box, ...]
 
 
-def batches(groups: Sequence[ContextGroup], size: int, *, contexts: bool = True) -> Iterator[SliceBatch]:
+def cut_batches(groups: Sequence[ContextGroup], size: int, *, contexts: bool = True) -> Iterator[SliceBatch]:
     """Cut the slices of a row into batches; one batch may hold slices of several groups.
 
     Parameters

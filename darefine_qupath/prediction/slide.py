@@ -32,7 +32,7 @@ from darefine_qupath.prediction.fingerprint import compute_fingerprint
 from darefine_qupath.prediction.journal import JournalState, PredictionJournal
 from darefine_qupath.prediction.options import PredictionProgress, PredictOptions
 from darefine_qupath.prediction.plan import PlanRow, plan_slide
-from darefine_qupath.prediction.prefetch import BatchPixels, SlideHandles, batches, read_ahead, read_batch
+from darefine_qupath.prediction.prefetch import BatchPixels, SlideHandles, cut_batches, read_ahead, read_batch
 from darefine_qupath.prediction.scoremap import ScoreMap, read_score_map
 from darefine_qupath.prediction.scoremap_writer import write_score_map
 from darefine_qupath.prediction.slide_checks import check_slide
@@ -224,7 +224,7 @@ class _SlidePrediction:
             with ThreadPoolExecutor(workers, thread_name_prefix="darefine-read") as pool:
                 read = partial(read_batch, handles, self.plan.spec)
                 for row in self.plan.rows[state.rows_done :]:
-                    work = batches(row.groups, engine.batch_size, contexts=engine.uses_context)
+                    work = cut_batches(row.groups, engine.batch_size, contexts=engine.uses_context)
                     pixels = read_ahead(work, read, pool, ahead=workers + 2)
                     state = self._predict_row(row, state, engine, band, pixels, report)
         finally:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from darefine_qupath.errors import ProjectError
-from darefine_qupath.project.staging import OWN_FOLDER, read_stamped, remove_quietly
+from darefine_qupath.project.staging import OWN_FOLDER, read_with_version, remove_quietly
 
 __all__ = [
     "BACKUPS_KEPT",
@@ -102,7 +102,7 @@ def without_present(backups: Sequence[Backup], data_file: Path) -> tuple[Backup,
     """
     if not backups or not data_file.is_file() or data_file.stat().st_size != backups[0].size:
         return tuple(backups)
-    is_present = read_stamped(data_file)[1].digest == read_stamped(backups[0].path)[1].digest
+    is_present = read_with_version(data_file)[1].digest == read_with_version(backups[0].path)[1].digest
     return tuple(backups[1:] if is_present else backups)
 
 

@@ -76,7 +76,7 @@ class EmbeddedProject(ProjectReader):
         if path.exists():
             raise ProjectWriteError(f"There is a project already: {path}; open it or give another folder")
         document = qpproj.new_project(path, timestamp_ms=_now_ms(), version=cls._new_version())
-        with staging.Batch(path.parent) as batch:
+        with staging.StagedFiles(path.parent) as batch:
             if classes:
                 target = path.parent / "classifiers" / "classes.json"
                 batch.stage(target, class_list.classes_json(classes, None, target))
@@ -95,7 +95,7 @@ class EmbeddedProject(ProjectReader):
         path = self._data_file(image.id)
         if not self._has_data(image.id):
             return Document(self._blank(self._records[image.id], image.image_type), path=path)
-        data, self._stamps[image.id] = staging.read_stamped(path)
+        data, self._stamps[image.id] = staging.read_with_version(path)
         return Document(data, path=path)
 
     def apply(self, image: ImageEntry, changes: Changes, *, version: str | None = None) -> Applied:
@@ -127,7 +127,7 @@ class EmbeddedProject(ProjectReader):
         if version is None and image.id in self._stamps:
             version = self._digest(image) or ""
         path = self._data_file(image.id)
-        if version is None or version == (staging.read_stamped(path)[1].digest if path.is_file() else ""):
+        if version is None or version == (staging.read_with_version(path)[1].digest if path.is_file() else ""):
             return
         raise ProjectChangedError(
             f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
@@ -160,7 +160,7 @@ class EmbeddedProject(ProjectReader):
             If the backup is damaged.
         """
         with self._writing(image) as path:
-            content = staging.read_stamped(backup.path)[0]
+            content = staging.read_with_version(backup.path)[0]
             restored = {record.id for record in read_image_data(content, path=backup.path).objects}
             self._last = None
             kept: set[UUID] = set()
@@ -184,7 +184,7 @@ class EmbeddedProject(ProjectReader):
         kept = next((known for known in self.backups(image) if known.path == backup), None)
         if kept is None or not self._has_data(image.id):
             return None
-        stamp = staging.read_stamped(self._data_file(image.id))[1]
+        stamp = staging.read_with_version(self._data_file(image.id))[1]
         return self.restore(image, kept) if stamp.digest == digest else None
 
     def _digest(self, image: ImageEntry) -> str | None:
@@ -215,7 +215,7 @@ class EmbeddedProject(ProjectReader):
         """
         path = self._data_file(entry_id)
         basis = self._stamps.get(entry_id) if path.is_file() else None
-        with staging.Batch(self.folder) as batch:
+        with staging.StagedFiles(self.folder) as batch:
             if classes is not None:
                 self._stage_classes(batch, classes)
             backup = backups.backup_path(self.folder, entry_id) if is_kept and path.is_file() else None
@@ -226,7 +226,7 @@ class EmbeddedProject(ProjectReader):
             staging.check_unchanged(path, basis)
             batch.commit()
         backups.prune_backups(self.folder, entry_id)
-        self._stamps[entry_id] = staging.read_stamped(path)[1]
+        self._stamps[entry_id] = staging.read_with_version(path)[1]
         del self._entries[int(entry_id)]  # its image type may be another
         self._images = None
         return after, backup
@@ -248,7 +248,7 @@ class EmbeddedProject(ProjectReader):
         )
 
     def _project_warnings(self) -> tuple[str, ...]:
-        if staging.read_stamped(self.path)[1].digest == self._stamp.digest:
+        if staging.read_with_version(self.path)[1].digest == self._stamp.digest:
             return ()
         return (f"{self.path.name} was saved by another program while this one ran: QuPath may have the project open",)
 
@@ -265,7 +265,7 @@ class EmbeddedProject(ProjectReader):
         names = [path_class.name for path_class in classes]
         if len(set(names)) != len(names) or not all(names):
             raise ClassMapError(f"Class names must be there and differ, got {names}")
-        with staging.write_lock(self.folder), staging.Batch(self.folder) as batch:
+        with staging.write_lock(self.folder), staging.StagedFiles(self.folder) as batch:
             staging.remove_leftovers(self.folder, self._classes_file.parent)
             if self._classes_read:
                 staging.check_unchanged(self._classes_file, self._classes_stamp)
@@ -273,7 +273,7 @@ class EmbeddedProject(ProjectReader):
             batch.commit()
         self._classes_read = False
 
-    def _stage_classes(self, batch: staging.Batch, classes: Sequence[PathClass]) -> None:
+    def _stage_classes(self, batch: staging.StagedFiles, classes: Sequence[PathClass]) -> None:
         former, _ = self._stored_classes()
         content = class_list.classes_json(classes, former, self._classes_file)
         if content != former and (classes or former is not None):
@@ -342,7 +342,7 @@ class EmbeddedProject(ProjectReader):
         found, small = imagefile.probe(path), imagefile.thumbnail(path)
         return imagefile.builder_of(path, name, found, mpp, self.version), found.size, small
 
-    def _stage_blank(self, batch: staging.Batch, record: qpproj.EntryRecord, size: Size, image_type: str) -> None:
+    def _stage_blank(self, batch: staging.StagedFiles, record: qpproj.EntryRecord, size: Size, image_type: str) -> None:
         path = self._data_file(str(record.id))
         content = self._first_data(record, image_type)
         data = _read_back(batch.stage(path, content), content, path)
@@ -367,14 +367,14 @@ class EmbeddedProject(ProjectReader):
         self._load()
 
     @contextlib.contextmanager
-    def _editing(self) -> Iterator[tuple[lenient_json.JsonObject, staging.Batch]]:
+    def _editing(self) -> Iterator[tuple[lenient_json.JsonObject, staging.StagedFiles]]:
         """Give the project file as it is now, not as it was when opened: what others wrote meanwhile stays."""
-        with staging.write_lock(self.folder), staging.Batch(self.folder) as batch:
+        with staging.write_lock(self.folder), staging.StagedFiles(self.folder) as batch:
             staging.remove_leftovers(self.folder)
-            yield qpproj.parse_project(staging.read_stamped(self.path, lenient_json.LIMITS)[0], self.path), batch
+            yield qpproj.parse_project(staging.read_with_version(self.path, lenient_json.LIMITS)[0], self.path), batch
 
-    def _stage_project(self, batch: staging.Batch, document: lenient_json.JsonObject) -> None:
-        former = staging.read_stamped(self.path, lenient_json.LIMITS)[0]
+    def _stage_project(self, batch: staging.StagedFiles, document: lenient_json.JsonObject) -> None:
+        former = staging.read_with_version(self.path, lenient_json.LIMITS)[0]
         batch.stage(self.path.with_name(f"{self.path.name}.backup"), former, like=self.path)
         batch.stage(self.path, lenient_json.json_bytes(self._at_home(document)))
 
@@ -430,7 +430,7 @@ def _check_image_arguments(mpp: float | None, metadata: Mapping[str, str], image
 def _read_back(staged: Path, content: bytes, path: Path) -> Document:
     """Open what was staged for `path`."""
     try:
-        if staging.read_stamped(staged)[0] != content:
+        if staging.read_with_version(staged)[0] != content:
             raise ProjectWriteError(f"{staged} did not come back as it was written; nothing was changed")
         return Document(content, path=path)
     except ProjectFormatError as error:

@@ -90,7 +90,7 @@ class ProjectReader(Project):
         self._load()
 
     def _load(self) -> None:
-        data, self._stamp = staging.read_stamped(self.path, lenient_json.LIMITS)
+        data, self._stamp = staging.read_with_version(self.path, lenient_json.LIMITS)
         self._document = qpproj.parse_project(data, self.path)
         self._records = {str(record.id): record for record in qpproj.entry_records(self._document, self.path)}
         self._images: tuple[ImageEntry, ...] | None = None
@@ -167,12 +167,12 @@ class ProjectReader(Project):
         summary = path.with_name("summary.json")
         with contextlib.suppress(ProjectError, LimitError, OSError):
             if _is_file(summary):
-                found = lenient_json.parse_json(staging.read_stamped(summary, lenient_json.LIMITS)[0], summary)
+                found = lenient_json.parse_json(staging.read_with_version(summary, lenient_json.LIMITS)[0], summary)
                 if isinstance(found, dict) and found.get("imageType") in IMAGE_TYPES:
                     return str(found["imageType"])
             with open_file(path) as file:
                 stored = image_type_of(file.read(_HEAD_BYTES))
-            return stored or read_image_data(staging.read_stamped(path)[0], path=path).image_type
+            return stored or read_image_data(staging.read_with_version(path)[0], path=path).image_type
         return UNSET
 
     def _data_file(self, entry_id: str) -> Path:
@@ -191,7 +191,7 @@ class ProjectReader(Project):
 
     def _stored_classes(self) -> tuple[bytes | None, staging.FileVersion | None]:
         path = self._classes_file
-        return staging.read_stamped(path, lenient_json.LIMITS) if staging.is_there(path) else (None, None)
+        return staging.read_with_version(path, lenient_json.LIMITS) if staging.is_there(path) else (None, None)
 
     def state(self, image: ImageEntry) -> ImageState:
         """Read what is stored for an image."""
@@ -218,7 +218,7 @@ class ProjectReader(Project):
 
     def _read(self, entry_id: str) -> _Read:
         path = self._data_file(entry_id)
-        data, stamp = staging.read_stamped(path)
+        data, stamp = staging.read_with_version(path)
         self._stamps[entry_id] = stamp
         if self._last is not None and self._last[0] == entry_id and self._last[1].stamp.digest == stamp.digest:
             return self._last[1]

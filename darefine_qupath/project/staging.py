@@ -33,11 +33,11 @@ from darefine_qupath.filesystem import followed, keep_attributes, open_lock, rep
 from darefine_qupath.limits import DATA, Limits, open_file
 
 __all__ = [
-    "Batch",
     "FileVersion",
+    "StagedFiles",
     "check_unchanged",
     "is_there",
-    "read_stamped",
+    "read_with_version",
     "remove_leftovers",
     "write_lock",
 ]
@@ -87,7 +87,7 @@ def is_there(path: Path) -> bool:
     return False
 
 
-def read_stamped(path: Path, limits: Limits = DATA) -> tuple[bytes, FileVersion]:
+def read_with_version(path: Path, limits: Limits = DATA) -> tuple[bytes, FileVersion]:
     """Content of a file, and what it was like.
 
     Parameters
@@ -138,7 +138,7 @@ def check_unchanged(path: Path, stamp: FileVersion | None) -> None:
     path : Path
         The file.
     stamp : FileVersion or None
-        From `read_stamped`; None = there was no file.
+        From `read_with_version`; None = there was no file.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def check_unchanged(path: Path, stamp: FileVersion | None) -> None:
     present = path.is_file()
     if not present and stamp is None:
         return
-    if not present or stamp is None or read_stamped(path)[1].digest != stamp.digest:
+    if not present or stamp is None or read_with_version(path)[1].digest != stamp.digest:
         raise ProjectChangedError(
             f"{path} changed since it was read (QuPath or another program saved it); nothing was written, run it again"
         )
@@ -278,7 +278,7 @@ class _Staged:
     former: Path | None
 
 
-class Batch:
+class StagedFiles:
     """Files that are replaced together: stage them all, then commit; leaving the ``with`` block takes back the rest.
 
     Parameters
@@ -298,7 +298,7 @@ class Batch:
         self._renaming = False
         self._committed = False
 
-    def __enter__(self) -> Batch:
+    def __enter__(self) -> StagedFiles:
         return self
 
     def __exit__(self, *_: object) -> None:

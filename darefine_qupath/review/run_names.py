@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from darefine_qupath.project import ImageEntry, Project
-from darefine_qupath.project.staging import Batch, write_lock
+from darefine_qupath.project.staging import StagedFiles, write_lock
 from darefine_qupath.review.run import Run
 
 __all__ = [
@@ -166,7 +166,7 @@ def take_number(project: Project, *, after: str | None = None) -> int:
     """
     with write_lock(project.folder, patience_s=LOCK_PATIENCE_S):
         number = next_number(project, after=after)
-        with Batch(project.folder) as batch:
+        with StagedFiles(project.folder) as batch:
             batch.stage(runs_folder(project).parent / _COUNTER, f"{number}\n".encode())
             batch.commit()
     return number

@@ -25,7 +25,7 @@ import shapely
 from darefine_qupath.annotations import Annotation, Kind, Plane, RoiKind
 from darefine_qupath.errors import DarefineError, ReviewError
 from darefine_qupath.limits import DATA, parse_json, read_file, wording
-from darefine_qupath.project.staging import Batch, write_lock
+from darefine_qupath.project.staging import StagedFiles, write_lock
 from darefine_qupath.review.per_image import OnError
 from darefine_qupath.review.run import PackedObjects, Role, Run, RunObject, State, digest_of, digests_of
 from darefine_qupath.review.run_names import LOCK_PATIENCE_S, RunFile, number_of, path_of_run, run_files
@@ -64,7 +64,7 @@ def save_run(project: Project, run: Run) -> Path:
     # Both are JSON objects; they become one.
     text = f"{head[:-2]},\n {with_packed(run).packed.text[1:]}\n"  # type: ignore[union-attr]
     # Under the lock: whoever holds it next removes what a killed writer staged.
-    with write_lock(project.folder, patience_s=LOCK_PATIENCE_S), Batch(project.folder) as batch:
+    with write_lock(project.folder, patience_s=LOCK_PATIENCE_S), StagedFiles(project.folder) as batch:
         # Half a character becomes an escape of JSON.
         batch.stage(path, text.encode("utf-8", "backslashreplace"))
         batch.commit()

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from darefine_qupath.errors import SlideError, SlideFormatError
 from darefine_qupath.geometry import Box, Size
-from darefine_qupath.slides.pixel_size import is_microscopes, square_unless_both
-from darefine_qupath.slides.reader import number_or_none, on_white, unreadable
+from darefine_qupath.slides.pixel_size import is_plausible_pixel_size, square_unless_both
+from darefine_qupath.slides.reader import number_or_none, on_white, slide_error
 
 __all__ = ["OpenSlideReader"]
 
@@ -47,7 +47,7 @@ class OpenSlideReader:
             number_or_none(properties.get(openslide.PROPERTY_NAME_MPP_Y)),
         )
         self.is_generic = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
-        if self.is_generic and not is_microscopes(self.pixel_size):
+        if self.is_generic and not is_plausible_pixel_size(self.pixel_size):
             # By the resolution tags, which say 72 dots per inch where nobody knew.
             self.pixel_size = None
         sides = [number_or_none(properties.get(f"openslide.level[0].tile-{axis}")) for axis in ("width", "height")]
@@ -78,7 +78,7 @@ class OpenSlideReader:
             # One failed read puts the handle into an error state for good: the next one needs another handle.
             self._slide.close()
             self._slide = self._open()
-            raise unreadable(error) from error
+            raise slide_error(error) from error
         return on_white(image)
 
     def close(self) -> None:

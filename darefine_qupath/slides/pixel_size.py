@@ -18,7 +18,7 @@ from darefine_qupath.slides.slide import Slide
 
 __all__ = [
     "OmeStatement",
-    "is_microscopes",
+    "is_plausible_pixel_size",
     "read_ome",
     "resolve_mpp",
     "size_by_resolution",
@@ -36,7 +36,7 @@ def square_unless_both(x: float | None, y: float | None) -> PixelSize | None:
     return None if x is None or y is None else PixelSize(x, y)
 
 
-def is_microscopes(size: PixelSize | None) -> bool:
+def is_plausible_pixel_size(size: PixelSize | None) -> bool:
     """Whether pixels may be those of a microscope; 72 and 96 dots per inch would be 353 and 265 micrometres."""
     return size is not None and all(_MICROSCOPES[0] <= value <= _MICROSCOPES[1] for value in size)
 
@@ -53,7 +53,7 @@ def size_by_resolution(tiff: tifffile.TiffFile) -> PixelSize | None:
     if scale is None:
         return None
     found = square_unless_both(*(scale / value if value else None for value in resolution))
-    return found if is_microscopes(found) else None
+    return found if is_plausible_pixel_size(found) else None
 
 
 def _ratio(value: object) -> float | None:

@@ -25,9 +25,9 @@ from darefine_qupath.slides import resampling
 from darefine_qupath.slides.agreement import AgreeingReader
 from darefine_qupath.slides.choice import READERS, open_reader
 from darefine_qupath.slides.openslide_reader import OpenSlideReader
-from darefine_qupath.slides.pixel_size import is_microscopes
+from darefine_qupath.slides.pixel_size import is_plausible_pixel_size
 from darefine_qupath.slides.reader import ImageReader
-from darefine_qupath.slides.resampling import clamped, cropped_levels, read_padded, resample
+from darefine_qupath.slides.resampling import clamp_to_level, cropped_levels, read_padded, resample
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class PyramidSlide:
         self.bounds = (opened.bounds if crop_bounds else None) or whole
         self.size = self.bounds.size
         self.stated_pixel_size = opened.pixel_size
-        self.pixel_size = opened.pixel_size if is_microscopes(opened.pixel_size) else None
+        self.pixel_size = opened.pixel_size if is_plausible_pixel_size(opened.pixel_size) else None
         self.mpp = None if self.pixel_size is None else self.pixel_size.side
         self.levels = opened.levels if self.bounds == whole else cropped_levels(self.size, opened.levels)
 
@@ -150,7 +150,7 @@ class PyramidSlide:
         base = self._file_levels[0]
         level = best_level(downsample, base, self._file_levels)
         size = self._file_levels[level]
-        window = clamped(level_window(level_box(in_file, base, size)).box, size)
+        window = clamp_to_level(level_window(level_box(in_file, base, size)).box, size)
         if window.area > resampling.MAX_WINDOW_PIXELS or not self._is_exact(level, window):
             return None
         try:

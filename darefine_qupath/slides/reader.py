@@ -23,7 +23,7 @@ __all__ = [
     "number_or_none",
     "on_white",
     "refuse_unless_rgb",
-    "unreadable",
+    "slide_error",
 ]
 
 
@@ -73,7 +73,7 @@ def number_or_none(text: object) -> float | None:
         return None
 
 
-def unreadable(error: Exception) -> SlideError:
+def slide_error(error: Exception) -> SlideError:
     """Error with the first line of what a library says."""
     return SlideError(next(iter(str(error).splitlines()), type(error).__name__))
 

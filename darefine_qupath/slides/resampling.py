@@ -10,7 +10,7 @@ from PIL import Image
 
 from darefine_qupath.geometry import Box, FloatBox, Size, level_scale, level_window
 
-__all__ = ["MAX_WINDOW_PIXELS", "clamped", "cropped_levels", "read_padded", "resample"]
+__all__ = ["MAX_WINDOW_PIXELS", "clamp_to_level", "cropped_levels", "read_padded", "resample"]
 
 MAX_WINDOW_PIXELS = 1 << 24
 """Level pixels that are held at a time; a larger read is done in parts, with the same result."""
@@ -101,13 +101,13 @@ def read_padded(read: _Read, window: Box, frame: Box, size: Size) -> NDArray[np.
     canvas = np.full((window.height, window.width, 3), 255, np.uint8)
     if shown is not None:
         rows, columns = shown.y - window.y, shown.x - window.x
-        pixels = read(clamped(shown, size))
+        pixels = read(clamp_to_level(shown, size))
         missing = ((0, shown.height - pixels.shape[0]), (0, shown.width - pixels.shape[1]), (0, 0))
         canvas[rows : rows + shown.height, columns : columns + shown.width] = np.pad(pixels, missing, mode="edge")
     return canvas
 
 
-def clamped(window: Box, size: Size) -> Box:
+def clamp_to_level(window: Box, size: Size) -> Box:
     """Part of a window that a level has; its last row or column where the window lies beyond it."""
     left, top = min(window.x, size.width - 1), min(window.y, size.height - 1)
     return Box(left, top, max(1, min(window.right, size.width) - left), max(1, min(window.bottom, size.height) - top))

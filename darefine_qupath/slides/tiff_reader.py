@@ -22,7 +22,7 @@ from darefine_qupath.errors import SlideError, SlideFormatError
 from darefine_qupath.geometry import Box, Size
 from darefine_qupath.slides.cut_short import refuse_beyond_end, refuse_cut_short
 from darefine_qupath.slides.pixel_size import OmeStatement, read_ome, size_by_resolution
-from darefine_qupath.slides.reader import WrongPixelsError, on_white, refuse_unless_rgb, unreadable
+from darefine_qupath.slides.reader import WrongPixelsError, on_white, refuse_unless_rgb, slide_error
 
 __all__ = ["TiffReader", "refuse_disguised_tiff"]
 
@@ -78,7 +78,7 @@ class TiffReader:
             with self._lock, rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
                 pixels = dataset.read(list(bands), window=Window(window.x, window.y, window.width, window.height))
         except RasterioError as error:
-            raise unreadable(error) from error
+            raise slide_error(error) from error
         pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
         left_out = self._left_out[level]
         if left_out is not None:

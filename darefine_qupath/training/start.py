@@ -1,4 +1,4 @@
-"""Check what a run starts from, and derive from its tiles how often each comes and how much each class counts."""
+"""Check what a run starts from, and derive from its tiles how often each is drawn and how much each class counts."""
 
 from __future__ import annotations
 

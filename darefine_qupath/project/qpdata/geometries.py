@@ -10,14 +10,21 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
-__all__ = ["ELLIPSE_CORNERS", "MAX_CROSSINGS", "ellipse_corners", "fill", "precise", "rounded"]
+__all__ = [
+    "ELLIPSE_CORNERS",
+    "MAX_CROSSINGS",
+    "ellipse_corners",
+    "filled_area",
+    "round_coordinates",
+    "round_geometries",
+]
 
 # Polygons that cross themselves more often than this (and than once in two vertices) are damaged; their parts would
 # fill memory.
 MAX_CROSSINGS = 20_000
 
 
-def fill(rings: Sequence[NDArray[np.float64]], *, max_crossings: int) -> tuple[BaseGeometry, int]:
+def filled_area(rings: Sequence[NDArray[np.float64]], *, max_crossings: int) -> tuple[BaseGeometry, int]:
     """Area that the non-zero winding rule fills, as Java's ``Area`` of a path does.
 
     Parameters
@@ -95,12 +102,12 @@ def _winding(points: NDArray[np.float64], starts: NDArray[np.float64], ends: NDA
 ELLIPSE_CORNERS = 100
 
 
-def precise(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+def round_coordinates(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to QuPath's 0.01 px, halves upwards as Java does."""
     with np.errstate(over="ignore"):
-        rounded: NDArray[np.float64] = np.floor(coordinates * 100 + 0.5) / 100
+        round_geometries: NDArray[np.float64] = np.floor(coordinates * 100 + 0.5) / 100
     # Numbers as large as that are whole anyway.
-    return np.where(np.abs(coordinates) < 1e13, rounded, coordinates)
+    return np.where(np.abs(coordinates) < 1e13, round_geometries, coordinates)
 
 
 def ellipse_corners(bounds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -112,10 +119,10 @@ def ellipse_corners(bounds: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([x, y], axis=2)
 
 
-def rounded(geometries: NDArray[Any]) -> NDArray[Any]:
+def round_geometries(geometries: NDArray[Any]) -> NDArray[Any]:
     """Geometries at QuPath's precision; parts that fall together there are dissolved."""
-    made: NDArray[Any] = shapely.transform(geometries, precise)
+    made: NDArray[Any] = shapely.transform(geometries, round_coordinates)
     broken = ~shapely.is_valid(made) & shapely.is_valid(geometries)
     if broken.any():
-        made[broken] = shapely.transform(shapely.set_precision(geometries[broken], 0.01), precise)
+        made[broken] = shapely.transform(shapely.set_precision(geometries[broken], 0.01), round_coordinates)
     return made

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from darefine_qupath.errors import ProjectFormatError
 from darefine_qupath.javaserial import values
-from darefine_qupath.javaserial.decode import first_of
+from darefine_qupath.javaserial.decode import decode_until
 from darefine_qupath.javaserial.nodes import JavaEnum, JavaObject, Stream
 from darefine_qupath.javaserial.strings import JavaString
 from darefine_qupath.javaserial.values import NodeError, list_items, text, type_name
@@ -133,7 +133,7 @@ def _data_version(first: object, stream: Stream) -> str:
 
 def image_type_of(head: bytes) -> str | None:
     """Image type of a file whose beginning is given; None where these bytes do not say."""
-    found = first_of(head, lambda item: isinstance(item, JavaEnum) and item.desc.name == IMAGE_TYPE)
+    found = decode_until(head, lambda item: isinstance(item, JavaEnum) and item.desc.name == IMAGE_TYPE)
     return found.constant.text if isinstance(found, JavaEnum) else None
 
 

@@ -12,7 +12,7 @@ from shapely.geometry.base import BaseGeometry
 
 from darefine_qupath.annotations import RoiKind
 from darefine_qupath.errors import AnnotationError
-from darefine_qupath.project.qpdata.geometries import ELLIPSE_CORNERS, ellipse_corners, rounded
+from darefine_qupath.project.qpdata.geometries import ELLIPSE_CORNERS, ellipse_corners, round_geometries
 from darefine_qupath.project.qpdata.schema import ELLIPSE, GEOMETRY, LINE, POINTS, POLYGON, POLYLINE, RECTANGLE
 
 __all__ = ["RoiSpec", "specs_of"]
@@ -68,7 +68,7 @@ def _specs_of(shapes: Sequence[tuple[BaseGeometry, RoiKind | None]]) -> list[Roi
             f"The {geometry.geom_type} {_short(geometry)} is not valid ({shapely.is_valid_reason(geometry)}); "
             f"make it valid first"
         )
-    stored = rounded(shapely.force_2d(geometries))
+    stored = round_geometries(shapely.force_2d(geometries))
     return [_spec_of(geometry, wanted) for geometry, (_, wanted) in zip(stored.tolist(), shapes, strict=True)]
 
 

@@ -21,9 +21,9 @@ from darefine_qupath.javaserial.values import NodeError
 from darefine_qupath.project.qpdata.geometries import (
     MAX_CROSSINGS,
     ellipse_corners,
-    fill,
-    precise,
-    rounded,
+    filled_area,
+    round_coordinates,
+    round_geometries,
 )
 from darefine_qupath.project.qpdata.roi_tables import BOUNDS_FIELDS, RoiPart, RoiTable
 from darefine_qupath.project.qpdata.schema import AREA, LEGACY_GEOMETRY, ROI_KINDS
@@ -165,18 +165,18 @@ class RoiBatch:
 
     def _rectangles(self, part: RoiPart) -> Sequence[BaseGeometry]:
         bounds, empty = self._bounds(part)
-        left, right, top, bottom = precise(bounds).T
+        left, right, top, bottom = round_coordinates(bounds).T
         return _blank(shapely.box(left, top, right, bottom), empty)
 
     def _ellipses(self, part: RoiPart) -> Sequence[BaseGeometry]:
         bounds, empty = self._bounds(part)
-        corners = precise(ellipse_corners(bounds))
+        corners = round_coordinates(ellipse_corners(bounds))
         polygons = np.empty(len(bounds), object)
         polygons[~empty] = shapely.polygons(corners[~empty])
         return _blank(polygons, empty)
 
     def _lines(self, part: RoiPart) -> Sequence[BaseGeometry]:
-        ends = precise(self._bounds(part)[0][:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
+        ends = round_coordinates(self._bounds(part)[0][:, [0, 2, 1, 3]]).reshape(-1, 2, 2)
         lines: Sequence[BaseGeometry] = shapely.linestrings(ends)
         return lines
 
@@ -194,7 +194,7 @@ class RoiBatch:
         counts = (x.sizes // 4).astype(np.intp)
         self._num_vertices += len(vertices)
         _check_finite(vertices, part.slots, np.repeat(owners, counts))
-        return precise(vertices), counts
+        return round_coordinates(vertices), counts
 
     def _polylines(self, part: RoiPart) -> Sequence[BaseGeometry]:
         vertices, counts = self._vertices(part)
@@ -236,7 +236,7 @@ class RoiBatch:
             except ValueError as error:
                 raise RoiError(str(error), slot) from None
         geometries = _from_wkb(blobs, part.slots)
-        records: Sequence[BaseGeometry] = (rounded(geometries) if self._rounds_all else geometries).tolist()
+        records: Sequence[BaseGeometry] = (round_geometries(geometries) if self._rounds_all else geometries).tolist()
         return records
 
     def _areas(self, part: RoiPart) -> Sequence[BaseGeometry]:
@@ -252,7 +252,7 @@ class RoiBatch:
     def _fill(self, rings: Sequence[NDArray[np.float64]], slot: int) -> BaseGeometry:
         limit = MAX_CROSSINGS + self._num_vertices // 2
         try:
-            filled, crossings = fill(rings, max_crossings=limit - self._crossings)
+            filled, crossings = filled_area(rings, max_crossings=limit - self._crossings)
         except ValueError:
             raise RoiError(f"Polygons cross themselves more than {limit} times", slot) from None
         self._crossings += crossings
