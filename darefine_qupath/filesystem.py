@@ -34,6 +34,7 @@ __all__ = [
     "followed",
     "keep_attributes",
     "open_lock",
+    "remove_temporaries",
     "replace_file",
     "sync_folder",
     "try_lock",
@@ -45,6 +46,8 @@ _log = logging.getLogger(__name__)
 # A virus scanner or an indexer holds a new file for a moment, and Windows moves nothing that is held.
 _PATIENCE_S = 1.0 if os.name == "nt" else 0.0
 _ABANDONED_S = 24 * 3600.0
+# Of `atomic_write`, and of safetensors, which writes to a file of its own first.
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}(\.\w+)?|\.tmp\w{6}")
 """A temporary file of this age has no writer any more."""
 
 _LOCK_BYTE = 0x7FFFFFFE
@@ -188,6 +191,19 @@ def _remove_abandoned(temporary: Path) -> None:
         with contextlib.suppress(OSError):
             if wanted.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S:
                 path.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left in a folder to which nobody writes at the moment.
+
+    Parameters
+    ----------
+    folder : Path
+        Its hidden files of `atomic_write` and of safetensors go, others stay.
+    """
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -254,7 +254,11 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
     whole, config, model = unbroken(recipe), recipe_config(recipe), toy_model(dropout=0.5)
     with pytest.raises(Killed):
         toy_train(tmp_path, config, model=model, progress=kill_at(killed_at))
+    left = [tmp_path / name for name in (".state-0123abcd.safetensors", ".model-89abcdef.safetensors", ".tmpQ3xY7z")]
+    for file in left:
+        file.write_bytes(b"half")
     toy_train(tmp_path, config, model=model, resume=True)
+    assert not any(file.exists() for file in left)
     for name in ("last.safetensors", "model.safetensors", "state.safetensors"):
         assert_same(load_file(whole / name), load_file(tmp_path / name))
     first, second = RunFolder(whole).records(), RunFolder(tmp_path).records()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from darefine_qupath.classes import ClassMap
 from darefine_qupath.errors import TrainingError
-from darefine_qupath.filesystem import atomic_write
+from darefine_qupath.filesystem import atomic_write, remove_temporaries
 from darefine_qupath.limits import NOTES, naming, parse_json, read_file
 from darefine_qupath.models import ModelConfig, Normalization
 from darefine_qupath.report.training_plots import save_figure
@@ -183,7 +183,8 @@ class RunFolder:
             return [{**record, "step": int(record["step"])} for record in found]
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of epochs that ended after `step`: they are about to be trained again."""
+        """Drop the lines of epochs that ended after `step`, which are trained again, and what a killed process left."""
+        remove_temporaries(self.path)
         kept = [record for record in self.records() if record["step"] <= step]
         self._write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
