@@ -8,6 +8,7 @@ import pytest
 from darefine_qupath.errors import ConfigError
 from darefine_qupath.experiments.cells import ExperimentRequest, run_experiment
 from darefine_qupath.experiments.tables import read_cells, write_tables
+from tests.listeners import KeepingListener
 
 SMALL = {"encoders": ("resnet18",), "steps": 2, "batch_size": 2, "width": 8, "input_px": 32}
 
@@ -20,8 +21,8 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> ExperimentRequest:
 
 
 def test_every_cell_is_trained_once_and_laid_out_as_in_the_paper(request_: ExperimentRequest) -> None:
-    lines: list[str] = []
-    settings = run_experiment(request_, announce=lines.append)
+    listener = KeepingListener()
+    settings = run_experiment(request_, listener=listener)
     cells = read_cells(request_.out)
     assert [(cell["network"], cell["seed"]) for cell in cells] == [
         ("attention", 0),
@@ -30,7 +31,7 @@ def test_every_cell_is_trained_once_and_laid_out_as_in_the_paper(request_: Exper
         ("single", 1),
     ]
     assert [set(cell["scores"]) for cell in cells[1:3]] == [{"normal", "blank", "shuffled"}, {"normal"}]
-    assert [line for line in lines if line.startswith("[")] == [
+    assert [line for line in listener.notices if line.startswith("[")] == [
         f"[{n}/4] {name}"
         for n, name in enumerate(
             ("single-resnet18-seed0", "attention-resnet18-seed0", "single-resnet18-seed1", "attention-resnet18-seed1"),
@@ -50,9 +51,9 @@ def test_every_cell_is_trained_once_and_laid_out_as_in_the_paper(request_: Exper
 
 def test_finished_cells_stay_and_other_settings_are_refused(request_: ExperimentRequest) -> None:
     run_experiment(request_)
-    lines: list[str] = []
-    run_experiment(request_, announce=lines.append)
-    assert lines == []
+    listener = KeepingListener()
+    run_experiment(request_, listener=listener)
+    assert listener.notices == []
     with pytest.raises(ConfigError, match=r"holds cells of other settings \(steps 2 -> 3\)"):
         run_experiment(ExperimentRequest(**{**vars(request_), "steps": 3}))
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 
-from darefine_qupath.cli.lines import note
 from darefine_qupath.cli.options import COUNT, Command, image_option, options, setting, settings_option
+from darefine_qupath.cli.progress import show_progress
 from darefine_qupath.experiments.cells import ExperimentRequest, run_experiment
 from darefine_qupath.experiments.networks import NETWORKS
 from darefine_qupath.experiments.tables import read_cells, write_tables
 from darefine_qupath.models import ENCODERS
-from darefine_qupath.training.progress import TrainingProgress
 
 _QUICK = {
     "steps": 20,
@@ -87,14 +86,9 @@ def experiment(out: Path, *, quick: bool, tables: bool, **given: Any) -> None:  
     """
     chosen = {name: value for name, value in given.items() if value not in (None, (), {})}
     request = ExperimentRequest(out=out, **{**(_QUICK if quick else {}), **chosen})
-    settings = request.shared() if tables else run_experiment(request, announce=note, progress=_report)
+    if tables:
+        settings = request.shared()
+    else:
+        with show_progress("Training") as listener:
+            settings = run_experiment(request, listener=listener)
     click.echo(write_tables(out, settings, read_cells(out)))
-
-
-def _report(name: str, progress: TrainingProgress) -> None:
-    """Say where a cell is, every ten steps."""
-    if progress.step % 10 == 0 and progress.stage == "step":
-        note(
-            f"{name}: step {progress.step}/{progress.steps}, loss {progress.loss:.3f}, "
-            f"{progress.images_per_second:.1f} tiles/s, {progress.seconds_left:.0f} s left"
-        )

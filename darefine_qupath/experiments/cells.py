@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -30,6 +30,7 @@ from darefine_qupath.experiments.networks import CONTEXTS, NETWORKS
 from darefine_qupath.experiments.tables import write_json
 from darefine_qupath.filesystem import open_lock, try_lock
 from darefine_qupath.models import ModelConfig, num_parameters
+from darefine_qupath.pipeline.listener import SILENT, Listener
 from darefine_qupath.pipeline.tiles import TileRequest, make_tiles
 from darefine_qupath.tiles.build import build_dataset
 from darefine_qupath.tiles.dataset import DatasetReader, load_index
@@ -38,7 +39,6 @@ from darefine_qupath.tiles.sources import TileSource
 from darefine_qupath.tiles.spatial_split import spatial_split
 from darefine_qupath.tiles.spec import TileSpec
 from darefine_qupath.training import TrainConfig, evaluate, train
-from darefine_qupath.training.progress import TrainingProgress
 from darefine_qupath.training.tile_dataset import TileDataset
 
 __all__ = ["ExperimentRequest", "run_experiment"]
@@ -130,14 +130,10 @@ class Cell:
         return f"{self.network}-{self.encoder}-seed{self.seed}"
 
 
-Say = Callable[[str], None]
-
-
 def run_experiment(
     request: ExperimentRequest,
     *,
-    announce: Say = lambda _: None,
-    progress: Callable[[str, TrainingProgress], None] | None = None,
+    listener: Listener = SILENT,
 ) -> dict[str, Any]:
     """Train and measure every cell that is not finished and that no other process works on.
 
@@ -145,10 +141,8 @@ def run_experiment(
     ----------
     request : ExperimentRequest
         What to do.
-    announce : callable
-        Called with a line of text for every slide drawn and every cell begun.
-    progress : callable, optional
-        Called with a cell's name and its progress.
+    listener : Listener, optional
+        Hears of every slide drawn, every cell begun and every step.
 
     Returns
     -------
@@ -166,7 +160,7 @@ def run_experiment(
     _keep_settings(request.out, settings)
     with _held(request.out / "locks" / "tiles", wait=True):
         data = (
-            _generated_tiles(request, announce) if request.project is None else _project_tiles(request, request.project)
+            _generated_tiles(request, listener) if request.project is None else _project_tiles(request, request.project)
         )
     cells = [
         Cell(network=network, encoder=encoder, seed=seed)
@@ -178,8 +172,8 @@ def run_experiment(
         file = request.out / "cells" / f"{cell.name}.json"
         with _held(request.out / "locks" / cell.name, wait=False) as is_ours:
             if is_ours and not file.exists():
-                announce(f"[{number}/{len(cells)}] {cell.name}")
-                result = _run_cell(cell, request, *data, progress=progress)
+                listener.on_notice(f"[{number}/{len(cells)}] {cell.name}")
+                result = _run_cell(cell, request, *data, listener)
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, result)
                 shutil.rmtree(request.out / "runs" / cell.name)
@@ -212,7 +206,7 @@ def _held(path: Path, *, wait: bool) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _generated_tiles(request: ExperimentRequest, announce: Say) -> tuple[TileDataset, TileDataset]:
+def _generated_tiles(request: ExperimentRequest, listener: Listener) -> tuple[TileDataset, TileDataset]:
     """Tiles to learn from and tiles to measure on, of different slides."""
     spec = TileSpec(input_px=request.input_px, slice_um=128, context_um=640, stride_um=128)
     classes = ClassMap(
@@ -231,7 +225,7 @@ def _generated_tiles(request: ExperimentRequest, announce: Say) -> tuple[TileDat
     def slide(name: str, seed: int) -> TileSource:
         path = request.out / "slides" / f"{name}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
-        announce(f"Drawing {path.name}")
+        listener.on_notice(f"Drawing {path.name}")
         drawn = draw_slide(path, seed=seed, size=(request.side_px, request.side_px))
         return TileSource(id=name, name=name, path=drawn.path, mpp=MPP, annotations=drawn.annotations)
 
@@ -258,8 +252,7 @@ def _run_cell(
     request: ExperimentRequest,
     learned: TileDataset,
     measured: TileDataset,
-    *,
-    progress: Callable[[str, TrainingProgress], None] | None,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Train one network and measure it, with its contexts, with empty ones and with those of other tiles."""
     network, classes = NETWORKS[cell.network], learned.tiles.classes
@@ -292,7 +285,7 @@ def _run_cell(
         out=run,
         class_map=classes,
         tile_spec=learned.tiles.spec,
-        progress=(lambda at: progress(cell.name, at)) if progress else None,
+        progress=listener.on_step,
         resume=(run / "config.json").exists(),
     )
     seconds = {"wall": time.perf_counter() - wall, "process": time.process_time() - process}
